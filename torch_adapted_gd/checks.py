@@ -1,0 +1,53 @@
+"""Checks of arguments: one text for all, "`name` should <rule>, but got <value>"."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def real_number(name: str, value: Any, *, low: float, high: float = math.inf, below: float = math.inf) -> float:
+    """Return ``value`` as a float if it is a finite number in ``[low, high]`` and smaller than ``below``.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        low: The smallest value allowed.
+        high: The largest value allowed.
+        below: A bound that the value must stay under.
+
+    Raises:
+        TypeError: ``value`` is not a real number (a bool, a string and a tensor are none).
+        ValueError: ``value`` is NaN, infinite or outside the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` should be a number, but got {value!r} of type {type(value).__name__}.")
+    number = float(value)
+    if not (low <= number <= high and number < below):  # written so that NaN fails
+        upper = f"at most {high:g}" if math.isfinite(high) else f"below {below:g}" if math.isfinite(below) else "finite"
+        raise ValueError(f"`{name}` should be at least {low:g} and {upper}, but got {value!r}.")
+    return number
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Return ``value`` as an int if it is a whole number of at least 1.
+
+    Raises:
+        TypeError: ``value`` is not an integer.
+        ValueError: ``value`` is smaller than 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` should be a whole number, but got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` should be at least 1, but got {value!r}.")
+    return int(value)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of the ``allowed`` words.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value not in allowed:
+        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
+    return str(value)

@@ -1,0 +1,59 @@
+"""How much memory is free, and a refusal before an allocation that could not fit."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def _cgroup_headroom() -> int | None:
+    """Bytes left under this process's cgroup (v2, then v1), or None where no limit is set."""
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int(Path(limit_file).read_text()) - int(Path(used_file).read_text())
+        except (OSError, ValueError):  # no such file, or the word "max"
+            continue
+    return None
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on ``device``, or None where the platform does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    if device.type != "cpu":
+        return None
+    free_bytes = None
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free_bytes = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:  # no /proc: the machine's whole memory is an upper bound
+            free_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, OSError, ValueError):
+            return None
+    headroom = _cgroup_headroom()
+    return free_bytes if headroom is None else min(free_bytes, headroom)
+
+
+def require_memory(needed: int, device: torch.device, what: str, advice: str) -> None:
+    """Refuse an allocation that cannot fit, before it is tried.
+
+    Args:
+        needed: Bytes that will be allocated.
+        device: Where.
+        what: What they are for, with its size.
+        advice: What the user can change.
+
+    Raises:
+        MemoryError: More bytes are needed than are available.
+    """
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"{what} needs {needed / 1e9:.3g} GB in all, but only {available / 1e9:.3g} GB are available on {device}. {advice}"
+        )

@@ -1,0 +1,384 @@
+"""AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .calls import underlying
+from .checks import one_of, positive_integer, real_number
+from .direction import Direction, step_direction
+from .loss import check_criterion
+from .recorder import CallRecorder
+from .report import StepReport
+
+_KERNELS = ("auto", "jacobian")
+_SOLVERS = ("auto", "eigh")
+
+
+class AdaptedGD(Optimizer):
+    """Adapted gradient descent: outputs follow Euclidean gradient descent, straight towards the targets.
+
+    Each step solves Θψ = Pg (2.22) with the tangent kernel Θ = DDᵀ of the outputs x that the loss went through and its
+    output gradient g = ∇ₓC, and moves (2.21), along the homotopy of Theorem 2.3 (2.31)-(2.32),
+
+        θ ← θ − η [α Dᵀψ + (1−α) Dᵀg],    Dᵀψ = D⁺g = (DᵀD)⁺ ∇_θC,
+
+    so that Δx = −η (α 1 + (1−α) Θ) Pg + O(η²) (2.41): a Gauss–Newton step of least norm at α = 1, gradient descent at 0.
+
+    It replaces any torch optimizer in one line; the model is given instead of its parameters::
+
+        optimizer = AdaptedGD(model, lr=1.0, criterion=criterion)
+
+    A call ``model(x)`` belongs to the step from the moment its output receives a gradient, and `zero_grad` drops it as it
+    drops ``.grad``; `step` uses it up. Calls before one step stack (gradient accumulation: divide each loss by their
+    number, as usual). What else a step reads and leaves:
+
+    - The step is computed from the gradient that ``backward`` sends to the outputs. ``.grad`` is filled as usual but not
+      read: clipping or editing it changes nothing, and a warning says so once.
+    - A loss that also depends on the parameters directly (a penalty on weights, derivatives of the network) has a part r
+      in its gradient that no output carries. It takes a plain gradient step −lr·r, and a warning says so once.
+    - ``weight_decay`` is decoupled: θ ← (1 − lr·weight_decay) θ before the step.
+    - The forward pass is repeated once to differentiate it, with the same random numbers (dropout masks), autocast and
+      modes; buffers (BatchNorm's statistics) and the random stream are left as they were.
+    - The step is all or nothing: when anything is not finite, or the model's call cannot be repeated, it raises and
+      neither parameters nor state have changed.
+
+    It costs the Jacobian, N·Q × K numbers, and the kernel, (N·Q)² numbers in float64 with an eigenvalue decomposition.
+
+    Args:
+        model: The module whose outputs the loss is computed from.
+        lr: η, at least 0. Without ``criterion`` it multiplies the gradient of the loss as it is. Default 1.
+        params: What to step, as for any torch optimizer (parameters, named ones, groups with their own ``lr``, ``alpha``
+            and ``weight_decay``); by default the model's trainable parameters.
+        criterion: The loss in use (`MSELoss`, `HalfSquaredLoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`). Then lr is
+            measured in units of its output curvature c, η = lr/c: ``lr=1`` is the full Gauss–Newton step of a squared
+            loss, whatever its reduction, the batch size and Q, and the longest step sure to descend in output space for
+            the others (`output_curvature`).
+        alpha: α in [0, 1]. Default 1. At 0 without ``criterion`` the step is that of `torch.optim.SGD`, to the bit.
+        damping: λ of Dᵀ(Θ + λ1)⁻¹g relative to the mean of diag Θ, at least 0; Levenberg–Marquardt. Mini-batches need
+            some: undamped full steps interpolate each batch and undo the last one. Default 0.
+        rtol: Singular values of D up to rtol·σ_max count as zero. By default √(QN·ε) with ε of float64, or the machine
+            epsilon of the forward pass (autocast's, under autocast) where that is larger.
+        weight_decay: At least 0, decoupled. Default 0.
+        kernel: ``"jacobian"`` builds Θ from D; ``"auto"`` takes the best way there is, which is that one so far.
+        solver: ``"eigh"``, a float64 eigenvalue decomposition; ``"auto"`` takes the best way there is, likewise.
+        chunk_size: Samples differentiated at a time; by default as many as keep a chunk near 256 MiB.
+
+    Attributes:
+        last_step: The `StepReport` of the last step, or None.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, a parameter is not the model's, or nothing is trainable.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+        >>> criterion = nn.MSELoss()
+        >>> optimizer = AdaptedGD(model, criterion=criterion)
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 2)
+        >>> for _ in range(8):
+        ...     optimizer.zero_grad()
+        ...     loss = criterion(model(x), y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> bool(criterion(model(x), y) < 1e-9), optimizer.last_step.rank
+        (True, 16)
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over its scale instead of dividing .grad, which is not read
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        *,
+        params: Iterable[Any] | None = None,
+        criterion: nn.Module | None = None,
+        alpha: float = 1.0,
+        damping: float = 0.0,
+        rtol: float | None = None,
+        weight_decay: float = 0.0,
+        kernel: str = "auto",
+        solver: str = "auto",
+        chunk_size: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"`model` should be a torch.nn.Module, but got {type(model).__name__}. Pass the model itself, not "
+                "model.parameters(); to step only some of them use `params`."
+            )
+        self._model = model
+        self._criterion = check_criterion(criterion)
+        self._kernel = one_of("kernel", kernel, _KERNELS)
+        self._solver = one_of("solver", solver, _SOLVERS)
+        self._chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
+        self._recorder = CallRecorder(model)
+        self._said: set[str] = set()
+        self.last_step: StepReport | None = None
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+            if not params:
+                raise ValueError("`model` should have trainable parameters, but none requires a gradient.")
+        defaults = {"lr": lr, "alpha": alpha, "damping": damping, "rtol": rtol, "weight_decay": weight_decay}
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model to step, with options of their own (``lr``, ``alpha``, ``weight_decay``).
+
+        Args:
+            param_group: As for any torch optimizer. ``damping`` and ``rtol`` belong to the one system that all groups
+                share, and have to be those of the other groups.
+
+        Raises:
+            TypeError: An option has the wrong type.
+            ValueError: An option is out of range, or a parameter is not the model's, not real or of half precision.
+        """
+        options = {**self.defaults, **param_group} if isinstance(param_group, dict) else self.defaults
+        _check_options(options)
+        for option in ("damping", "rtol") if self.param_groups else ():
+            if options[option] != self.param_groups[0][option]:
+                raise ValueError(
+                    f"`{option}` should be the same in all parameter groups, which share one system, but got "
+                    f"{options[option]!r} beside {self.param_groups[0][option]!r}."
+                )
+        super().add_param_group(param_group)
+        try:
+            names = {id(p): name for name, p in underlying(self._model).named_parameters()}
+            added = [(names.get(id(p)), p) for p in self.param_groups[-1]["params"]]
+            for name, p in added:
+                _check_parameter(name, p)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for name, p in added:
+            self._recorder.watch(str(name), p)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad``, and drop the calls of the model whose outputs have received a gradient.
+
+        Args:
+            set_to_none: Set ``.grad`` to None instead of zero.
+        """
+        super().zero_grad(set_to_none=set_to_none)
+        self._recorder.drop("zero_grad")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step along −[α Dᵀψ + (1−α) Dᵀg] and set `last_step`.
+
+        Args:
+            closure: Clears gradients, computes the loss, calls ``backward`` and returns the loss; evaluated once.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: No call of the model reached the loss; outputs, loss gradient, kernel or new parameters are not
+                finite; or inputs or model have changed since the call. Nothing has been changed then.
+            ValueError: The outputs do not have the batch first.
+            MemoryError: The Jacobian or the kernel would not fit.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        recorder = self._recorder
+        if not recorder.calls and not recorder.gradients and closure is not None and loss is None:
+            return None  # the closure chose to skip this batch, as Lightning's does when training_step returns None
+        if float(getattr(self, "found_inf", 0.0)):
+            self.last_step = StepReport.skipped(len(recorder.calls))
+            recorder.drop("step")
+            return loss
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f"AdaptedGD solves one system over the whole batch in one process, but {torch.distributed.get_world_size()} "
+                "processes are training together, and their parameters would drift apart. Train in a single process."
+            )
+        if not recorder.calls:
+            raise RuntimeError(_no_call(recorder))
+        direction = step_direction(
+            self._model,
+            recorder.calls,
+            self._trained(),
+            recorder.gradients,
+            loss_scale=self._loss_scale(),
+            criterion=self._criterion,
+            damping=self._shared_option("damping"),
+            rtol=self._shared_option("rtol"),
+            chunk_size=self._chunk_size,
+        )
+        new_values = self._new_values(direction)
+        self._warn_off_output(direction.off_output_fraction)  # before anything changes: a warning may be made an error
+        self._warn_edited_gradients(direction)
+        for p, value in new_values:
+            p.copy_(value)
+        recorder.drop("step")
+        self.last_step = direction.report()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Args:
+            state_dict: State of an AdaptedGD with the same parameter groups.
+
+        Raises:
+            TypeError: An option has the wrong type.
+            ValueError: It is the state of another optimizer, or an option is out of range.
+        """
+        for group in state_dict["param_groups"]:
+            missing = [name for name in self.defaults if name not in group]
+            if missing:
+                raise ValueError(
+                    f"`state_dict` should come from an AdaptedGD, but a parameter group has no {', '.join(missing)}."
+                )
+            _check_options(group)
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_model", "_criterion", "_kernel", "_solver", "_chunk_size", "_said", "last_step")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
+            self._recorder = CallRecorder(self._model)
+            names = {id(p): name for name, p in underlying(self._model).named_parameters()}
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self._recorder.watch(names[id(p)], p)
+
+    def _loss_scale(self) -> float:
+        """What a GradScaler multiplied the loss by."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is None and hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "GradScaler.unscale_(optimizer) divided `.grad`, which AdaptedGD does not read, and hides the scale that the "
+                "outputs' gradient still carries. Leave unscale_ out: scaler.step(optimizer) hands the scale over."
+            )
+        return 1.0 if scale is None else float(scale)
+
+    def _new_values(self, direction: Direction) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters' values after a step along ``direction``; changes nothing."""
+        new_values = []
+        groups = self._groups()
+        for name, p, adapted, gradient, off_output in direction.by_parameter():
+            group = groups[id(p)]
+            lr, alpha = float(group["lr"]), group["alpha"]
+            eta = lr / direction.curvature
+            value = p.detach()
+            if group["weight_decay"]:
+                value = value * (1 - lr * group["weight_decay"])
+            if alpha < 1:
+                value = value.add(gradient.to(p.dtype), alpha=-eta * (1 - alpha))
+            change = eta * alpha * adapted
+            if direction.off_output_fraction:  # what of it is in `gradient` has moved by η(1−α) already
+                change = change + (lr - eta * (1 - alpha)) * off_output
+            if alpha > 0 or direction.off_output_fraction:
+                value = value - change.to(p.dtype)
+            if not torch.isfinite(value).all():
+                raise RuntimeError(
+                    f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
+                )
+            new_values.append((p, value))
+        return new_values
+
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        return {id(p): group for group in self.param_groups for p in group["params"]}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The parameters to step, by name, in the order of the model."""
+        groups = self._groups()
+        named = underlying(self._model).named_parameters()
+        trained = {name: p for name, p in named if id(p) in groups and p.requires_grad}
+        if not trained:
+            raise RuntimeError("No parameter of this optimizer requires a gradient any more. Unfreeze some, or do not step.")
+        return trained
+
+    def _shared_option(self, name: str) -> Any:
+        values = {group[name] for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(f"`{name}` should be the same in all parameter groups, but they have {sorted(map(str, values))}.")
+        return values.pop()
+
+    def _warn_off_output(self, fraction: float) -> None:
+        if fraction:
+            self._warn_once(
+                "off-output",
+                f"{fraction:.1%} of the loss's gradient did not come through the model's outputs: the loss has a penalty on "
+                "parameters, uses derivatives of the outputs, or part of it was computed from a submodule's call. That part "
+                "takes a plain gradient step, lr times itself; only the outputs' part is preconditioned. For an L2 penalty "
+                "use `weight_decay`.",
+            )
+
+    def _warn_edited_gradients(self, direction: Direction) -> None:
+        arrived = self._recorder.gradients
+        for name, p in direction.trained.items():
+            if p.grad is not None and name in arrived and not torch.equal(p.grad.to_dense(), arrived[name]):
+                self._warn_once(
+                    "edited",
+                    f"`.grad` of '{name}' is not what backward delivered since the last step: it was clipped or edited, or not "
+                    "cleared. AdaptedGD does not read `.grad`, so this changes nothing; to shorten steps lower `lr` or raise "
+                    "`damping`.",
+                )
+                return
+
+    def _warn_once(self, about: str, text: str) -> None:
+        if about not in self._said:
+            self._said.add(about)
+            warnings.warn(text, stacklevel=6)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    real_number("lr", options["lr"], low=0.0)
+    real_number("alpha", options["alpha"], low=0.0, high=1.0)
+    real_number("damping", options["damping"], low=0.0)
+    real_number("weight_decay", options["weight_decay"], low=0.0)
+    if options["rtol"] is not None:
+        real_number("rtol", options["rtol"], low=0.0, below=1.0)
+
+
+def _check_parameter(name: str | None, p: Tensor) -> None:
+    if name is None:
+        raise ValueError(
+            f"`params` should belong to `model`, but a parameter of shape {list(p.shape)} does not. Pass the module that "
+            "owns it and whose outputs enter the loss."
+        )
+    if p.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"Parameter '{name}' should be float32 or float64, but is {p.dtype}. For low precision keep float32 parameters "
+            "and run the forward pass under torch.autocast."
+        )
+    if p.device.type == "mps":
+        raise ValueError(
+            f"Parameter '{name}' is on {p.device}, which has no float64 for the kernel. Move the model to the CPU."
+        )
+
+
+def _no_call(recorder: CallRecorder) -> str:
+    text = "`step` found no call of the model that a loss went through"
+    if recorder.gradients:
+        return (
+            f"{text}, although the parameters received gradients. The loss was computed from a submodule's call (such as "
+            "model.net(x) instead of model(x)), from another wrapper of it, or from derivatives of the outputs alone. Give "
+            "AdaptedGD the very module whose outputs enter the loss."
+        )
+    if recorder.dropped_by == "zero_grad":
+        return f"{text}: zero_grad dropped it. Call zero_grad before backward or after step, not between them."
+    since = " since the last step, which used up those before" if recorder.dropped_by == "step" else ""
+    return (
+        f"{text}{since}. Call model(x) with gradients enabled (not under torch.no_grad()), compute the loss from its output, "
+        "and call loss.backward() before each step."
+    )

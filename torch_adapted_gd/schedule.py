@@ -1,0 +1,51 @@
+"""The change of time that makes the adapted flow a straight line (2.52)-(2.57), as a learning-rate scheduler."""
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .checks import positive_integer
+
+
+class LinearInterpolationLR(LRScheduler):
+    """Moves the outputs from x₀ to the targets y on a straight line in ``total_steps`` equal steps of t.
+
+    In the time t = 1 − e^{−s/N} the adapted flow reads ∂_t θ = −(1/(1−t)) D⁺(x − y) (2.55) and its outputs follow
+    x̃(t) = (1−t) x₀ + t y (2.57). Explicit Euler with Δt = 1/T from t = k/T makes step k = 0..T−1 the fraction
+
+        lr_k = lr / (T − k)
+
+    of a full Gauss–Newton step, which ``lr = 1`` is for an `AdaptedGD` that was given its ``criterion``; the last step is a
+    full one. The outputs stay within O(1/T) of the line while the Jacobian has full rank. Call `step` after each step of
+    the optimizer; after T of them the learning rate stays at ``lr``: full steps, which hold the outputs at the targets.
+
+    Args:
+        optimizer: The optimizer, usually `AdaptedGD` with ``lr=1.0`` and ``criterion=``.
+        total_steps: T, at least 1.
+        last_epoch: Number of steps already made, when resuming without a state_dict; −1 at the start.
+
+    Raises:
+        TypeError: ``total_steps`` is not an integer.
+        ValueError: ``total_steps`` is smaller than 1.
+
+    Example:
+        >>> import torch
+        >>> from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AdaptedGD(model, criterion=HalfSquaredLoss())
+        >>> scheduler = LinearInterpolationLR(optimizer, total_steps=4)
+        >>> scheduler.get_last_lr(), scheduler.t
+        ([0.25], 0.0)
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, last_epoch: int = -1) -> None:
+        self.total_steps = positive_integer("total_steps", total_steps)
+        super().__init__(optimizer, last_epoch)
+
+    @property
+    def t(self) -> float:
+        """The time t in [0, 1] reached so far: the part of the line that is behind."""
+        return min(self.last_epoch / self.total_steps, 1.0)
+
+    def get_lr(self) -> list[float]:  # type: ignore[override, unused-ignore]
+        """The learning rate of each parameter group for the step to come."""
+        return [float(lr) / max(self.total_steps - self.last_epoch, 1) for lr in self.base_lrs]

@@ -1,0 +1,135 @@
+"""The tangent-kernel system Θψ = Pg (2.22), solved with its rank revealed."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .checks import real_number
+
+Status = Literal["full_rank", "rank_deficient", "zero", "not_finite", "not_converged"]
+
+
+@dataclass(frozen=True)
+class KernelSolution:
+    """What `solve_kernel` found. A failure is a value here: ``status`` says so and ``psi`` is zero.
+
+    Attributes:
+        psi: ψ in float64, in the shape of g: the one of least norm, in ran Θ.
+        rank: Number of singular values of D counted as nonzero.
+        condition: σ_max/σ_min of D over those (Θ's own is the square); NaN when the rank is 0.
+        projected_fraction: |Pg|/|g|, the part of the gradient within reach of the parameters; 1 for g = 0.
+        damping: The λ that was added, in the units of Θ.
+        status: ``"full_rank"``, ``"rank_deficient"``, ``"zero"`` (Θ = 0), ``"not_finite"`` (Θ or g has NaN or infinite
+            entries) or ``"not_converged"`` (the eigenvalue routine gave up).
+    """
+
+    psi: Tensor
+    rank: int
+    condition: float
+    projected_fraction: float
+    damping: float
+    status: Status
+
+    @property
+    def message(self) -> str:
+        """The status in words, with what to try."""
+        return {
+            "full_rank": "Θ has full rank: every output can be moved on its own.",
+            "rank_deficient": f"Θ has rank {self.rank} of {self.psi.numel()}: {1 - self.projected_fraction**2:.1%} of "
+            "|g|² is out of reach. Duplicate inputs, dead units and K < QN do this; a wider network may cure it.",
+            "zero": "Θ is zero: no trainable parameter moves any output. Look for dead units and frozen layers.",
+            "not_finite": "Θ or g has entries that are not finite. Look at the inputs, then lower the learning rate.",
+            "not_converged": "The eigenvalue decomposition of Θ did not converge. Damping helps when entries are huge.",
+        }[self.status]
+
+
+def default_rtol(size: int, eps: float = 0.0) -> float:
+    """Relative size below which a singular value of D is lost in the rounding of Θ.
+
+    Θ's eigenvalues σ² come with absolute errors near ``size``·ε·σ_max² (ε of float64, in which Θ is formed and
+    factored), so singular values of D below √(``size``·ε)·σ_max are noise; and those below ``eps``·σ_max are noise of D
+    itself, when it was computed in a coarser precision.
+
+    Args:
+        size: QN, the number of rows of Θ.
+        eps: Machine epsilon of the arithmetic that D was computed in.
+    """
+    return max(math.sqrt(size * torch.finfo(torch.float64).eps), eps)
+
+
+def solve_kernel(theta: Tensor, g: Tensor, *, damping: float = 0.0, rtol: float | None = None) -> KernelSolution:
+    """Solve Θψ = Pg, equation (2.22): ψ = (Θ + λ1)⁻¹ g on ran Θ, with P the orthogonal projector onto it.
+
+    The rank is that of D (Θ = DDᵀ): with singular values σ = √eigenvalues of Θ, those with σ ≤ ``rtol``·σ_max count as
+    zero and their directions are left out of ψ, damped or not. It is found by a float64 eigenvalue decomposition of the
+    symmetric Θ, on CPU and CUDA alike. (``torch.linalg.lstsq`` on CUDA assumes full rank and is wrong without it.)
+
+    Args:
+        theta: Θ, ``[n, n]`` or ``[N, Q, N, Q]`` (as `ntk` returns it), symmetric, any floating dtype; used in float64.
+        g: The output gradient ∇ₓC with n entries, in any shape.
+        damping: λ relative to the mean of diag Θ; 0 gives the pseudoinverse Θ⁺g.
+        rtol: The relative cut on the singular values of D; by default √(n·ε) with ε of Θ's dtype.
+
+    Returns:
+        The solution with its rank, condition and status. Dᵀψ = Dᵀ(Θ + λ1)⁻¹g, → D⁺g as λ → 0.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A shape does not fit, Θ is not symmetric, or a number is out of range.
+
+    Example:
+        >>> theta = torch.tensor([[4.0, 4.0], [4.0, 4.0]], dtype=torch.float64)  # rank 1
+        >>> solution = solve_kernel(theta, torch.tensor([1.0, 3.0]))
+        >>> solution.psi, solution.rank, solution.status
+        (tensor([0.2500, 0.2500], dtype=torch.float64), 1, 'rank_deficient')
+        >>> round(solution.projected_fraction**2, 3)
+        0.8
+    """
+    for name, tensor in (("theta", theta), ("g", g)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` should be a tensor, but got {type(tensor).__name__}.")
+    damping = real_number("damping", damping, low=0.0)
+    n = g.numel()
+    square = (theta.ndim == 2 and theta.shape[0] == theta.shape[1]) or (theta.ndim == 4 and theta.shape[:2] == theta.shape[2:])
+    if not square or theta.numel() != n * n or n == 0:
+        raise ValueError(
+            f"`theta` should be [n, n] or [N, Q, N, Q] with n = {n}, the number of entries of `g`, and n > 0, but got "
+            f"{list(theta.shape)}."
+        )
+    if rtol is None:
+        rtol = default_rtol(n, math.sqrt(n * torch.finfo(theta.dtype).eps))
+    else:
+        rtol = real_number("rtol", rtol, low=0.0, below=1.0)
+    matrix = theta.reshape(n, n).double()
+    right = g.reshape(n).to(device=matrix.device, dtype=torch.float64)
+
+    def failure(status: Status) -> KernelSolution:
+        return KernelSolution(torch.zeros_like(right).reshape(g.shape), 0, math.nan, math.nan, math.nan, status)
+
+    if not (torch.isfinite(matrix).all() and torch.isfinite(right).all()):
+        return failure("not_finite")
+    asymmetry = (matrix - matrix.T).abs().max()
+    if asymmetry > 1e3 * max(torch.finfo(theta.dtype).eps, 1e-12) * matrix.abs().max():
+        raise ValueError(f"`theta` should be symmetric, but differs from its transpose by up to {asymmetry:.3g}.")
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(matrix)  # ascending; vectors [n, n], one a column
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return failure("not_converged")
+    largest = float(eigenvalues[-1])
+    rank = int((eigenvalues > rtol**2 * largest).sum()) if largest > 0 else 0
+    shift = damping * float(matrix.diagonal().mean())
+    kept, basis = eigenvalues[n - rank :], vectors[:, n - rank :]  # [rank], [n, rank]
+    coefficients = basis.T @ right
+    psi = basis @ (coefficients / (kept + shift))
+    size = float(torch.linalg.vector_norm(right))
+    return KernelSolution(
+        psi=psi.reshape(g.shape),
+        rank=rank,
+        condition=math.sqrt(largest / float(kept[0])) if rank else math.nan,
+        projected_fraction=min(1.0, float(torch.linalg.vector_norm(coefficients)) / size) if size else 1.0,
+        damping=shift,
+        status="full_rank" if rank == n else "rank_deficient" if rank else "zero",
+    )
