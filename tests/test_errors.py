@@ -1,0 +1,361 @@
+"""Bad input and bad luck: a clear error, and parameters, state and the random stream as they were."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD, memory
+from torch_adapted_gd.jacobian import _dtype_and_device
+
+from .cases import flat, mlp
+
+MSE = nn.MSELoss()
+
+
+def problem(n=6, dtype=torch.float64):
+    return mlp().to(dtype), torch.randn(n, 4, dtype=dtype), torch.randn(n, 3, dtype=dtype)
+
+
+def assert_step_refused(optimizer, model, error, match):
+    parameters, state = flat(model), copy.deepcopy(optimizer.state_dict())
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    report, stream = optimizer.last_step, torch.get_rng_state()
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(error, match=match):
+        optimizer.step()
+    assert torch.equal(flat(model), parameters)
+    assert optimizer.state_dict() == state
+    assert optimizer.last_step is report
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert [m.training for m in model.modules()] == modes
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert (p.grad is None) if gradient is None else torch.equal(p.grad.nan_to_num(7.0), gradient.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"lr": math.nan}, ValueError, "`lr` should be at least 0 and finite, but got nan"),
+        ({"lr": -0.1}, ValueError, "`lr` should be at least 0 and finite, but got -0.1"),
+        ({"lr": math.inf}, ValueError, "`lr` should be at least 0 and finite, but got inf"),
+        ({"lr": "fast"}, TypeError, "`lr` should be a number, but got 'fast' of type str"),
+        ({"lr": None}, TypeError, "`lr` should be a number, but got None"),
+        ({"lr": True}, TypeError, "`lr` should be a number, but got True of type bool"),
+        ({"alpha": 1.1}, ValueError, "`alpha` should be at least 0 and at most 1, but got 1.1"),
+        ({"alpha": math.nan}, ValueError, "`alpha` should be at least 0 and at most 1, but got nan"),
+        ({"damping": -1e-9}, ValueError, "`damping` should be at least 0 and finite, but got -1e-09"),
+        ({"damping": math.nan}, ValueError, "`damping` should be"),
+        ({"rtol": 1.0}, ValueError, "`rtol` should be at least 0 and below 1, but got 1.0"),
+        ({"rtol": math.nan}, ValueError, "`rtol` should be at least 0 and below 1, but got nan"),
+        ({"weight_decay": -1}, ValueError, "`weight_decay` should be at least 0 and finite, but got -1"),
+        ({"chunk_size": 0}, ValueError, "`chunk_size` should be at least 1, but got 0"),
+        ({"chunk_size": 1.5}, TypeError, "`chunk_size` should be a whole number, but got 1.5"),
+        ({"kernel": "fast"}, ValueError, "`kernel` should be one of 'auto', 'jacobian', but got 'fast'"),
+        ({"solver": "qr"}, ValueError, "`solver` should be one of 'auto', 'eigh', but got 'qr'"),
+        ({"criterion": nn.L1Loss()}, TypeError, r"`criterion` should be a MSELoss, .* but got L1Loss\(\)"),
+        ({"criterion": nn.MSELoss}, TypeError, "`criterion` should be a MSELoss, .* instance"),
+        ({"criterion": nn.functional.mse_loss}, TypeError, "`criterion` should be a MSELoss"),
+        ({"criterion": nn.CrossEntropyLoss(torch.zeros(3))}, ValueError, "a positive weight for some class"),
+        ({"params": []}, ValueError, "empty parameter list"),
+        ({"params": [nn.Parameter(torch.ones(2))]}, ValueError, r"`params` should belong to `model`, but .* shape \[2\]"),
+        ({"params": [torch.ones(2)]}, ValueError, "should belong to `model`"),
+    ],
+)
+def test_construction(options, error, match):
+    model = mlp()
+    with pytest.raises(error, match=match):
+        AdaptedGD(model, **options)
+    assert not model._forward_hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_the_model_is_asked_for():
+    with pytest.raises(TypeError, match=r"but got generator. Pass the model itself, not model.parameters\(\)"):
+        AdaptedGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="should have trainable parameters, but none requires a gradient"):
+        AdaptedGD(nn.Tanh())
+    with pytest.raises(ValueError, match="should have trainable parameters"):
+        AdaptedGD(mlp().requires_grad_(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_parameters_of_other_dtypes(dtype):
+    model = nn.Linear(2, 2).to(dtype)
+    with pytest.raises(ValueError, match=f"Parameter 'weight' should be float32 or float64, but is {dtype}.*autocast"):
+        AdaptedGD(model)
+
+
+def test_numbers_of_other_types_are_numbers():
+    optimizer = AdaptedGD(mlp(), lr=1, damping=np.float32(0.5), chunk_size=np.int64(3))
+    assert optimizer.param_groups[0]["damping"] == 0.5
+
+
+def test_add_param_group_is_all_or_nothing():
+    model = mlp()
+    optimizer = AdaptedGD(model, params=model[0].parameters())
+    for group, error, match in (
+        ({"params": model[2].parameters(), "lr": math.nan}, ValueError, "`lr` should be"),
+        ({"params": model[2].parameters(), "damping": 0.1}, ValueError, "`damping` should be the same in all parameter groups"),
+        ({"params": model[2].parameters(), "rtol": 0.1}, ValueError, "`rtol` should be the same in all parameter groups"),
+        ({"params": nn.Linear(2, 2).parameters()}, ValueError, "should belong to `model`"),
+        ({"params": model[0].parameters()}, ValueError, "some parameters appear in more than one parameter group"),
+        ("group", TypeError, "dict"),
+    ):
+        with pytest.raises(error, match=match):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [], "damping": 0.2})
+    MSE(model(torch.ones(2, 4)), torch.ones(2, 3)).backward()
+    with pytest.raises(
+        ValueError, match=r"`damping` should be the same in all parameter groups, but they have \['0.0', '0.2'\]"
+    ):
+        optimizer.step()
+
+
+def test_state_of_another_optimizer_is_refused():
+    model = mlp()
+    optimizer = AdaptedGD(model)
+    state = torch.optim.SGD(model.parameters(), lr=0.3).state_dict()
+    with pytest.raises(ValueError, match="should come from an AdaptedGD, but a parameter group has no alpha, damping"):
+        optimizer.load_state_dict(state)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["alpha"] = 7.0
+    with pytest.raises(ValueError, match="`alpha` should be"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_step_without_backward():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    assert_step_refused(optimizer, model, RuntimeError, r"found no call of the model .* call loss.backward\(\) before")
+    MSE(model(x), y)
+    assert_step_refused(optimizer, model, RuntimeError, "found no call")
+    with torch.no_grad():
+        model(x)
+    assert_step_refused(optimizer, model, RuntimeError, r"not under torch.no_grad\(\)")
+
+
+def test_step_twice_after_one_backward():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_step_refused(optimizer, model, RuntimeError, "since the last step, which used up those before")
+
+
+def test_zero_grad_between_backward_and_step():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    MSE(model(x), y).backward()
+    optimizer.zero_grad()
+    assert_step_refused(optimizer, model, RuntimeError, "zero_grad dropped it. Call zero_grad before backward")
+
+
+def test_loss_from_a_submodules_call():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp().double()
+
+        def forward(self, x):
+            return self.net(x)
+
+    model, x, y = Wrapper(), *problem()[1:]
+    optimizer = AdaptedGD(model)
+    MSE(model.net(x), y).backward()
+    assert_step_refused(
+        optimizer, model, RuntimeError, r"although the parameters received gradients.*model.net\(x\) instead of"
+    )
+
+
+def test_loss_from_derivatives_of_outputs_alone():
+    model = mlp(sizes=(1, 8, 8, 1)).double()
+    optimizer = AdaptedGD(model)
+    x = torch.linspace(0, 1, 5, dtype=torch.float64).unsqueeze(1).requires_grad_()
+    slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+    slope.square().mean().backward()
+    assert_step_refused(optimizer, model, RuntimeError, "from derivatives of the outputs alone")
+
+
+def test_loss_gradient_that_is_not_finite():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    MSE(model(x[:2]), y[:2]).backward()
+    y[5, 1] = math.nan
+    MSE(model(x), y).backward()
+    match = r"In call 2 of 2 of the model, the gradient of the loss in output 0 of shape \[6, 3\] has 1 entries that"
+    assert_step_refused(optimizer, model, RuntimeError, match)
+
+
+def test_outputs_that_are_not_finite():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    x[2, 0] = math.nan
+    MSE(model(x), y).backward()
+    match = r"In call 1 of 1 of the model, the output 0 of shape \[6, 3\] has .* not finite"
+    assert_step_refused(optimizer, model, RuntimeError, match)
+
+
+def test_a_kernel_that_is_not_finite():
+    class Root(nn.Module):
+        """Its derivative is infinite where the layer is zero."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.layer(x).sqrt()
+
+    model = Root()
+    nn.init.zeros_(model.layer.weight)
+    nn.init.zeros_(model.layer.bias)
+    optimizer = AdaptedGD(model)
+    model(torch.ones(3, 2)).sum().backward()
+    assert_step_refused(
+        optimizer, model, RuntimeError, r"The kernel Θ of 3 outputs could not be solved \(9 entries are not finite\)"
+    )
+
+
+def test_a_step_that_would_overflow():
+    model, x, y = problem(dtype=torch.float32)
+    optimizer = AdaptedGD(model, lr=1e39)
+    MSE(model(x), y).backward()
+    assert_step_refused(optimizer, model, RuntimeError, "would make parameter '0.weight' not finite, so nothing was changed")
+
+
+def test_after_an_error_the_loop_can_go_on():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    MSE(model(x), y * math.nan).backward()
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    optimizer.zero_grad()
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.full_rank
+
+
+def test_model_moved_or_cast_between_call_and_step():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    MSE(model(x), y).backward()
+    model.float()
+    match = "Parameter '0.weight' was torch.float64 on cpu when the model was called and is torch.float32 on cpu now"
+    assert_step_refused(optimizer, model, RuntimeError, match)
+
+
+def test_inputs_changed_between_call_and_step():
+    model, x, y = problem()
+    model[0].requires_grad_(False)  # otherwise autograd needs the input itself and refuses earlier
+    optimizer = AdaptedGD(model)
+    loss = MSE(model(x), y)
+    x.zero_()
+    loss.backward()
+    assert_step_refused(optimizer, model, RuntimeError, r"An input of shape \[6, 4\] was changed in place between")
+
+
+def test_parameters_changed_between_call_and_step():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    MSE(model(x), y).backward()
+    with torch.no_grad():
+        model[0].bias.clamp_(-0.1, 0.1)
+    assert_step_refused(optimizer, model, RuntimeError, "Parameter '0.bias' was changed between the model's call and `step`")
+
+
+def test_outputs_without_a_batch():
+    model, x, _ = problem()
+    optimizer = AdaptedGD(nn.Sequential(model, nn.Flatten(0), nn.Linear(18, 5).double(), Sum()))
+    model = optimizer._model
+    model(x).backward()
+    assert_step_refused(optimizer, model, ValueError, r"should all have the batch as their first dimension.*shapes \[\[\]\]")
+
+
+class Sum(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+def test_an_empty_batch():
+    model, x, _ = problem()
+    optimizer = AdaptedGD(model)
+    model(x[:0]).sum().backward()
+    assert_step_refused(optimizer, model, RuntimeError, "outputs that reached the loss are empty")
+
+
+def test_a_model_that_is_not_a_function_of_its_inputs():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls = mlp().double(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x) * self.calls
+
+    model, x, y = Counter(), *problem()[1:]
+    optimizer = AdaptedGD(model)
+    MSE(model(x), y).backward()
+    assert_step_refused(optimizer, model, RuntimeError, "could not be repeated with the same outputs")
+
+
+def test_everything_frozen():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+    MSE(model(x), y).backward()
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="No parameter of this optimizer requires a gradient any more"):
+        optimizer.step()
+
+
+def test_parameters_on_several_devices():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, device="meta"))
+    with pytest.raises(ValueError, match=r"should be on one device, but are on \['cpu', 'meta'\]"):
+        _dtype_and_device(list(model.parameters()))
+
+
+def test_unscaling_hides_the_scale():
+    model, x, y = problem(dtype=torch.float32)
+    optimizer = AdaptedGD(model)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(MSE(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    before = flat(model)
+    with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(optimizer\) divided `.grad`.* Leave unscale_ out"):
+        scaler.step(optimizer)
+    assert torch.equal(flat(model), before)
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_is_made(monkeypatch):
+    model = nn.Linear(1, 100)
+    optimizer = AdaptedGD(model)
+    model(torch.ones(50_000, 1)).sum().backward()
+    match = r"A step on 5,000,000 outputs and 200 parameters \(Jacobian 4 GB, kernel 2e\+05 GB\) needs .* smaller batch"
+    assert_step_refused(optimizer, model, MemoryError, match)
+
+
+def test_available_memory_is_known_here():
+    available = memory.available_bytes(torch.device("cpu"))
+    assert available is None or 1e8 < available < 1e15
+    assert memory.available_bytes(torch.device("meta")) is None
+
+
+def test_a_closure_that_raises_changes_nothing():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model)
+
+    def closure():
+        optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        raise KeyError("data")
+
+    before = flat(model)
+    with pytest.raises(KeyError, match="data"):
+        optimizer.step(closure)
+    assert torch.equal(flat(model), before)

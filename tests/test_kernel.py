@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import memory, ntk
+from torch_adapted_gd.kernel import StackedJacobian, gram
+
+from .cases import dense_jacobian, make, mlp
+
+
+@pytest.mark.parametrize("name", ["mlp_tanh", "cnn", "two_heads", "tied", "layer_norm", "batchnorm_eval", "old_style_function"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ntk_is_the_product_of_jacobians(name, dtype):
+    model, x1, _ = make(name, dtype)
+    x2 = torch.cat([torch.randn_like(x1), x1[:1]])
+    first, second = dense_jacobian(model, x1), dense_jacobian(model, x2)
+    q = first.shape[0] // len(x1)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    for other, columns, got in ((first, len(x1), ntk(model, x1)), (second, len(x2), ntk(model, x1, x2, method="jacobian"))):
+        expected = first @ other.T
+        assert got.shape == (len(x1), q, columns, q)
+        assert got.dtype == torch.float64
+        error = (got.reshape(expected.shape) - expected).norm() / expected.norm()
+        assert error < tolerance
+
+
+def test_ntk_symmetry_dtype_and_chunks():
+    model, x, _ = make("mlp_tanh")
+    theta = ntk(model, x)
+    assert torch.equal(theta, theta.permute(2, 3, 0, 1))
+    torch.testing.assert_close(ntk(model, x, chunk_size=1), theta, rtol=1e-13, atol=0)
+    assert ntk(model, x, dtype=torch.float32).dtype == torch.float32
+    assert torch.linalg.eigvalsh(theta.reshape(18, 18)).min() > -1e-12
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300, 700])
+def test_gram_in_tiles_and_blocks(rows, monkeypatch):
+    monkeypatch.setattr("torch_adapted_gd.kernel._BLOCK_ELEMENTS", 16 * rows)
+    a, b = torch.randn(rows, 50), torch.randn(7, 50)
+    torch.testing.assert_close(gram(a), a.double() @ a.double().T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gram(a, b), a.double() @ b.double().T, rtol=0, atol=1e-12)
+    assert torch.equal(gram(a), gram(a).T)
+
+
+def test_stacked_jacobian_is_one_matrix_in_blocks():
+    blocks = [torch.randn(n, 9, dtype=torch.float64) for n in (2, 5, 1)]
+    whole, stacked = torch.cat(blocks), StackedJacobian(blocks)
+    u = torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(stacked.gram(), whole @ whole.T)
+    torch.testing.assert_close(stacked.transpose_product(u), whole.T @ u)
+
+
+def test_bad_arguments(monkeypatch):
+    with pytest.raises(ValueError, match="`method` should be one of 'auto', 'jacobian', but got 'structured'"):
+        ntk(mlp(), torch.ones(1, 4), method="structured")
+    with pytest.raises(TypeError, match="`model` should be a torch.nn.Module"):
+        ntk(None, torch.ones(1, 4))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
+    with pytest.raises(MemoryError, match="A kernel of 100 by 100 outputs in float64 needs .* grows with the square"):
+        gram(torch.ones(100, 2))
+    with pytest.raises(MemoryError, match="A Jacobian of"):
+        ntk(nn.Linear(10, 10), torch.ones(100, 10))

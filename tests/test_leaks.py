@@ -1,0 +1,69 @@
+import gc
+
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD
+
+from .cases import mlp
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+def test_calls_that_never_reach_a_step_leave_nothing():
+    model = mlp()
+    optimizer = AdaptedGD(model)
+    x = torch.randn(5, 4)
+
+    def passes(count):
+        for i in range(count):
+            output = model(x)
+            if i % 4 == 1:
+                output.sum()  # a loss without backward
+            if i % 4 == 2:
+                inputs = x.clone().requires_grad_()
+                torch.autograd.grad(model(inputs).sum(), inputs)  # a gradient that is not the parameters'
+            if i % 4 == 3:
+                with torch.no_grad():
+                    model(x)
+
+    passes(20)
+    before = live_tensors()
+    passes(1000)
+    assert live_tensors() <= before
+    assert not optimizer._recorder.calls
+    assert not optimizer._recorder._pending
+
+
+def test_steps_leave_nothing():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    optimizer = AdaptedGD(model, lr=1e-3)
+
+    def steps(count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+
+    steps(3)
+    before = live_tensors()
+    steps(20)
+    assert live_tensors() <= before
+
+
+def test_dropped_backward_passes_leave_nothing():
+    model = mlp()
+    optimizer = AdaptedGD(model)
+
+    def rounds(count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(3, 4)).square().sum().backward()
+
+    rounds(3)
+    before = live_tensors()
+    rounds(200)
+    assert live_tensors() <= before
