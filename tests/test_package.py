@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,3 +23,13 @@ def test_all_is_there_and_documented():
         assert getattr(torch_adapted_gd, name).__doc__
     assert torch_adapted_gd.__version__
     assert (ROOT / "torch_adapted_gd" / "py.typed").exists()
+
+
+def test_the_readmes_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["report"].rank == 120
+    assert names["solution"].status == "full_rank"

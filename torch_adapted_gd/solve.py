@@ -60,12 +60,14 @@ def default_rtol(size: int, eps: float = 0.0) -> float:
     return max(math.sqrt(size * torch.finfo(torch.float64).eps), eps)
 
 
+@torch.no_grad()
 def solve_kernel(theta: Tensor, g: Tensor, *, damping: float = 0.0, rtol: float | None = None) -> KernelSolution:
     """Solve Θψ = Pg, equation (2.22): ψ = (Θ + λ1)⁻¹ g on ran Θ, with P the orthogonal projector onto it.
 
     The rank is that of D (Θ = DDᵀ): with singular values σ = √eigenvalues of Θ, those with σ ≤ ``rtol``·σ_max count as
     zero and their directions are left out of ψ, damped or not. It is found by a float64 eigenvalue decomposition of the
     symmetric Θ, on CPU and CUDA alike. (``torch.linalg.lstsq`` on CUDA assumes full rank and is wrong without it.)
+    Gradients are not tracked through the solution.
 
     Args:
         theta: Θ, ``[n, n]`` or ``[N, Q, N, Q]`` (as `ntk` returns it), symmetric, any floating dtype; used in float64.

@@ -1,0 +1,148 @@
+"""The recipes as a person runs them: a process, its table, its files, its one-line errors."""
+
+import csv
+import gzip
+import importlib.util
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up, and one recipe file the other
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def mnist(digits):
+    return load("mnist")
+
+
+def refused(mnist, capsys, *arguments):
+    """What a run that has to fail writes last."""
+    with pytest.raises(SystemExit) as caught:
+        mnist.main([str(argument) for argument in arguments])
+    assert caught.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adapted", "lbfgs"])
+def test_smoke(tmp_path, optimizer):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests use the cores too
+    command = [sys.executable, RECIPES / "mnist.py", "--smoke", "--out", tmp_path, "--optimizer", optimizer]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    adapted = [row for row in rows if row["optimizer"] == "AdaptedGD"]
+    assert len(adapted) == 11
+    for k, row in enumerate(adapted):
+        assert float(row["t"]) == pytest.approx(k / 10)
+        assert float(row["theory"]) == pytest.approx((1 - k / 10) ** 2 * float(adapted[0]["loss"]))
+        assert k == 0 or float(row["rank"]) == float(row["num_outputs"]) == 200
+        assert float(row["distance"]) < 0.05
+        # straight lines of Corollary 3.2
+        assert float(row["class_average_error"]) == pytest.approx(
+            (1 - k / 10) * float(adapted[0]["class_average_error"]), abs=0.02
+        )
+    assert float(adapted[-1]["loss"]) < 1e-5 * float(adapted[0]["loss"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["smallest_rank"] == summary["num_outputs"] == 200
+    assert summary["runs"]["AdaptedGD"]["train_accuracy"] == 1.0
+    assert len(summary["runs"]) == (1 if optimizer == "adapted" else 2)
+    for name in ("loss.png", "collapse.png", "paths.png", "spectrum.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert name in result.stdout
+    assert "rank/QN" in result.stdout
+    assert "200/200" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--samples", "5000"), "--samples should be at most 4000 for mnist5k, but got 5000"),
+        (("--samples", "0"), "argument --samples: invalid whole number above 0: value: '0'"),
+        (("--lr", "nan"), "argument --lr: invalid number above 0: value: 'nan'"),
+        (("--data", "cifar"), "argument --data: invalid choice: 'cifar'"),
+        (("--device", "cuda"), "--device cuda: torch finds no CUDA device here"),
+        (("--device", "quantum"), "quantum"),
+        (("--samples", "4000", "--width", "4000"), "needs"),
+        (("--out", "/dev/null/x"), "Not a directory"),
+    ],
+)
+def test_wrong_options_give_one_clear_line(mnist, capsys, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    line = refused(mnist, capsys, *arguments)
+    assert re.match(r"[\w.-]+: error: ", line)
+    assert words in line
+
+
+def test_missing_data_without_a_network_gives_one_clear_line(mnist, capsys, tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    line = refused(mnist, capsys, "--data", "fashion-mnist", "--root", tmp_path, "--out", tmp_path)
+    assert f"fashion-mnist is not under {tmp_path} and could not be downloaded" in line
+    assert "or use --data mnist5k, which needs no download" in line
+
+
+def write_idx(folder, kind, count):
+    """Small files in MNIST's own format: magic number, sizes, bytes."""
+    generator = np.random.default_rng(count)
+    images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    labels = np.arange(count, dtype=np.uint8) % 10
+    for name, array in ((f"{kind}-images-idx3-ubyte", images), (f"{kind}-labels-idx1-ubyte", labels)):
+        header = struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape)
+        (folder / name).write_bytes(header + array.tobytes())
+        with gzip.open(folder / f"{name}.gz", "wb") as file:
+            file.write(header + array.tobytes())
+    return images, labels
+
+
+@pytest.mark.parametrize(("source", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_idx_files(tmp_path, digits, source, folder):
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    images, _ = write_idx(raw, "train", 40)
+    write_idx(raw, "t10k", 7)
+    data = digits.load_digits(source, tmp_path, 30, seed=1)
+    assert data.train_images.shape == (30, 784)
+    assert data.test_images.shape == (7, 784)
+    assert torch.equal(torch.bincount(data.train_labels), torch.full((10,), 3))
+    rows = torch.from_numpy(images.reshape(40, 784)).double() / 255
+    assert all((rows == image).all(1).any() for image in data.train_images)
+
+
+def test_real_digits_are_spread_over_the_classes(digits):
+    data = digits.load_digits("mnist5k", Path("nowhere"), 25, seed=0)
+    assert data.train_images.dtype == torch.float64
+    assert 0 <= data.train_images.min() < data.train_images.max() <= 1
+    counts = torch.bincount(data.train_labels, minlength=10)
+    assert set(counts.tolist()) == {2, 3}
+    assert len(data.test_images) == 1000
+    again, other = (digits.load_digits("mnist5k", Path("nowhere"), 25, seed=s) for s in (0, 1))
+    assert torch.equal(data.train_images, again.train_images)
+    assert not torch.equal(data.train_images, other.train_images)
+    everything = digits.load_digits("mnist5k", Path("nowhere"), 4000, seed=0)
+    test_rows = {tuple(row.nonzero().flatten().tolist()) for row in everything.test_images}
+    train_rows = {tuple(row.nonzero().flatten().tolist()) for row in everything.train_images}
+    assert not test_rows & train_rows

@@ -1,0 +1,147 @@
+"""Figures of recorded runs. Matplotlib is imported when a figure is drawn, not before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_THEORY: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2, "zorder": 5}
+
+
+def _figure(columns: int = 1, width: float = 6.4) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: pip install 'torch_adapted_gd[plot]'.") from error
+    figure = Figure(figsize=(width * columns, 4.4), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)  # its own canvas: no window, no global state of pyplot
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    return figure, axes
+
+
+def _class_colours(count: int) -> list[Any]:
+    import matplotlib
+
+    palette = matplotlib.colormaps["tab10" if count <= 10 else "turbo"]
+    return [palette(i if count <= 10 else i / (count - 1)) for i in range(count)]
+
+
+def plot_loss(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    theory: tuple[Sequence[float], Sequence[float]] | None = None,
+    *,
+    xlabel: str = "t",
+    theory_label: str = "theory: (1 − t)² C₀",
+) -> Figure:
+    """Loss curves on a log axis.
+
+    Args:
+        curves: Name → abscissae and losses.
+        theory: Abscissae and the loss that theory predicts, drawn dashed.
+        xlabel: Name of the abscissa.
+        theory_label: Name of the prediction.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    figure, (ax,) = _figure()
+    for name, (x, y) in curves.items():
+        ax.plot(x, y, marker="o" if len(x) <= 60 else None, markersize=3.5, label=name)
+    if theory is not None:
+        x, y = theory
+        ax.plot(x, [v if v > 0 else math.nan for v in y], label=theory_label, **_THEORY)
+    ax.set(yscale="log", xlabel=xlabel, ylabel="loss C", title="Training loss")
+    ax.legend(frameon=False)
+    return figure
+
+
+def plot_collapse(t: Sequence[float], averages: Tensor, deviations: Tensor, class_names: Sequence[str] | None = None) -> Figure:
+    """Distances of class averages from their targets and mean deviations within classes: straight lines (Corollary 3.2).
+
+    Args:
+        t: Times, T of them.
+        averages: |x̄_j(t) − y_j|, ``[T, J]``.
+        deviations: Mean of |Δx_i(t)| over the samples of class j, ``[T, J]``.
+        class_names: Names of the classes; by default their numbers.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    figure, axes = _figure(columns=2, width=5.2)
+    names = class_names or [str(j) for j in range(averages.shape[1])]
+    titles = ("Class averages: |x̄ⱼ − yⱼ|", "Deviations within classes: mean |Δxᵢ|")
+    for ax, values, title in zip(axes, (averages, deviations), titles, strict=True):
+        for name, colour, curve in zip(names, _class_colours(len(names)), values.T.tolist(), strict=True):
+            ax.plot(t, curve, color=colour, linewidth=1.4, label=name)
+            ax.plot([t[0], 1.0], [curve[0], 0.0], **{**_THEORY, "linewidth": 0.6, "alpha": 0.6})
+        ax.set(xlabel="t", title=title, ylim=(0, None))
+    axes[0].plot([], [], label="(1 − t) × start", **_THEORY)
+    axes[0].legend(frameon=False, ncols=2, fontsize="small", title="class")
+    return figure
+
+
+def plot_output_paths(paths: Mapping[str, Tensor], labels: Tensor, targets: Tensor) -> Figure:
+    """Paths of the outputs, projected on the plane in which the class targets stand on a circle.
+
+    Args:
+        paths: Name → outputs ``[T, N, Q]`` along a run; one panel each.
+        labels: Class of each sample, ``[N]``.
+        targets: Target y_j of each class, ``[J, Q]``.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    figure, axes = _figure(columns=len(paths), width=5.6)
+    colours = _class_colours(len(targets))
+    angles = torch.arange(len(targets), dtype=torch.float64) * (2 * math.pi / len(targets))
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)  # [J, 2]
+    plane = torch.linalg.pinv(targets.double()) @ circle  # [Q, 2], takes the targets to the circle
+    for ax, (name, outputs) in zip(axes, paths.items(), strict=True):
+        points = outputs.double() @ plane  # [T, N, 2]
+        for j, colour in enumerate(colours):
+            for i in torch.nonzero(labels == j).flatten().tolist():
+                ax.plot(points[:, i, 0], points[:, i, 1], color=colour, linewidth=0.7, alpha=0.7)
+                ax.plot(*points[0, i], color=colour, marker=".", markersize=3, linestyle="none")
+            ax.plot(*circle[j], color=colour, marker="*", markersize=13, markeredgecolor="black", linestyle="none", zorder=6)
+            x, y = (1.13 * circle[j]).tolist()
+            ax.annotate(str(j), (x, y), ha="center", va="center", fontsize=9)
+        ax.set(title=f"Paths of the outputs: {name}", aspect="equal")
+        ax.set_axis_off()
+    limits = [bound for ax in axes for bound in (*ax.get_xlim(), *ax.get_ylim(), -1.25, 1.25)]
+    for ax in axes:  # one scale for all panels
+        ax.set(xlim=(min(limits), max(limits)), ylim=(min(limits), max(limits)))
+    return figure
+
+
+def plot_spectrum(eigenvalues: Mapping[str, Tensor], rtol: float) -> Figure:
+    """Singular values of D (square roots of the kernel's eigenvalues) relative to the largest, with the rank cut.
+
+    Args:
+        eigenvalues: Name → eigenvalues of Θ, ``[QN]``, in any order.
+        rtol: Singular values below this count as zero.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    figure, (ax,) = _figure()
+    for name, values in eigenvalues.items():
+        sigma = values.double().clamp_min(0).sqrt().sort(descending=True).values
+        relative = sigma / sigma[0].clamp_min(torch.finfo(torch.float64).tiny)
+        rank = int((relative > rtol).sum())
+        ax.plot(range(1, len(relative) + 1), relative.tolist(), linewidth=1.6, label=f"{name} (rank {rank} of {len(relative)})")
+    ax.axhline(rtol, label=f"rank cut, rtol = {rtol:.1e}", **_THEORY)
+    ax.set(yscale="log", xlabel="index", ylabel="σ / σ_max", title="Spectrum of the tangent kernel")
+    ax.legend(frameon=False)
+    return figure
