@@ -132,3 +132,8 @@ def test_bad_arguments():
             solve_kernel(theta, g, rtol=rtol)
     with pytest.raises(TypeError, match="`rtol` should be a number, but got '1e-3' of type str"):
         solve_kernel(theta, g, rtol="1e-3")
+
+
+def test_tensors_that_require_a_gradient_are_taken_as_they_are():
+    g = torch.ones(3, requires_grad=True)
+    assert not solve_kernel(torch.eye(3), g).psi.requires_grad
