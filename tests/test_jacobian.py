@@ -110,6 +110,14 @@ def test_dropout_draws_the_mask_that_a_call_would_draw():
     torch.testing.assert_close(matrix[:, 45:63].sum(0).reshape(2, 9), weight)
 
 
+def test_random_numbers_are_drawn_at_once_whatever_the_chunk():
+    model, x, _ = make("dropout")
+    expected = dense_jacobian(model, x)
+    matrix, used = call_jacobian(model, record(model, (x,)), [n for n, _ in model.named_parameters()], chunk_size=2)
+    assert used == "per_sample"
+    torch.testing.assert_close(matrix, expected)
+
+
 def test_numpy_randomness_is_refused_with_its_reason():
     class Noisy(nn.Module):
         def __init__(self):

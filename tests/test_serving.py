@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
 
-from .cases import MaskedMean, TwoHeads, dense_jacobian, flat, mlp
+from .cases import MaskedMean, OldStyle, TwoHeads, dense_jacobian, flat, mlp
 
 MSE = nn.MSELoss()
 
@@ -160,6 +160,35 @@ def test_backward_twice_through_one_call_adds_up():
     optimizer.step()
     assert optimizer.last_step.num_calls == 1
     assert_at(model, expected)
+
+
+def test_backward_twice_with_zero_grad_between_counts_once():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    loss = MSE(model(x), y)
+    loss.backward(retain_graph=True)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_a_replay_is_no_call():
+    model, x, y = OldStyle().double(), torch.randn(5, 3).double(), torch.randn(5, 2).double()  # replayed in three ways
+    optimizers = [AdaptedGD(model, lr=0.5), AdaptedGD(model, lr=0.5)]
+    MSE(model(x), y).backward()
+    optimizers[0].step()
+    assert [o._recorder._count for o in optimizers] == [1, 1]
+
+
+def test_the_largest_curvature_of_several_outputs_sets_the_unit():
+    model, x = TwoHeads().double(), torch.randn(5, 4).double()
+    optimizer = AdaptedGD(model, lr=0.1, criterion=MSE)
+    out = model(x)
+    (MSE(out["first"], torch.zeros(5, 2).double()) + MSE(out["rest"][0], torch.zeros(5, 3, 1).double())).backward()
+    optimizer.step()
+    assert optimizer.last_step.curvature == pytest.approx(2 / 10)  # of the first; 2/15 of the second
 
 
 def test_parameter_groups_step_by_their_own_rates():
@@ -667,22 +696,30 @@ def test_a_new_optimizer_replaces_an_old_one():
 
 @pytest.mark.parametrize("way", ["wrapper", "module", "in place", "wrapper, called before", "inner"])
 def test_compiled_models(way):
+    compiled_calls = []
+
+    def backend(graph, inputs):
+        return lambda *args: compiled_calls.append(1) or graph(*args)
+
     model, x, y = problem()
     expected = pinv_step(model, x, y, 0.5)
-    plain, n_calls = model, 0
+    plain = model
     if way == "in place":
-        model.compile(backend="eager")
+        model.compile(backend=backend)
     elif way == "inner":
-        model = nn.Sequential(torch.compile(model, backend="eager"))
+        model = nn.Sequential(torch.compile(model, backend=backend))
     else:
-        model = torch.compile(model, backend="eager")
+        model = torch.compile(model, backend=backend)
         if way == "wrapper, called before":
             model(x)
     optimizer = AdaptedGD(plain if way == "module" else model, lr=0.5)
     MSE(model(x), y).backward()
+    count = len(compiled_calls)
+    assert count > 0
     optimizer.step()
-    n_calls = optimizer.last_step.num_calls
-    assert n_calls == 1
+    assert len(compiled_calls) == count  # torch.func differentiates the eager module
+    assert optimizer.last_step.num_calls == 1
+    assert optimizer.last_step.kernel == "jacobian (per_sample)"
     assert_at(plain, expected)
     torch.compiler.reset()
 
