@@ -111,11 +111,30 @@ def test_dropout_draws_the_mask_that_a_call_would_draw():
 
 
 def test_random_numbers_are_drawn_at_once_whatever_the_chunk():
-    model, x, _ = make("dropout")
+    model = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 2)).double()
+    x = torch.randn(5, 4).double()
     expected = dense_jacobian(model, x)
     matrix, used = call_jacobian(model, record(model, (x,)), [n for n, _ in model.named_parameters()], chunk_size=2)
     assert used == "per_sample"
     torch.testing.assert_close(matrix, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_parts_are_differentiated_as_eager_ones(method):
+    compiled_calls = []
+
+    def backend(graph, inputs):
+        return lambda *args: compiled_calls.append(1) or graph(*args)
+
+    model, x, _ = make("mlp_tanh")
+    expected = dense_jacobian(model, x)
+    outer = nn.Sequential(torch.compile(model, backend=backend))
+    call = record(outer, (x,))
+    compiled_calls.clear()
+    matrix, _ = call_jacobian(outer, call, [n for n, _ in outer.named_parameters()], method=method)
+    assert not compiled_calls
+    torch.testing.assert_close(matrix, expected)
+    torch.compiler.reset()
 
 
 def test_numpy_randomness_is_refused_with_its_reason():
