@@ -35,7 +35,7 @@ def test_ntk_symmetry_dtype_and_chunks():
 
 @pytest.mark.parametrize("rows", [1, 5, 300, 700])
 def test_gram_in_tiles_and_blocks(rows, monkeypatch):
-    monkeypatch.setattr("torch_adapted_gd.kernel._BLOCK_ELEMENTS", 16 * rows)
+    monkeypatch.setattr("torch_adapted_gd.kernel.BLOCK_ELEMENTS", 16 * rows)
     a, b = torch.randn(rows, 50), torch.randn(7, 50)
     torch.testing.assert_close(gram(a), a.double() @ a.double().T, rtol=0, atol=1e-12)
     torch.testing.assert_close(gram(a, b), a.double() @ b.double().T, rtol=0, atol=1e-12)
@@ -60,3 +60,25 @@ def test_bad_arguments(monkeypatch):
         gram(torch.ones(100, 2))
     with pytest.raises(MemoryError, match="A Jacobian of"):
         ntk(nn.Linear(10, 10), torch.ones(100, 10))
+
+
+def test_the_batch_size_is_that_of_the_outputs():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, edges, x):
+            return self.layer(x + x[edges[0]].mean(0))
+
+    model, edges, x = Pairs().double(), torch.tensor([[0, 1, 2], [1, 2, 3]]), torch.randn(6, 4).double()
+    theta = ntk(model, (edges, x))
+    d = dense_jacobian(model, edges, x)
+    assert theta.shape == (6, 2, 6, 2)
+    torch.testing.assert_close(theta.reshape(12, 12), d @ d.T)
+
+
+def test_dtypes_that_are_none():
+    for dtype in ("float64", torch.long):
+        with pytest.raises(TypeError, match="`dtype` should be a floating torch dtype, but got"):
+            ntk(mlp(), torch.ones(1, 4), dtype=dtype)

@@ -137,3 +137,19 @@ def test_bad_arguments():
 def test_tensors_that_require_a_gradient_are_taken_as_they_are():
     g = torch.ones(3, requires_grad=True)
     assert not solve_kernel(torch.eye(3), g).psi.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.complex128])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"`theta` should be float32 or float64, but is {dtype}"):
+        solve_kernel(torch.eye(3).to(dtype), torch.ones(3))
+
+
+def test_a_kernel_is_positive_semi_definite():
+    with pytest.raises(ValueError, match="`theta` should be positive semi-definite, but has the eigenvalue -1"):
+        solve_kernel(torch.diag(torch.tensor([1.0, -1.0])), torch.ones(2))
+
+
+def test_the_ends_of_the_range_are_a_status():
+    assert solve_kernel(torch.eye(3, dtype=torch.float64) * 1e-320, torch.ones(3)).status in ("not_finite", "full_rank")
+    assert solve_kernel(torch.eye(3, dtype=torch.float64) * 1e-320, torch.ones(3)).psi.isfinite().all()

@@ -1,6 +1,7 @@
 """A call of a model: its inputs, conditions, outputs and their gradients, and its exact replay."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-_replaying = False
+_thread = threading.local()
 
 
 def replaying() -> bool:
-    """Whether a call is being replayed: no recorder may take a replay for a call of the user's."""
-    return _replaying
+    """Whether this thread is replaying a call: no recorder may take a replay for a call of the user's."""
+    return getattr(_thread, "replaying", False)
 
 
 def underlying(model: nn.Module) -> nn.Module:
@@ -78,11 +79,10 @@ class Conditions:
 
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
-        """Bring them back for a replay, and leave everything as it was found."""
-        global _replaying
+        """Bring them back for a replay, and leave everything as it was found: what a forward pass sets on modules too."""
         modules = list(model.modules())
-        modes = [module.training for module in modules]
-        outer = _replaying
+        attributes = [dict(module.__dict__) for module in modules]
+        outer = replaying()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(self.cuda_rng)))
             self.rewind()
@@ -92,14 +92,17 @@ class Conditions:
             if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
-                _replaying = True
+                _thread.replaying = True
                 for module, mode in zip(modules, self.training, strict=True):
                     module.training = mode
                 yield
             finally:
-                _replaying = outer
-                for module, mode in zip(modules, modes, strict=True):
-                    module.training = mode
+                _thread.replaying = outer
+                for module, before in zip(modules, attributes, strict=True):
+                    now = module.__dict__
+                    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
+                        now.clear()
+                        now.update(before)
 
 
 @dataclass(eq=False)
@@ -108,54 +111,42 @@ class Call:
 
     Attributes:
         number: Counts the calls of a recorder.
-        args: Positional inputs, tensors detached.
-        kwargs: Keyword inputs, tensors detached.
+        inputs: Copies of positional and keyword inputs as they were given.
         conditions: Random state, autocast, modes and buffers in force.
         outputs: The values of the floating outputs that depend on parameters, by place among the output's leaves.
         random: Whether the pass drew random numbers.
+        nested: Whether an input was computed from another recorded call's output.
         gradients: What the loss sent back to each output, float64, by the same places. Filled by backward passes.
+        backward_pass: Identifies the last backward pass that came by.
     """
 
     number: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    inputs: "Inputs"
     conditions: Conditions
     outputs: dict[int, Tensor]
     random: bool
+    nested: bool = False
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    _differentiable: list[bool] = field(default_factory=list)  # the inputs that required a gradient
-    _inputs: list[tuple[Tensor, int]] = field(default_factory=list)  # with their versions at the call
+    backward_pass: int = -1
     _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        number: int,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        start: Conditions,
-        output: Any,
-    ) -> "Call":
+    def of(cls, number: int, model: nn.Module, inputs: "Inputs", start: Conditions, output: Any) -> "Call":
         """Take down a call that has just returned ``output``."""
         model = underlying(model)
-        differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))]
-        args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        buffers = dict(model.named_buffers())
         start.buffers = {
             name: (buffer, version, value)
             for name, (buffer, version, value) in start.buffers.items()
-            if _version(buffer) != version  # the others need no copy
+            if buffers.get(name) is not buffer or _version(buffer) != version  # the others need no copy
         }
         return cls(
             number=number,
-            args=args,
-            kwargs=kwargs,
+            inputs=inputs,
             conditions=start,
             outputs={i: leaf.detach().clone() for i, leaf in output_leaves(output).items()},
             random=start.random_numbers_drawn(),
-            _differentiable=differentiable,
-            _inputs=[(leaf, _version(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)],
-            _parameters={name: (p._version, p.dtype, p.device) for name, p in model.named_parameters()},
+            _parameters={name: (_version(p), p.dtype, p.device) for name, p in model.named_parameters()},
         )
 
     @property
@@ -164,37 +155,30 @@ class Call:
         return sorted(self.gradients or self.outputs)
 
     def check_unchanged(self, model: nn.Module) -> None:
-        """Make sure that the inputs and the model are still those of the call.
+        """Make sure that the model is still that of the call, and the call one that a step can be taken on.
 
         Raises:
-            RuntimeError: An input or a parameter was changed in place, or the model was moved or cast.
+            RuntimeError: A parameter was changed in place, the model was moved or cast, or the call is nested.
         """
-        for tensor, version in self._inputs:
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"An input of shape {list(tensor.shape)} was changed in place between the model's call and `step`. "
-                    "The Jacobian is taken at the inputs of the call: give the model a copy, or step first."
-                )
+        if self.nested:
+            raise RuntimeError(
+                "A call of the model has an input that was computed from the output of another call of it, and the loss went "
+                "through both. AdaptedGD would take both for outputs in their own right. Give it a module that makes all the "
+                "calls and returns what the loss is computed from."
+            )
         for name, p in underlying(model).named_parameters():
-            version, dtype, device = self._parameters.get(name, (p._version, p.dtype, p.device))
+            version, dtype, device = self._parameters.get(name, (_version(p), p.dtype, p.device))
             if (p.dtype, p.device) != (dtype, device):
                 raise RuntimeError(
                     f"Parameter '{name}' was {dtype} on {device} when the model was called and is {p.dtype} on {p.device} "
                     "now. Move or cast the model before the forward pass whose loss you step on."
                 )
-            if p._version != version:
+            if _version(p) != version:
                 raise RuntimeError(
                     f"Parameter '{name}' was changed between the model's call and `step`, so the loss's gradient belongs "
                     "to other parameters than the Jacobian would. Call this optimizer's `step` before anything else that "
                     "changes the model; for parts of one model use one AdaptedGD with parameter groups."
                 )
-
-    def differentiable_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword inputs, those of the leaves requiring a gradient that did so in the call."""
-        leaves, structure = tree_flatten((self.args, self.kwargs))
-        marks = zip(leaves, self._differentiable, strict=True)
-        args, kwargs = tree_unflatten([leaf.detach().requires_grad_() if mark else leaf for leaf, mark in marks], structure)
-        return args, kwargs
 
     def function(self, model: nn.Module) -> Callable[..., list[Tensor]]:
         """The call as a function of ``(parameters and buffers by name, args, kwargs)``; returns ``places``' outputs."""
@@ -211,6 +195,30 @@ class Call:
         """Fresh copies of the buffers as they were before the call, so that a replay updates none of the model's."""
         then = {name: value for name, (_, _, value) in self.conditions.buffers.items()}
         return {name: then.get(name, b).detach().clone() for name, b in underlying(model).named_buffers()}
+
+
+class Inputs:
+    """Copies of a call's positional and keyword inputs, made before the forward pass can change them."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self._structure = tree_flatten((args, kwargs))
+        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Fresh copies of the leaves, for a pass that may change them."""
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+
+    def differentiable_leaves(self) -> list[Any]:
+        """The same, those requiring a gradient that did so in the call."""
+        marks = zip(self.leaves, self._differentiable, strict=True)
+        return [leaf.requires_grad_() if mark else leaf for leaf, mark in marks]
+
+    def assembled(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs with these leaves."""
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return args, kwargs
 
 
 def output_leaves(output: Any) -> dict[int, Tensor]:
@@ -231,17 +239,31 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
         args: Its positional inputs.
         kwargs: Its keyword inputs.
     """
-    kwargs = kwargs or {}
-    start = Conditions.now(model)
-    call = Call(0, args, kwargs, start, {}, random=False)
-    module = underlying(model)
-    state = dict(module.named_parameters())
-    with start.restored(module), torch.enable_grad():
-        output = functional_call(module, {**state, **call.buffers(model)}, args, kwargs)
-        return Call.of(0, model, args, kwargs, start, output)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = Inputs(args, kwargs or {})
+        start = Conditions.now(model)
+        call = Call(0, inputs, start, {}, random=False)
+        module = underlying(model)
+        state = {**dict(module.named_parameters()), **call.buffers(model)}
+        with start.restored(module):
+            given, given_by_name = inputs.assembled(inputs.differentiable_leaves())
+            return Call.of(0, model, inputs, start, functional_call(module, state, given, given_by_name))
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
     """Outputs with the batch first, as one vector x in sample-major order (2.9): ``[N, ...]`` each → ``[N·Q]``."""
     n = tensors[0].shape[0]
     return torch.cat([t.reshape(n, -1) for t in tensors], dim=1).reshape(-1)
+
+
+def graph(tensor: Tensor) -> Iterator[Any]:
+    """The nodes of the autograd graph that a tensor was computed by."""
+    seen = set()
+    nodes = [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        nodes += [following for following, _ in node.next_functions]

@@ -87,7 +87,7 @@ def step_direction(
         model: The network.
         calls: Its calls that the loss went through, at least one; their rows of D are stacked.
         trained: The parameters θ by name.
-        arrived: ∇_θC by name, as backward delivered it; a name that is missing counts as zero.
+        arrived: ∇_θC of each of these, as backward delivered it.
         loss_scale: What a GradScaler multiplied the loss by.
         criterion: The loss whose output curvature is wanted.
         damping: λ relative to the mean of diag Θ.
@@ -108,24 +108,28 @@ def step_direction(
 
     g = torch.cat([stacked([call.gradients[place] for place in call.places]) for call in calls]) / loss_scale  # [QN]
     parts = [call_jacobian(model, call, list(trained), chunk_size=chunk_size) for call in calls]
-    jacobian = StackedJacobian([matrix for matrix, _ in parts])
+    jacobian = StackedJacobian([part.matrix for part in parts])
     theta = jacobian.gram()  # [QN, QN]
     eps = max(precision(call, dtype) for call in calls)
     solution = solve_kernel(theta, g, damping=damping, rtol=default_rtol(g.numel(), eps) if rtol is None else rtol)
     _check_solved(solution, theta)
+    for name, tensor in arrived.items():
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(
+                f"The loss's gradient in parameter '{name}' is not finite although that in the outputs is, so nothing was "
+                "changed. Look at penalties and other terms that do not come through the outputs, and at their derivatives."
+            )
 
     adapted = jacobian.transpose_product(solution.psi)  # Dᵀψ, [K]
     square = float(adapted @ adapted)
     gap = abs(float(solution.psi @ (theta @ solution.psi)) - square) / square if square else 0.0
-    gradient = torch.cat(
-        [arrived[name].reshape(-1) if name in arrived else p.new_zeros(p.numel()) for name, p in trained.items()]
-    )
-    if loss_scale != 1.0:
-        gradient = gradient / loss_scale
-    off_output = gradient.double() - jacobian.transpose_product(g)  # zero by (2.16) for a loss of the outputs alone
+    gradient = torch.cat([arrived[name].reshape(-1) for name in trained]) / loss_scale
+    # Zero by (2.16) for a loss of the outputs alone. Dᵀg by the same arithmetic as the gradient's: under autocast, only
+    # that leaves nothing but the rounding of sums.
+    off_output = gradient.double() - torch.stack([part.gradient.double() for part in parts]).sum(0) / loss_scale
     size = float(torch.linalg.vector_norm(off_output))
-    # |D|_F |g| bounds the sums of products in Dᵀg, on either way to it.
-    if size <= 16 * eps * float(theta.diagonal().sum().sqrt() * torch.linalg.vector_norm(g)):
+    # |D|_F |g| bounds the sums of products in Dᵀg.
+    if size <= 16 * torch.finfo(dtype).eps * float(theta.diagonal().sum().sqrt() * torch.linalg.vector_norm(g)):
         off_output, size = torch.zeros_like(off_output), 0.0
     return Direction(
         trained=trained,
@@ -137,15 +141,24 @@ def step_direction(
         solution=solution,
         identity_gap=gap,
         num_calls=len(calls),
-        methods=[method for _, method in parts],
+        methods=[part.method for part in parts],
     )
 
 
 def _curvature(criterion: Criterion, calls: list[Call]) -> float:
-    """The largest curvature over the model's outputs; one output's rows in all calls belong to one loss."""
-    places = {place for call in calls for place in call.places}
-    of_place = ([call.gradients[place] for call in calls if place in call.gradients] for place in places)
-    return max(output_curvature(criterion, gradients) for gradients in of_place)
+    """The largest curvature over the model's outputs; one output's rows in all calls of a backward pass belong to one loss.
+
+    Several backward passes are gradient accumulation, each loss divided by their number. Where their sizes differ, the
+    smallest has the largest curvature.
+    """
+    passes = {call.backward_pass for call in calls}
+    of_losses = [
+        [call.gradients[place] for call in calls if call.backward_pass == number and place in call.gradients]
+        for number in passes
+        for place in {place for call in calls for place in call.places}
+    ]
+    share = 1 if criterion.reduction != "mean" else len(passes)
+    return max(output_curvature(criterion, gradients) for gradients in of_losses if gradients) / share
 
 
 def _require_memory(calls: list[Call], k: int, itemsize: int) -> None:

@@ -1,22 +1,25 @@
 """The output Jacobian D = ∂x/∂θ (2.12), by its definition: what every faster way is tested against."""
 
+import contextlib
 import functools
 import textwrap
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calls import Call, record, stacked, underlying
+from .calls import Call, graph, record, stacked, underlying
 from .checks import one_of, positive_integer
 from .memory import require_memory
 
 State = dict[str, Tensor]
 
 METHODS = ("per_sample", "whole_batch", "row_by_row")
+BLOCK_ELEMENTS = 2**24  # columns of D are turned to float64 this many entries (128 MiB) at a time
 _CHUNK_BYTES = 2**28  # what one chunk of D may take beside D itself, unless the caller says otherwise
 
 
@@ -57,6 +60,13 @@ def output_jacobian(
         >>> output_jacobian(model, torch.ones(5, 3)).shape
         torch.Size([10, 8])
     """
+    return jacobian_and_batch(model, x, method, chunk_size)[0]
+
+
+def jacobian_and_batch(
+    model: nn.Module, x: Tensor | tuple[Any, ...], method: str = "auto", chunk_size: int | None = None
+) -> tuple[Tensor, int]:
+    """`output_jacobian`, and the batch size N that the model's outputs have."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` should be a torch.nn.Module, but got {type(model).__name__}.")
     names = [name for name, p in underlying(model).named_parameters() if p.requires_grad]
@@ -65,14 +75,37 @@ def output_jacobian(
     one_of("method", method, ("auto", *METHODS))
     call = record(model, x if isinstance(x, tuple) else (x,))
     if not call.outputs:
-        raise ValueError("`model` should return floating outputs that depend on its parameters, but none does.")
-    return call_jacobian(model, call, names, method=method, chunk_size=chunk_size)[0]
+        raise ValueError(
+            "`model` should return floating tensors that depend on its parameters, alone or in tuples, lists, dicts or "
+            "registered pytrees, but none does."
+        )
+    n, _ = batch_and_outputs(call)
+    return call_jacobian(model, call, names, method=method, chunk_size=chunk_size).matrix, n
+
+
+@dataclass(frozen=True)
+class CallJacobian:
+    """D of one call.
+
+    Attributes:
+        matrix: D, ``[N·Q, K]``.
+        method: The one of `METHODS` that served.
+        gradient: Dᵀg by a plain backward pass in the call's own arithmetic, ``[K]``, for the gradients g that the call's
+            outputs received; zero if they received none.
+    """
+
+    matrix: Tensor
+    method: str
+    gradient: Tensor
 
 
 def call_jacobian(
     model: nn.Module, call: Call, names: list[str], *, method: str = "auto", chunk_size: int | None = None
-) -> tuple[Tensor, str]:
-    """D of one recorded call, and the method that served.
+) -> CallJacobian:
+    """D of one recorded call.
+
+    A plain replay comes first: it has to give the call's outputs. Dᵀu of a random u by a plain backward pass is then what
+    each way is held against, so that a way that is wrong for this model is found out even where its outputs are right.
 
     Args:
         model: The network.
@@ -80,33 +113,48 @@ def call_jacobian(
         names: The parameters to differentiate by, in the order of the columns.
         method: As in `output_jacobian`.
         chunk_size: As in `output_jacobian`.
-
-    Returns:
-        D of shape ``[N·Q, K]`` and one of `METHODS`.
     """
     if chunk_size is not None:
         positive_integer("chunk_size", chunk_size)
     work = _Differentiation(underlying(model), call, names, chunk_size)
     if work.matrix.numel() == 0:
-        return work.matrix, METHODS[0]
+        return CallJacobian(work.matrix, METHODS[0], work.matrix.new_zeros(work.matrix.shape[1]))
     refusals = []
-    for way in METHODS if method == "auto" else (method,):
-        try:
-            with call.conditions.restored(work.model), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the user's own call gave the model's; functorch's help nobody here
-                getattr(work, way)()
-            return work.matrix, way
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # torch.func refuses with many types
-            if method != "auto" and not isinstance(error, _DisagreementError):
+    try:
+        with _replay(work):
+            work.plain()
+        for way in METHODS if method == "auto" else (method,):
+            try:
+                with _replay(work):
+                    getattr(work, way)()
+                work.check_derivatives()
+                return CallJacobian(work.matrix, way, work.gradient)
+            except torch.OutOfMemoryError:
                 raise
-            refusals.append(f"{way}: {textwrap.shorten(str(error).split(chr(10), 1)[0], 300)}")
+            except Exception as error:  # torch.func refuses with many types
+                if method != "auto" and not isinstance(error, _DisagreementError):
+                    raise
+                refusals.append(f"{way}: {textwrap.shorten(str(error).split(chr(10), 1)[0], 300)}")
+    except _DisagreementError as error:
+        refusals.append(f"a plain replay: {error}")
+    finally:
+        if any(module._forward_hooks for module in work.model.modules()):
+            # The user's hooks may keep what they see: let them see tensors that live outside torch.func, once more.
+            with contextlib.suppress(Exception), _replay(work), torch.no_grad():
+                work.forward(work.state(), *call.inputs.assembled(call.inputs.leaves))
     raise RuntimeError(
-        "The model's call could not be repeated with the same outputs, so its Jacobian is not known. A forward pass has "
-        "to depend on nothing but its inputs, parameters, buffers and torch's random numbers (no numpy or Python random "
-        "numbers, no counters), and per_sample needs samples that do not interact. Tried " + "; ".join(refusals) + "."
+        "The model's call could not be repeated with the same outputs and derivatives, so its Jacobian is not known. A "
+        "forward pass has to depend on nothing but its inputs, parameters, buffers and torch's global random numbers (no "
+        "numpy or Python random numbers, generators or counters). Tried " + "; ".join(refusals) + "."
     )
+
+
+@contextlib.contextmanager
+def _replay(work: "_Differentiation") -> Iterator[None]:
+    """The conditions of the call, without the warnings of the model (the user's own call gave them) and of functorch."""
+    with work.call.conditions.restored(work.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def batch_and_outputs(call: Call) -> tuple[int, int]:
@@ -133,7 +181,7 @@ def precision(call: Call, dtype: torch.dtype) -> float:
 
 
 class _DisagreementError(RuntimeError):
-    """A replay gave other outputs than the call."""
+    """A replay gave other outputs than the call, or a Jacobian other products than a backward pass."""
 
 
 class _Differentiation:
@@ -142,14 +190,13 @@ class _Differentiation:
     def __init__(self, model: nn.Module, call: Call, names: list[str], chunk_size: int | None) -> None:
         self.model = model
         self.call = call
+        self.names = names
         self.chunk_size = chunk_size
         self.n, self.q = batch_and_outputs(call)
-        parameters = dict(model.named_parameters())
-        self.moving = {name: parameters[name].detach() for name in names}
-        self.fixed = {name: p.detach() for name, p in parameters.items() if name not in self.moving}
         self.forward = call.function(model)
-        dtype, device = _dtype_and_device(list(self.moving.values()))
-        shape = (self.n * self.q, sum(p.numel() for p in self.moving.values()))
+        parameters = dict(model.named_parameters())
+        dtype, device = _dtype_and_device([parameters[name] for name in names])
+        shape = (self.n * self.q, sum(parameters[name].numel() for name in names))
         require_memory(
             2 * shape[0] * shape[1] * dtype.itemsize,
             device,
@@ -157,73 +204,119 @@ class _Differentiation:
             "Use fewer samples at a time or train fewer parameters.",
         )
         self.matrix = torch.empty(shape, dtype=dtype, device=device)  # [NQ, K]
+        # Random numbers of its own: the user's stream is not touched.
+        draw = torch.randn(shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.probe = draw.to(device)  # u, [NQ]
+
+    def state(self) -> State:
+        """Copies of all parameters and buffers as they were before the call: a forward pass may change them in place."""
+        parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return {**parameters, **self.call.buffers(self.model)}
+
+    def split_state(self) -> tuple[State, State]:
+        """The same in two: the parameters to differentiate by, in the order of the columns, and the rest."""
+        rest = self.state()
+        return {name: rest.pop(name) for name in self.names}, rest
+
+    def plain(self) -> None:
+        """A plain replay: check the outputs, and take Dᵀu and Dᵀg by one backward pass each."""
+        moving, x = self._plain_outputs()
+        given = self.call.gradients
+        g = stacked([given[place] for place in self.call.places]) if given else torch.zeros_like(self.probe)
+        products = []
+        for vector in (self.probe, g):
+            parts = torch.autograd.grad(x, list(moving.values()), vector.to(x.dtype), retain_graph=True, materialize_grads=True)
+            products.append(torch.cat([part.to_dense().reshape(-1) for part in parts]))
+        self.probe_product, self.gradient = products
+
+    def check_derivatives(self) -> None:
+        """Compare Dᵀu with that of the plain backward pass."""
+        size = torch.linalg.matrix_norm(self.matrix).double()  # E|Dᵀu|² = |D|² in the Frobenius norm
+        difference = torch.linalg.vector_norm(transpose_product(self.matrix, self.probe) - self.probe_product.double())
+        tolerance = min(1e3 * precision(self.call, self.matrix.dtype), 0.05) * size
+        if torch.isfinite(size) and torch.isfinite(self.probe_product).all() and not difference <= tolerance:
+            raise _DisagreementError(
+                f"its Jacobian differs from what a backward pass gives by {difference / size:.2g} of its size"
+            )
 
     def per_sample(self) -> None:
         """``vmap`` over samples of ``jacrev``."""
-        leaves, structure = tree_flatten((self.call.args, self.call.kwargs))
+        leaves = self.call.inputs.leaves
         batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.n for leaf in leaves]
-        samples = [leaf for leaf, is_batched in zip(leaves, batched, strict=True) if is_batched]
-        if not samples:
+        if not any(batched):
             raise _DisagreementError(f"no input tensor has the batch size {self.n} as its first dimension")
+        moving, fixed = self.split_state()
+        buffers = {name: fixed.pop(name) for name in self.call.buffers(self.model)}
 
         def one(moving: State, buffers: State, *sample: Tensor) -> tuple[Tensor, Tensor]:
             rest = iter(sample)
             inputs = [next(rest).unsqueeze(0) if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
-            outputs = self.forward({**self.fixed, **moving, **buffers}, *tree_unflatten(inputs, structure))
+            outputs = self.forward({**fixed, **moving, **buffers}, *self.call.inputs.assembled(inputs))
             x = torch.cat([output.reshape(-1) for output in outputs])  # [Q]
             return x, x
 
-        over_samples = (None, None, *[0] * len(samples))
+        def samples() -> list[Tensor]:
+            return [leaf for leaf, is_batched in zip(self.call.inputs.leaves, batched, strict=True) if is_batched]
+
+        over_samples = (None, None, *[0] * sum(batched))
         step = self.chunk_size or self._chunk(self.q)
         if self.call.random:
             # The batch drew its random numbers at once: so must all samples, and first see whether they are the same.
             step = self.n
-            sampled = vmap(one, in_dims=over_samples, randomness="different")
-            self._check_outputs(sampled(self.moving, self._buffers(), *samples)[1])
+            self._check_outputs(vmap(one, in_dims=over_samples, randomness="different")(moving, buffers, *samples())[1])
             self.call.conditions.rewind()
         differentiate = vmap(jacrev(one, has_aux=True), in_dims=over_samples, randomness="different")
+        given = samples()
         for start in range(0, self.n, step):
-            chunk = [sample[start : start + step] for sample in samples]
-            blocks, x = differentiate(self.moving, self._buffers(), *chunk)
+            blocks, x = differentiate(moving, buffers, *(sample[start : start + step] for sample in given))
             self._check_outputs(x, start * self.q)
             self._fill(start * self.q, x.numel(), blocks)
 
     def whole_batch(self) -> None:
         """``jacrev`` of the batch's outputs as one vector."""
 
-        def batch(moving: State, buffers: State) -> tuple[Tensor, Tensor]:
-            x = stacked(self.forward({**self.fixed, **moving, **buffers}, self.call.args, self.call.kwargs))  # [NQ]
+        def batch(moving: State, rest: State, leaves: list[Any]) -> tuple[Tensor, Tensor]:
+            x = stacked(self.forward({**rest, **moving}, *self.call.inputs.assembled(leaves)))  # [NQ]
             return x, x
 
         with torch.no_grad():  # cheap, and spares NQ backward passes for nothing
-            self._check_outputs(batch(self.moving, self._buffers())[0])
+            self._check_outputs(batch(*self.split_state(), self.call.inputs.leaves)[0])
         self.call.conditions.rewind()
         rows = self.chunk_size or min(64, self._chunk(1))
-        # The buffers are an argument because torch.func lets nothing else be updated in place.
-        blocks, x = jacrev(batch, has_aux=True, chunk_size=rows)(self.moving, self._buffers())
+        # Buffers and inputs are arguments because torch.func lets nothing else be updated in place.
+        differentiate = jacrev(batch, has_aux=True, chunk_size=rows)
+        blocks, x = differentiate(*self.split_state(), self.call.inputs.leaves)
         self._check_outputs(x)
         self._fill(0, x.numel(), blocks)
 
     def row_by_row(self) -> None:
         """A plain backward pass for each output."""
-        moving = {name: p.clone().requires_grad_() for name, p in self.moving.items()}
+        moving, x = self._plain_outputs()
         with torch.enable_grad():
-            state = {**self.fixed, **moving, **self._buffers()}
-            x = stacked(self.forward(state, *self.call.differentiable_inputs()))
             outputs = x.unbind()
-        self._check_outputs(x.detach())
-        if _uses_reentrant_checkpoints(x):
-            raise RuntimeError("the model uses torch.utils.checkpoint with use_reentrant=True; only use_reentrant=False works")
         for row, output in enumerate(outputs):
             gradients = torch.autograd.grad(output, list(moving.values()), retain_graph=True, materialize_grads=True)
             self._fill(row, 1, dict(zip(moving, gradients, strict=True)))
 
+    def _plain_outputs(self) -> tuple[State, Tensor]:
+        """The parameters to differentiate by, and outputs ``[NQ]`` computed from them by plain autograd."""
+        moving, rest = self.split_state()
+        for p in moving.values():
+            p.requires_grad_()
+        with torch.enable_grad():
+            inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
+            # A copy of each, as autograd lets nobody change a leaf in place.
+            state = {**rest, **{name: p.clone() for name, p in moving.items()}}
+            x = stacked(self.forward(state, *inputs))
+        self._check_outputs(x.detach())
+        if any(node.name() == "CheckpointFunctionBackward" for node in graph(x)):
+            # It hides its parameters from torch.autograd.grad, which would return zeros for them.
+            raise _DisagreementError("the model uses torch.utils.checkpoint, of which only use_reentrant=False works")
+        return moving, x
+
     def _chunk(self, rows: int) -> int:
         """How many times ``rows`` rows of D fit into a chunk."""
         return max(1, _CHUNK_BYTES // max(1, rows * self.matrix.shape[1] * self.matrix.element_size()))
-
-    def _buffers(self) -> State:
-        return self.call.buffers(self.model)
 
     def _fill(self, start: int, count: int, blocks: State) -> None:
         """Write blocks ``[count rows..., *parameter]`` side by side into D."""
@@ -239,12 +332,21 @@ class _Differentiation:
         x = x.reshape(-1)
         expected = reference[start : start + x.numel()]
         if x.shape != expected.shape or (start == 0 and self.n * self.q < x.numel()):
-            raise _DisagreementError(f"the replay gave {x.numel()} outputs where the call gave {expected.numel()}")
+            raise _DisagreementError(f"it gave {x.numel()} outputs where the call gave {expected.numel()}")
         scale = reference.abs().max().double()
         tolerance = min(1e3 * precision(self.call, x.dtype), 0.05) * scale
         difference = (x.double() - expected.double()).abs().max()
         if torch.isfinite(reference).all() and not difference <= tolerance:
-            raise _DisagreementError(f"outputs of the replay differ by up to {difference:.2g}, at a size of {scale:.2g}")
+            raise _DisagreementError(f"its outputs differ by up to {difference:.2g}, at a size of {scale:.2g}")
+
+
+def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
+    """Dᵀu in float64, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
+    product = torch.empty(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    width = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[0]))
+    for column in range(0, matrix.shape[1], width):
+        product[column : column + width] = matrix[:, column : column + width].double().T @ u
+    return product
 
 
 def _dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:
@@ -254,18 +356,3 @@ def _dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.devi
             f"The trained parameters should be on one device, but are on {sorted(map(str, devices))}. Move the model to one."
         )
     return functools.reduce(torch.promote_types, [p.dtype for p in parameters]), devices.pop()
-
-
-def _uses_reentrant_checkpoints(x: Tensor) -> bool:
-    """Whether a checkpoint hides its parameters from `torch.autograd.grad`, which would then return zeros for them."""
-    seen = set()
-    nodes = [x.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-    return False

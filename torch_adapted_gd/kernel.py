@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import one_of
-from .jacobian import output_jacobian
+from .jacobian import BLOCK_ELEMENTS, jacobian_and_batch, transpose_product
 from .memory import require_memory
-
-_BLOCK_ELEMENTS = 2**24  # columns of D are turned to float64 this many entries (128 MiB) at a time
 
 
 def ntk(
@@ -38,7 +36,7 @@ def ntk(
         Θ of shape ``[N1, Q, N2, Q]``: entry (i, q, j, r) is ⟨∂x_iq/∂θ, ∂x_jr/∂θ⟩. ``.reshape(N1 * Q, N2 * Q)`` is DDᵀ.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``dtype`` not a floating dtype.
         ValueError: An argument is out of range, see `output_jacobian`.
         MemoryError: D or Θ would not fit.
         RuntimeError: The model's calls cannot be repeated.
@@ -51,10 +49,10 @@ def ntk(
         (torch.Size([3, 2, 3, 2]), True)
     """
     one_of("method", method, ("auto", "jacobian"))
-    first = output_jacobian(model, x1, chunk_size=chunk_size)
-    second = None if x2 is None else output_jacobian(model, x2, chunk_size=chunk_size)
-    n1 = _batch_size(x1)
-    n2 = n1 if x2 is None else _batch_size(x2)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` should be a floating torch dtype, but got {dtype!r}.")
+    first, n1 = jacobian_and_batch(model, x1, chunk_size=chunk_size)
+    second, n2 = (None, n1) if x2 is None else jacobian_and_batch(model, x2, chunk_size=chunk_size)
     theta = gram(first, second).to(dtype)
     return theta.reshape(n1, theta.shape[0] // max(n1, 1), n2, theta.shape[1] // max(n2, 1))
 
@@ -81,7 +79,7 @@ def gram(first: Tensor, second: Tensor | None = None) -> Tensor:
         "Use fewer samples at a time: it grows with the square of their outputs.",
     )
     theta = torch.zeros(shape, dtype=torch.float64, device=first.device)
-    width = max(1, _BLOCK_ELEMENTS // max(1, *shape))
+    width = max(1, BLOCK_ELEMENTS // max(1, *shape))
     for column in range(0, first.shape[1], width):
         left = first[:, column : column + width].double()
         if second is not None:
@@ -115,17 +113,9 @@ class StackedJacobian:
 
     def transpose_product(self, u: Tensor) -> Tensor:
         """Dᵀu in float64 for u of shape ``[QN]``; returns ``[K]``."""
-        product = torch.zeros(self.blocks[0].shape[1], dtype=torch.float64, device=u.device)
-        for block, span in zip(self.blocks, self._spans(), strict=True):
-            width = max(1, _BLOCK_ELEMENTS // max(1, block.shape[0]))
-            for column in range(0, block.shape[1], width):
-                product[column : column + width] += block[:, column : column + width].double().T @ u[span]
-        return product
+        products = [transpose_product(block, u[span]) for block, span in zip(self.blocks, self._spans(), strict=True)]
+        return torch.stack(products).sum(0)
 
     def _spans(self) -> list[slice]:
         ends = list(itertools.accumulate(block.shape[0] for block in self.blocks))
         return [slice(end - block.shape[0], end) for end, block in zip(ends, self.blocks, strict=True)]
-
-
-def _batch_size(x: Tensor | tuple[Any, ...]) -> int:
-    return int((x[0] if isinstance(x, tuple) else x).shape[0])

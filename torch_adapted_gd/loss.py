@@ -79,7 +79,8 @@ def output_curvature(criterion: Criterion, gradients: list[Tensor]) -> float:
     | BCEWithLogitsLoss | ¼ · largest weight · max(1, largest ``pos_weight``) |
 
     ``mean`` divides by what the loss divides by: entries (MSELoss, BCEWithLogitsLoss), samples (HalfSquaredLoss), targets
-    that are not ignored (CrossEntropyLoss; with class weights, by the least that their sum can be). ``none`` leaves the
+    that are not ignored (CrossEntropyLoss; with class weights, by the least that their sum can be, or by their number if that
+    is less, as for targets that are probabilities). ``none`` leaves the
     reduction to the user and counts as ``sum``.
 
     Args:

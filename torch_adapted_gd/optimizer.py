@@ -33,17 +33,18 @@ class AdaptedGD(Optimizer):
 
         optimizer = AdaptedGD(model, lr=1.0, criterion=criterion)
 
-    A call ``model(x)`` belongs to the step from the moment its output receives a gradient, and `zero_grad` drops it as it
-    drops ``.grad``; `step` uses it up. Calls before one step stack (gradient accumulation: divide each loss by their
-    number, as usual). What else a step reads and leaves:
+    A call ``model(x)`` belongs to the step from the moment ``backward`` sends a gradient through its output into ``.grad``,
+    and what clears ``.grad`` drops it; `step` uses it up. Calls before one step stack (gradient accumulation: divide each
+    loss by their number, as usual). What else a step reads and leaves:
 
     - The step is computed from the gradient that ``backward`` sends to the outputs. ``.grad`` is filled as usual but not
       read: clipping or editing it changes nothing, and a warning says so once.
     - A loss that also depends on the parameters directly (a penalty on weights, derivatives of the network) has a part r
       in its gradient that no output carries. It takes a plain gradient step −lr·r, and a warning says so once.
     - ``weight_decay`` is decoupled: θ ← (1 − lr·weight_decay) θ before the step.
-    - The forward pass is repeated once to differentiate it, with the same random numbers (dropout masks), autocast and
-      modes; buffers (BatchNorm's statistics) and the random stream are left as they were.
+    - The forward pass is repeated to differentiate it (two to five times), hooks on its submodules included, with the same
+      random numbers (dropout masks), autocast and modes. Buffers (BatchNorm's statistics), attributes that the forward pass
+      sets on modules, and the random stream are left as they were.
     - The step is all or nothing: when anything is not finite, or the model's call cannot be repeated, it raises and
       neither parameters nor state have changed.
 
@@ -156,8 +157,8 @@ class AdaptedGD(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        for name, p in added:
-            self._recorder.watch(str(name), p)
+        for _, p in added:
+            self._recorder.watch(p)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad``, and drop the calls of the model whose outputs have received a gradient.
@@ -190,6 +191,14 @@ class AdaptedGD(Optimizer):
             ValueError: The outputs do not have the batch first.
             MemoryError: The Jacobian or the kernel would not fit.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # a GradScaler takes its marks away only after a step that succeeds
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -201,19 +210,25 @@ class AdaptedGD(Optimizer):
             self.last_step = StepReport.skipped(len(recorder.calls))
             recorder.drop("step")
             return loss
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                f"AdaptedGD solves one system over the whole batch in one process, but {torch.distributed.get_world_size()} "
-                "processes are training together, and their parameters would drift apart. Train in a single process."
-            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            if processes > 1:
+                raise RuntimeError(
+                    f"AdaptedGD solves one system over the whole batch in one process, but {processes} processes are training "
+                    "together, and their parameters would drift apart. Train in a single process."
+                )
+        scale = self._loss_scale()
         if not recorder.calls:
+            self._check_membership()
             raise RuntimeError(_no_call(recorder))
+        trained = self._trained()
+        arrived = {name: recorder.gradients[id(p)] for name, p in trained.items()}
         direction = step_direction(
             self._model,
             recorder.calls,
-            self._trained(),
-            recorder.gradients,
-            loss_scale=self._loss_scale(),
+            trained,
+            arrived,
+            loss_scale=scale,
             criterion=self._criterion,
             damping=self._shared_option("damping"),
             rtol=self._shared_option("rtol"),
@@ -221,7 +236,7 @@ class AdaptedGD(Optimizer):
         )
         new_values = self._new_values(direction)
         self._warn_off_output(direction.off_output_fraction)  # before anything changes: a warning may be made an error
-        self._warn_edited_gradients(direction)
+        self._warn_edited_gradients(trained, arrived)
         for p, value in new_values:
             p.copy_(value)
         recorder.drop("step")
@@ -255,10 +270,9 @@ class AdaptedGD(Optimizer):
         super().__setstate__(state)
         if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
             self._recorder = CallRecorder(self._model)
-            names = {id(p): name for name, p in underlying(self._model).named_parameters()}
             for group in self.param_groups:
                 for p in group["params"]:
-                    self._recorder.watch(names[id(p)], p)
+                    self._recorder.watch(p)
 
     def _loss_scale(self) -> float:
         """What a GradScaler multiplied the loss by."""
@@ -299,13 +313,27 @@ class AdaptedGD(Optimizer):
         return {id(p): group for group in self.param_groups for p in group["params"]}
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        """The parameters to step, by name, in the order of the model."""
+        """The parameters to step, by name, in the order of the model: those that received a gradient, as in torch."""
         groups = self._groups()
         named = underlying(self._model).named_parameters()
-        trained = {name: p for name, p in named if id(p) in groups and p.requires_grad}
+        ours = {name: p for name, p in named if id(p) in groups and p.requires_grad}
+        for name, p in ours.items():
+            _check_parameter(name, p)  # it may have been cast since
+        trained = {name: p for name, p in ours.items() if id(p) in self._recorder.gradients}
         if not trained:
+            self._check_membership()
             raise RuntimeError("No parameter of this optimizer requires a gradient any more. Unfreeze some, or do not step.")
         return trained
+
+    def _check_membership(self) -> None:
+        """Raise if parameters have been replaced in the model since they were given."""
+        present = {id(p) for p in underlying(self._model).parameters()}
+        lost = [list(p.shape) for group in self.param_groups for p in group["params"] if id(p) not in present]
+        if lost:
+            raise RuntimeError(
+                f"{len(lost)} parameters of this optimizer are no longer the model's (the first has shape {lost[0]}): "
+                "load_state_dict(assign=True) or a new layer replaced them. Make a new AdaptedGD after that."
+            )
 
     def _shared_option(self, name: str) -> Any:
         values = {group[name] for group in self.param_groups}
@@ -317,16 +345,15 @@ class AdaptedGD(Optimizer):
         if fraction:
             self._warn_once(
                 "off-output",
-                f"{fraction:.1%} of the loss's gradient did not come through the model's outputs: the loss has a penalty on "
-                "parameters, uses derivatives of the outputs, or part of it was computed from a submodule's call. That part "
-                "takes a plain gradient step, lr times itself; only the outputs' part is preconditioned. For an L2 penalty "
-                "use `weight_decay`.",
+                f"{fraction:.2g} of the loss's gradient did not come through the model's outputs: the loss has a penalty on "
+                "parameters, uses derivatives of the outputs, was partly computed from a submodule's call, or a hook edits "
+                "gradients. That part takes a plain gradient step, lr times itself; only the outputs' part is preconditioned. "
+                "For an L2 penalty use `weight_decay`.",
             )
 
-    def _warn_edited_gradients(self, direction: Direction) -> None:
-        arrived = self._recorder.gradients
-        for name, p in direction.trained.items():
-            if p.grad is not None and name in arrived and not torch.equal(p.grad.to_dense(), arrived[name]):
+    def _warn_edited_gradients(self, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor]) -> None:
+        for name, p in trained.items():
+            if p.grad is not None and not torch.equal(p.grad.to_dense(), arrived[name]):
                 self._warn_once(
                     "edited",
                     f"`.grad` of '{name}' is not what backward delivered since the last step: it was clipped or edited, or not "
@@ -338,7 +365,7 @@ class AdaptedGD(Optimizer):
     def _warn_once(self, about: str, text: str) -> None:
         if about not in self._said:
             self._said.add(about)
-            warnings.warn(text, stacklevel=6)
+            warnings.warn(text, stacklevel=7)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -356,6 +383,8 @@ def _check_parameter(name: str | None, p: Tensor) -> None:
             f"`params` should belong to `model`, but a parameter of shape {list(p.shape)} does not. Pass the module that "
             "owns it and whose outputs enter the loss."
         )
+    if torch.nn.parameter.is_lazy(p):
+        raise ValueError(f"Parameter '{name}' is not initialized yet. Call the model on a batch first.")
     if p.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"Parameter '{name}' should be float32 or float64, but is {p.dtype}. For low precision keep float32 parameters "
@@ -369,16 +398,22 @@ def _check_parameter(name: str | None, p: Tensor) -> None:
 
 def _no_call(recorder: CallRecorder) -> str:
     text = "`step` found no call of the model that a loss went through"
+    if recorder.unusable_output:
+        return (
+            f"{text}: it returned a {recorder.unusable_output} in which no real floating tensor was computed from parameters. "
+            "Return tensors, alone or in tuples, lists, dicts or classes registered with torch.utils._pytree."
+        )
     if recorder.gradients:
         return (
             f"{text}, although the parameters received gradients. The loss was computed from a submodule's call (such as "
             "model.net(x) instead of model(x)), from another wrapper of it, or from derivatives of the outputs alone. Give "
-            "AdaptedGD the very module whose outputs enter the loss."
+            "AdaptedGD the very module whose outputs enter the loss: for a model that was compiled and called before, the "
+            "compiled one."
         )
     if recorder.dropped_by == "zero_grad":
         return f"{text}: zero_grad dropped it. Call zero_grad before backward or after step, not between them."
     since = " since the last step, which used up those before" if recorder.dropped_by == "step" else ""
     return (
         f"{text}{since}. Call model(x) with gradients enabled (not under torch.no_grad()), compute the loss from its output, "
-        "and call loss.backward() before each step."
+        "and call loss.backward() before each step. As it fills `.grad`, backward counts, and torch.autograd.grad does not."
     )

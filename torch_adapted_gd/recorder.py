@@ -7,27 +7,32 @@ autograd graph, so calls that never reach a loss leave nothing behind.
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .calls import Call, Conditions, output_leaves, replaying
+from .calls import Call, Conditions, Inputs, graph, output_leaves, replaying
+
+_MARK = "torch_adapted_gd"  # set in the metadata of the graph node that a recorded output comes from
 
 
 class _Hook:
     """A module hook that holds its recorder weakly and stays behind when the model is copied or saved."""
 
-    def __init__(self, recorder: "CallRecorder", method: Callable[..., None]) -> None:
+    def __init__(self, recorder: "CallRecorder", method: Callable[..., Any]) -> None:
         self._recorder = weakref.ref(recorder)
         self._method = method
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim does: not to be traced into a compiled model
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, *arguments: Any) -> Any:
         recorder = self._recorder()
-        if recorder is not None and not replaying():
-            self._method(recorder, *arguments)
+        if recorder is not None and not replaying() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self._method(recorder, *arguments)
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model is not watched. nullcontext().__exit__ takes any arguments and does nothing, so that a
@@ -40,44 +45,54 @@ class CallRecorder:
 
     Attributes:
         calls: The calls that a loss went through since the last `drop`, in the order in which they were made.
-        gradients: ∇_θC as backward passes delivered it since the last `drop`, by parameter name: what `.grad` would
-            hold, before anyone clips or edits it.
+        gradients: ∇_θC as backward passes delivered it since the last `drop`, by ``id`` of the parameter: what ``.grad``
+            would hold, before anyone clips or edits it.
         dropped_by: What emptied the recorder last, for the message of a step that finds no call.
+        unusable_output: Type of what the last call returned, if no gradient can reach any of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
-        self.gradients: dict[str, Tensor] = {}
+        self.gradients: dict[int, Tensor] = {}
         self.dropped_by: str | None = None
-        self._start: tuple[tuple[Any, ...], dict[str, Any], Conditions] | None = None
+        self.unusable_output: str | None = None
+        self._running: list[tuple[Inputs, Conditions, bool] | None] = []  # forward passes under way, the outermost first
         self._count = 0
         self._pending: list[tuple[Call, int, Tensor]] = []
-        self._frozen: dict[str, nn.Parameter] = {}
-        handles = [
-            # First of all hooks, so that a replay runs the user's pre-hooks once, on what they were given.
-            model.register_forward_pre_hook(_Hook(self, CallRecorder._before), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(self, CallRecorder._after), with_kwargs=True),
-        ]
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        self._pending_pass = -1
+        self._incoming: dict[int, Tensor] = {}
+        self._frozen: dict[int, nn.Parameter] = {}
+        before = model.register_forward_pre_hook(_Hook(self, CallRecorder._before), prepend=True, with_kwargs=True)
+        # Called after a forward pass that raised, too, so that nothing of it is kept.
+        after = model.register_forward_hook(_Hook(self, CallRecorder._after), with_kwargs=True, always_call=True)
+        self._handles = (before, after)
+        weakref.finalize(self, _remove, self._handles)
 
-    def watch(self, name: str, parameter: nn.Parameter) -> None:
-        """Have gradients of ``parameter`` confirm calls, for as long as this recorder lives.
+    def watch(self, parameter: nn.Parameter) -> None:
+        """Have gradients that reach ``parameter`` confirm calls, for as long as this recorder lives.
 
         A frozen parameter takes no hook: it gets one in the first forward pass that finds it trainable.
         """
         if not parameter.requires_grad:
-            self._frozen[name] = parameter
+            self._frozen[id(parameter)] = parameter
             return
         reference = weakref.ref(self)
 
-        def arrived(gradient: Tensor) -> None:
+        def arriving(gradient: Tensor) -> None:
+            recorder = reference()
+            if recorder is not None and not replaying() and not _is_batched(gradient):
+                recorder._arriving(parameter_reference(), gradient)
+
+        def accumulated(parameter: Tensor) -> None:
             recorder = reference()
             if recorder is not None and not replaying():
-                recorder._confirm(name, gradient)
+                recorder._accumulated(parameter)
 
-        torch.utils.hooks.unserializable_hook(arrived)  # a saved parameter goes without it
-        handle = parameter.register_hook(arrived)
-        weakref.finalize(self, handle.remove)
+        parameter_reference = weakref.ref(parameter)
+        for hook in (arriving, accumulated):
+            torch.utils.hooks.unserializable_hook(hook)  # a saved parameter goes without it
+        handles = (parameter.register_hook(arriving), parameter.register_post_accumulate_grad_hook(accumulated))
+        weakref.finalize(self, _remove, handles)
 
     def drop(self, by: str) -> None:
         """Forget all calls and gradients."""
@@ -87,41 +102,95 @@ class CallRecorder:
             call.gradients = {}
         self.calls = []
         self.gradients = {}
-        self._pending.clear()
+        self._forget_pending()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._start = (args, kwargs, Conditions.now(model)) if torch.is_grad_enabled() else None
-        for name, parameter in [item for item in self._frozen.items() if item[1].requires_grad]:
-            del self._frozen[name]
-            self.watch(name, parameter)
-
-    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        start, self._start = self._start, None
-        leaves = output_leaves(output)
-        if start is None or not leaves:
+        """Take down what the forward pass starts from."""
+        # The first of all pre-hooks and the last of all hooks, whatever was registered since: a replay runs the user's own.
+        before, after = (handle.id for handle in self._handles)
+        pre_hooks, hooks = (
+            cast(OrderedDict[int, Any], model._forward_pre_hooks),
+            cast(OrderedDict[int, Any], model._forward_hooks),
+        )
+        if next(iter(pre_hooks)) != before:
+            pre_hooks.move_to_end(before, last=False)
+        if next(reversed(hooks)) != after:
+            hooks.move_to_end(after)
+        for parameter in [p for p in self._frozen.values() if p.requires_grad]:
+            del self._frozen[id(parameter)]
+            self.watch(parameter)
+        inner = bool(self._running)  # a model that calls itself: the outermost call counts
+        if inner or not torch.is_grad_enabled():
+            self._running.append(None)
             return
-        args, kwargs, conditions = start  # as given, before any other pre-hook changed them
-        call = Call.of(self._count, model, args, kwargs, conditions, output)
+        nested = any(self._comes_from_a_call(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self._running.append((Inputs(args, kwargs), Conditions.now(model), nested))
+
+    def _after(self, model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Any:
+        """Take the call down and wait for gradients of its outputs."""
+        start = self._running.pop() if self._running else None
+        if start is None:
+            return None
+        leaves = output_leaves(output)
+        self.unusable_output = None if leaves else type(output).__name__
+        if not leaves:
+            return None
+        inputs, conditions, nested = start
+        call = Call.of(self._count, model, inputs, conditions, output)
+        call.nested = nested
         self._count += 1
+        replaced = None
+        if len(leaves) > 1:
+            # One output may be computed from another. Copies keep the gradient that the user's loss sends to each apart
+            # from what flows on from one to the other.
+            all_leaves, structure = tree_flatten(output)
+            copies = {id(leaf): leaf.clone() for leaf in leaves.values()}
+            replaced = tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
+            leaves = {place: copies[id(leaf)] for place, leaf in leaves.items()}
         reference = weakref.ref(self)
         for place, leaf in leaves.items():
             leaf.register_hook(_arrival(reference, call, place))
+            cast(Any, leaf.grad_fn).metadata[_MARK] = id(self)
+        return replaced
+
+    def _comes_from_a_call(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the output of a recorded call."""
+        return any(node.metadata.get(_MARK) == id(self) for node in graph(tensor))
 
     def _arrived(self, call: Call, place: int, gradient: Tensor) -> None:
-        """An output received a gradient; whether it will go on to the parameters is not known yet.
+        """An output received a gradient; whether it will go on to a parameter's ``.grad`` is not known yet.
 
         `torch.autograd.grad(output, input)`, as in physics-informed losses, comes by here too and must not count: the
-        end of its backward pass takes away what no parameter has confirmed.
+        end of its backward pass takes away what no parameter has confirmed. One that raised never came to its end.
         """
+        this_pass = torch._C._current_graph_task_id()
+        if self._pending_pass != this_pass:
+            self._forget_pending()
+            self._pending_pass = this_pass
         if not self._pending:
-            torch.autograd.Variable._execution_engine.queue_callback(self._pending.clear)
+            torch.autograd.Variable._execution_engine.queue_callback(self._forget_pending)
+        call.backward_pass = this_pass
         self._pending.append((call, place, gradient.detach().to(torch.float64, copy=True)))
 
-    def _confirm(self, name: str, gradient: Tensor) -> None:
-        gradient = gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()
-        known = self.gradients.get(name)
+    def _arriving(self, parameter: Tensor | None, gradient: Tensor) -> None:
+        """A parameter is about to receive a gradient. If its last one was cleared by other means than ours, so is the rest."""
+        if parameter is None:
+            return
+        known = self.gradients.get(id(parameter))
+        if known is not None and (parameter.grad is None or (not parameter.grad.any() and bool(known.any()))):
+            pending, self._pending = self._pending, []
+            self.drop("zero_grad")
+            self._pending = pending
         # Never the tensor itself, which becomes `.grad` and may be clipped in place.
-        self.gradients[name] = gradient.clone() if known is None else known + gradient
+        self._incoming[id(parameter)] = gradient.detach().to_dense().clone()
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        """A parameter has received a gradient in ``.grad``: the calls that sent it on belong to the step."""
+        gradient = self._incoming.pop(id(parameter), None)
+        if gradient is None:
+            return
+        known = self.gradients.get(id(parameter))
+        self.gradients[id(parameter)] = gradient if known is None else known + gradient
         for call, place, output_gradient in self._pending:
             before = call.gradients.get(place)
             call.gradients[place] = output_gradient if before is None else before + output_gradient
@@ -130,16 +199,27 @@ class CallRecorder:
                 self.calls.sort(key=lambda c: c.number)
         self._pending.clear()
 
+    def _forget_pending(self) -> None:
+        self._pending.clear()
+        self._incoming.clear()
 
-def _arrival(reference: "weakref.ref[CallRecorder]", call: Call, place: int) -> Callable[[Tensor], None]:
-    def arrived(gradient: Tensor) -> None:
+
+def _arrival(reference: "weakref.ref[CallRecorder]", call: Call, place: int) -> Callable[[Tensor | None], None]:
+    def arrived(gradient: Tensor | None) -> None:
         recorder = reference()
-        if recorder is not None:
+        # None: an output that the loss does not use, of an operation that has another one that it does.
+        if recorder is not None and gradient is not None and not _is_batched(gradient):
             recorder._arrived(call, place, gradient)
 
     return arrived
 
 
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether this is many backward passes at once, as `torch.autograd.functional.jacobian(vectorize=True)` makes them."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(gradient) or functorch.is_functorch_wrapped_tensor(gradient)
+
+
+def _remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
     for handle in handles:
         handle.remove()

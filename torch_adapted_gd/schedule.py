@@ -21,7 +21,7 @@ class LinearInterpolationLR(LRScheduler):
     Args:
         optimizer: The optimizer, usually `AdaptedGD` with ``lr=1.0`` and ``criterion=``.
         total_steps: T, at least 1.
-        last_epoch: Number of steps already made, when resuming without a state_dict; −1 at the start.
+        last_epoch: Index of the last step made, when resuming without a state_dict; −1 at the start.
 
     Raises:
         TypeError: ``total_steps`` is not an integer.
@@ -48,4 +48,5 @@ class LinearInterpolationLR(LRScheduler):
 
     def get_lr(self) -> list[float]:  # type: ignore[override, unused-ignore]
         """The learning rate of each parameter group for the step to come."""
-        return [float(lr) / max(self.total_steps - self.last_epoch, 1) for lr in self.base_lrs]
+        starts = [group.setdefault("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        return [float(lr) / max(self.total_steps - self.last_epoch, 1) for lr in starts]

@@ -22,7 +22,7 @@ class KernelSolution:
         condition: σ_max/σ_min of D over those (Θ's own is the square); NaN when the rank is 0.
         projected_fraction: |Pg|/|g|, the part of the gradient within reach of the parameters; 1 for g = 0.
         damping: The λ that was added, in the units of Θ.
-        status: ``"full_rank"``, ``"rank_deficient"``, ``"zero"`` (Θ = 0), ``"not_finite"`` (Θ or g has NaN or infinite
+        status: ``"full_rank"``, ``"rank_deficient"``, ``"zero"`` (Θ = 0), ``"not_finite"`` (Θ, g or ψ has NaN or infinite
             entries) or ``"not_converged"`` (the eigenvalue routine gave up).
     """
 
@@ -41,7 +41,7 @@ class KernelSolution:
             "rank_deficient": f"Θ has rank {self.rank} of {self.psi.numel()}: {1 - self.projected_fraction**2:.1%} of "
             "|g|² is out of reach. Duplicate inputs, dead units and K < QN do this; a wider network may cure it.",
             "zero": "Θ is zero: no trainable parameter moves any output. Look for dead units and frozen layers.",
-            "not_finite": "Θ or g has entries that are not finite. Look at the inputs, then lower the learning rate.",
+            "not_finite": "Θ, g or ψ has entries that are not finite. Look at the inputs, then lower the learning rate.",
             "not_converged": "The eigenvalue decomposition of Θ did not converge. Damping helps when entries are huge.",
         }[self.status]
 
@@ -70,7 +70,8 @@ def solve_kernel(theta: Tensor, g: Tensor, *, damping: float = 0.0, rtol: float 
     Gradients are not tracked through the solution.
 
     Args:
-        theta: Θ, ``[n, n]`` or ``[N, Q, N, Q]`` (as `ntk` returns it), symmetric, any floating dtype; used in float64.
+        theta: Θ, ``[n, n]`` or ``[N, Q, N, Q]`` (as `ntk` returns it), symmetric and positive semi-definite, float32 or
+            float64; used in float64.
         g: The output gradient ∇ₓC with n entries, in any shape.
         damping: λ relative to the mean of diag Θ; 0 gives the pseudoinverse Θ⁺g.
         rtol: The relative cut on the singular values of D; by default √(n·ε) with ε of Θ's dtype.
@@ -80,7 +81,8 @@ def solve_kernel(theta: Tensor, g: Tensor, *, damping: float = 0.0, rtol: float 
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A shape does not fit, Θ is not symmetric, or a number is out of range.
+        ValueError: A shape does not fit, Θ is not symmetric or has a negative eigenvalue beyond rounding, or a number is out
+            of range.
 
     Example:
         >>> theta = torch.tensor([[4.0, 4.0], [4.0, 4.0]], dtype=torch.float64)  # rank 1
@@ -93,6 +95,8 @@ def solve_kernel(theta: Tensor, g: Tensor, *, damping: float = 0.0, rtol: float 
     for name, tensor in (("theta", theta), ("g", g)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` should be a tensor, but got {type(tensor).__name__}.")
+        if tensor.dtype not in (torch.float32, torch.float64) and (name == "theta" or tensor.is_complex()):
+            raise TypeError(f"`{name}` should be float32 or float64, but is {tensor.dtype}. Convert it first.")
     damping = real_number("damping", damping, low=0.0)
     n = g.numel()
     square = (theta.ndim == 2 and theta.shape[0] == theta.shape[1]) or (theta.ndim == 4 and theta.shape[:2] == theta.shape[2:])
@@ -120,12 +124,16 @@ def solve_kernel(theta: Tensor, g: Tensor, *, damping: float = 0.0, rtol: float 
         eigenvalues, vectors = torch.linalg.eigh(matrix)  # ascending; vectors [n, n], one a column
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return failure("not_converged")
-    largest = float(eigenvalues[-1])
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    if smallest < -1e2 * n * torch.finfo(theta.dtype).eps * max(largest, -smallest):
+        raise ValueError(f"`theta` should be positive semi-definite, but has the eigenvalue {smallest:.3g}.")
     rank = int((eigenvalues > rtol**2 * largest).sum()) if largest > 0 else 0
     shift = damping * float(matrix.diagonal().mean())
     kept, basis = eigenvalues[n - rank :], vectors[:, n - rank :]  # [rank], [n, rank]
     coefficients = basis.T @ right
     psi = basis @ (coefficients / (kept + shift))
+    if not torch.isfinite(psi).all():  # entries near the ends of float64's range
+        return failure("not_finite")
     size = float(torch.linalg.vector_norm(right))
     return KernelSolution(
         psi=psi.reshape(g.shape),
