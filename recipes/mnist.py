@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from digits import SOURCES, Digits, load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LinearInterpolationLR, ntk
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LinearInterpolationLR, __version__, ntk
 from torch_adapted_gd.plotting import plot_collapse, plot_loss, plot_output_paths, plot_spectrum
 from torch_adapted_gd.solve import default_rtol
 
@@ -57,6 +58,7 @@ class Run:
     name: str
     rows: list[dict[str, float]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    diverged: bool = False
     accuracy: tuple[float, float] = (math.nan, math.nan)
 
     def column(self, key: str) -> list[float]:
@@ -166,7 +168,11 @@ def run_torch(job: Job, name: str, seconds: float, lr: float | None) -> tuple[Ru
                 bar.write(run.record(job, model, step, math.nan, spent, math.nan, math.nan), file=sys.stdout)
                 if not run.rows[-1]["loss"] < 1e3 * run.rows[0]["loss"]:
                     print(f"{run.name} diverged and was stopped: use a smaller --lr.")
+                    run.diverged = True
                     del run.rows[-1], run.outputs[-1]  # figures and files hold what was finite
+                    break
+                if len({row["loss"] for row in run.rows[-4:]}) == 1 < len(run.rows) - 3:
+                    print(f"{run.name} makes no more progress and was stopped.")
                     break
     run.accuracy = job.accuracy(model)
     return run, model
@@ -207,19 +213,21 @@ def write(runs: Sequence[Run], options: argparse.Namespace, num_params: int, rto
         writer.writerows({"optimizer": run.name, **row} for run in runs for row in run.rows)
     adapted = runs[0].rows
     summary: dict[str, Any] = {
+        "torch_adapted_gd": __version__,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "torch": torch.__version__,
         "num_params": num_params,
         "num_outputs": int(adapted[-1]["num_outputs"]),
         "smallest_rank": int(min(row["rank"] for row in adapted[1:])),
         "rtol": rtol,
-        "largest_distance_from_line": max(row["distance"] for row in adapted),
         "runs": {
             run.name: {
                 "initial_loss": run.rows[0]["loss"],
                 "final_loss": run.rows[-1]["loss"],
                 "loss_ratio": run.rows[-1]["loss"] / run.rows[0]["loss"],
+                "largest_distance_from_line": max(run.column("distance")),
                 "steps": int(run.rows[-1]["step"]),
+                "diverged": run.diverged,
                 "seconds": run.rows[-1]["seconds"],
                 "train_accuracy": run.accuracy[0],
                 "test_accuracy": run.accuracy[1],
@@ -234,18 +242,29 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
 
     def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise ValueError
-        return value
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"should be a whole number above 0, but got {text!r}")
+        return int(text)
+
+    def seed(text: str) -> int:
+        if not text.isdecimal() or int(text) >= 2**63:
+            raise argparse.ArgumentTypeError(f"should be a whole number from 0 to 2^63 - 1, but got {text!r}")
+        return int(text)
 
     def rate(text: str) -> float:
-        value = float(text)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
         if not 0 < value < math.inf:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"should be a number above 0, but got {text!r}")
         return value
 
-    positive.__name__, rate.__name__ = "whole number above 0:", "number above 0:"
+    def device(text: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+            raise argparse.ArgumentTypeError(f"should be cpu, cuda or cuda:N, but got {text!r}")
+        return text
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=SOURCES, default="mnist5k", help="mnist5k needs no download (default)")
@@ -254,8 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=positive, default=128, help="units of each of the two hidden layers (128)")
     add("--activation", choices=("tanh", "relu"), default="tanh", help="of the hidden layers (tanh)")
     add("--steps", type=positive, default=24, help="steps from t = 0 to t = 1, T (24)")
-    add("--seed", type=int, default=0, help="of the images and the starting network (0)")
-    add("--device", default="cpu", help="cpu or cuda (cpu)")
+    add("--seed", type=seed, default=0, help="of the images and the starting network (0)")
+    add("--device", type=device, default="cpu", help="cpu or cuda (cpu)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of the network (float32)")
     add("--optimizer", choices=("adapted", "sgd", "adam", "lbfgs"), default="adapted", help="run torch's beside it, as long")
     add("--lr", type=rate, help="learning rate of torch's optimizer (sgd 0.02 with momentum 0.9, adam 1e-3, lbfgs 1)")
@@ -269,7 +288,8 @@ def prepare(options: argparse.Namespace) -> Job:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here.")
-    torch.empty(0, device=device)  # whatever else may be wrong with it
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices here.")
     digits: Digits = load_digits(options.data, options.root, options.samples, options.seed)
 
     def build() -> nn.Module:
@@ -296,9 +316,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.smoke:
         parser.set_defaults(samples=20, width=32, steps=10)
         options = parser.parse_args(arguments)
+    if options.lr is not None and options.optimizer == "adapted":
+        parser.error("argument --lr: is for torch's optimizers: add --optimizer sgd, adam or lbfgs")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
         job = prepare(options)
+        if options.out.exists() and not options.out.is_dir():
+            raise NotADirectoryError(f"--out {options.out} is a file: name a folder.")
+        options.out.mkdir(parents=True, exist_ok=True)
         start = job.build()
         num_params, num_outputs = sum(p.numel() for p in start.parameters()), CLASSES * len(job.images)
         print(

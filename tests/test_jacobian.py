@@ -17,7 +17,7 @@ def test_auto_equals_the_oracle_and_finds_the_cheapest_right_method(name):
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     result = call_jacobian(model, record(model, (x,)), names)
     matrix, used = result.matrix, result.method
-    assert used == method
+    assert method in (used, "any")
     torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-13 * expected.abs().max().item())
     torch.testing.assert_close(output_jacobian(model, x), expected, rtol=0, atol=1e-13 * expected.abs().max().item())
 

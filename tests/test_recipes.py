@@ -45,6 +45,23 @@ def refused(mnist, capsys, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--samples", "1", "--steps", "1"),
+        ("--samples", "7", "--steps", "2", "--dtype", "float64", "--activation", "relu", "--optimizer", "adam"),
+        ("--samples", "10", "--steps", "3", "--optimizer", "sgd", "--lr", "50"),
+    ],
+)
+def test_odd_sizes(mnist, capsys, tmp_path, arguments):
+    assert mnist.main([*arguments, "--width", "8", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "AdaptedGD: loss" in out
+    assert ("diverged and was stopped" in out) is ("50" in arguments)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adapted", "lbfgs"])
 def test_smoke(tmp_path, optimizer):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests use the cores too
@@ -68,6 +85,9 @@ def test_smoke(tmp_path, optimizer):
     assert summary["smallest_rank"] == summary["num_outputs"] == 200
     assert summary["runs"]["AdaptedGD"]["train_accuracy"] == 1.0
     assert len(summary["runs"]) == (1 if optimizer == "adapted" else 2)
+    for run in summary["runs"].values():
+        assert run["diverged"] is False
+        assert 0 < run["largest_distance_from_line"] < (0.05 if run is summary["runs"]["AdaptedGD"] else 2)
     for name in ("loss.png", "collapse.png", "paths.png", "spectrum.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert name in result.stdout
@@ -80,21 +100,28 @@ def test_smoke(tmp_path, optimizer):
     ("arguments", "words"),
     [
         (("--samples", "5000"), "--samples should be at most 4000 for mnist5k, but got 5000"),
-        (("--samples", "0"), "argument --samples: invalid whole number above 0: value: '0'"),
-        (("--lr", "nan"), "argument --lr: invalid number above 0: value: 'nan'"),
+        (("--samples", "0"), "argument --samples: should be a whole number above 0, but got '0'"),
+        (("--steps", "ten"), "argument --steps: should be a whole number above 0, but got 'ten'"),
+        (("--lr", "nan", "--optimizer", "sgd"), "argument --lr: should be a number above 0, but got 'nan'"),
+        (("--lr", "0.1"), "argument --lr: is for torch's optimizers"),
+        (("--seed", "-1"), "--seed"),
+        (("--seed", "9" * 30), "argument --seed: should be a whole number from 0 to 2^63 - 1"),
         (("--data", "cifar"), "argument --data: invalid choice: 'cifar'"),
         (("--device", "cuda"), "--device cuda: torch finds no CUDA device here"),
-        (("--device", "quantum"), "quantum"),
+        (("--device", "mps"), "argument --device: should be cpu, cuda or cuda:N, but got 'mps'"),
         (("--samples", "4000", "--width", "4000"), "needs"),
+        (("--out", "/dev/null"), "--out /dev/null is a file: name a folder"),
         (("--out", "/dev/null/x"), "Not a directory"),
     ],
 )
-def test_wrong_options_give_one_clear_line(mnist, capsys, arguments, words):
+def test_wrong_options_give_one_clear_line(mnist, capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)  # where the default --out would be made
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     line = refused(mnist, capsys, *arguments)
     assert re.match(r"[\w.-]+: error: ", line)
     assert words in line
+    assert not list(tmp_path.iterdir()) or "--width" in arguments
 
 
 def test_missing_data_without_a_network_gives_one_clear_line(mnist, capsys, tmp_path, monkeypatch):

@@ -57,8 +57,8 @@ class AdaptedGD(Optimizer):
             and ``weight_decay``); by default the model's trainable parameters.
         criterion: The loss in use (`MSELoss`, `HalfSquaredLoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`). Then lr is
             measured in units of its output curvature c, η = lr/c: ``lr=1`` is the full Gauss–Newton step of a squared
-            loss, whatever its reduction, the batch size and Q, and the longest step sure to descend in output space for
-            the others (`output_curvature`).
+            loss, whatever its reduction, the batch size and Q, and for the others the longest step that is sure to
+            descend if outputs followed it exactly (`output_curvature`).
         alpha: α in [0, 1]. Default 1. At 0 without ``criterion`` the step is that of `torch.optim.SGD`, to the bit.
         damping: λ of Dᵀ(Θ + λ1)⁻¹g relative to the mean of diag Θ, at least 0; Levenberg–Marquardt. Mini-batches need
             some: undamped full steps interpolate each batch and undo the last one. Default 0.

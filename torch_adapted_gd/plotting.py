@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ def _class_colours(count: int) -> list[Any]:
     return [palette(i if count <= 10 else i / (count - 1)) for i in range(count)]
 
 
+def _positive(values: Sequence[float]) -> list[float]:
+    """Zero has no place on a log axis."""
+    return [value if value > 0 else math.nan for value in values]
+
+
 def plot_loss(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     theory: tuple[Sequence[float], Sequence[float]] | None = None,
@@ -58,10 +63,10 @@ def plot_loss(
     """
     figure, (ax,) = _figure()
     for name, (x, y) in curves.items():
-        ax.plot(x, y, marker="o" if len(x) <= 60 else None, markersize=3.5, label=name)
+        ax.plot(x, _positive(y), marker="o" if len(x) <= 60 else None, markersize=3.5, label=name)
     if theory is not None:
         x, y = theory
-        ax.plot(x, [v if v > 0 else math.nan for v in y], label=theory_label, **_THEORY)
+        ax.plot(x, _positive(y), label=theory_label, **_THEORY)
     ax.set(yscale="log", xlabel=xlabel, ylabel="loss C", title="Training loss")
     ax.legend(frameon=False)
     return figure
@@ -84,6 +89,8 @@ def plot_collapse(t: Sequence[float], averages: Tensor, deviations: Tensor, clas
     titles = ("Class averages: |x̄ⱼ − yⱼ|", "Deviations within classes: mean |Δxᵢ|")
     for ax, values, title in zip(axes, (averages, deviations), titles, strict=True):
         for name, colour, curve in zip(names, _class_colours(len(names)), values.T.tolist(), strict=True):
+            if math.isnan(curve[0]):
+                continue  # a class without samples
             ax.plot(t, curve, color=colour, linewidth=1.4, label=name)
             ax.plot([t[0], 1.0], [curve[0], 0.0], **{**_THEORY, "linewidth": 0.6, "alpha": 0.6})
         ax.set(xlabel="t", title=title, ylim=(0, None))
@@ -115,13 +122,15 @@ def plot_output_paths(paths: Mapping[str, Tensor], labels: Tensor, targets: Tens
                 ax.plot(points[:, i, 0], points[:, i, 1], color=colour, linewidth=0.7, alpha=0.7)
                 ax.plot(*points[0, i], color=colour, marker=".", markersize=3, linestyle="none")
             ax.plot(*circle[j], color=colour, marker="*", markersize=13, markeredgecolor="black", linestyle="none", zorder=6)
-            x, y = (1.13 * circle[j]).tolist()
-            ax.annotate(str(j), (x, y), ha="center", va="center", fontsize=9)
+            x, y = circle[j].tolist()
+            offset = {"xytext": (14 * x, 14 * y), "textcoords": "offset points"}
+            ax.annotate(str(j), (x, y), ha="center", va="center", fontsize=9, **cast(Any, offset))
         ax.set(title=f"Paths of the outputs: {name}", aspect="equal")
         ax.set_axis_off()
-    limits = [bound for ax in axes for bound in (*ax.get_xlim(), *ax.get_ylim(), -1.25, 1.25)]
+    reach = max(abs(bound) for ax in axes for bound in (*ax.get_xlim(), *ax.get_ylim()))
+    reach = min(max(reach, 1.25), 3.0)  # what goes further has diverged, and would make all else a speck
     for ax in axes:  # one scale for all panels
-        ax.set(xlim=(min(limits), max(limits)), ylim=(min(limits), max(limits)))
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
     return figure
 
 

@@ -1,0 +1,1 @@
+"""Measurements behind the figures in the documentation; run them with ``python -m benchmarks.NAME``."""
