@@ -989,6 +989,40 @@ def test_a_model_that_calls_itself():
     assert_at(model, expected)
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_forward_pass_that_raised_is_forgotten(error):
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    handle = model[2].register_forward_pre_hook(lambda module, args: raise_(error))
+    with pytest.raises(error):
+        model(x)
+    assert error is KeyboardInterrupt or not optimizer._recorder._running
+    handle.remove()
+    expected = pinv_step(model, x, y, 0.5)
+    MSE(model(x), y).backward()
+    assert not optimizer._recorder._running
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_loss_of_what_the_model_keeps_beside_its_output():
+    class Keeps(Halves):
+        def forward(self, x):
+            first, self.second = self.layer(x).chunk(2, 1)
+            return first
+
+    model, x, _ = Keeps().double(), *problem()[1:]
+    optimizer = AdaptedGD(model, lr=0.5)
+    model(x)
+    model.second.sum().backward()  # sends the returned half an undefined gradient
+    with pytest.raises(RuntimeError, match="although the parameters received gradients"):
+        optimizer.step()
+
+
 def test_hooks_registered_later_take_part():
     model, x, y = problem()
     optimizer = AdaptedGD(model, lr=0.5)

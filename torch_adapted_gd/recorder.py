@@ -6,9 +6,11 @@ autograd graph, so calls that never reach a loss leave nothing behind.
 """
 
 import contextlib
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -119,6 +121,8 @@ class CallRecorder:
         for parameter in [p for p in self._frozen.values() if p.requires_grad]:
             del self._frozen[id(parameter)]
             self.watch(parameter)
+        if self._running and not _calls_itself(model):
+            self._running.clear()  # left over from a pass that was interrupted, which no hook is told of
         inner = bool(self._running)  # a model that calls itself: the outermost call counts
         if inner or not torch.is_grad_enabled():
             self._running.append(None)
@@ -212,6 +216,16 @@ def _arrival(reference: "weakref.ref[CallRecorder]", call: Call, place: int) -> 
             recorder._arrived(call, place, gradient)
 
     return arrived
+
+
+def _calls_itself(model: nn.Module) -> bool:
+    """Whether a forward pass of ``model`` is under way beside the one that asks."""
+    passes = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        passes += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
+        frame = frame.f_back
+    return passes > 1
 
 
 def _is_batched(gradient: Tensor) -> bool:
