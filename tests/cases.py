@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
+MSE = nn.MSELoss()
+
 
 class TwoHeads(nn.Module):
     """Outputs are a pytree: a dict with a tuple in it and something that is no tensor."""
@@ -187,3 +189,41 @@ def move(model, change):
         strict=True,
     ):
         p.add_(part.reshape(p.shape).to(p.dtype))
+
+
+def problem(n=6, dtype=torch.float64):
+    return mlp().to(dtype), torch.randn(n, 4, dtype=dtype), torch.randn(n, 3, dtype=dtype)
+
+
+def pinv_step(model, x, y, eta, criterion=MSE):
+    """θ after one hand-written adapted step."""
+    outputs = copy.deepcopy(model)(x).detach().requires_grad_()
+    g = torch.autograd.grad(criterion(outputs, y), outputs)[0].reshape(-1).double()
+    return flat(model) - eta * torch.linalg.pinv(dense_jacobian(model, x), rtol=1e-7) @ g
+
+
+def assert_at(model, expected, tolerance=1e-9):
+    assert (flat(model) - expected).norm() <= tolerance * expected.norm()
+
+
+class Halves(nn.Module):
+    """Outputs that share one operation, one of them unused by the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.layer(x).chunk(2, 1)
+
+
+class Features(nn.Module):
+    """Outputs of which one is computed from the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.head(h), h

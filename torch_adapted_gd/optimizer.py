@@ -220,7 +220,7 @@ class AdaptedGD(Optimizer):
         scale = self._loss_scale()
         if not recorder.calls:
             self._check_membership()
-            raise RuntimeError(_no_call(recorder))
+            raise RuntimeError(recorder.why_no_call())
         trained = self._trained()
         arrived = {name: recorder.gradients[id(p)] for name, p in trained.items()}
         direction = step_direction(
@@ -394,26 +394,3 @@ def _check_parameter(name: str | None, p: Tensor) -> None:
         raise ValueError(
             f"Parameter '{name}' is on {p.device}, which has no float64 for the kernel. Move the model to the CPU."
         )
-
-
-def _no_call(recorder: CallRecorder) -> str:
-    text = "`step` found no call of the model that a loss went through"
-    if recorder.unusable_output:
-        return (
-            f"{text}: it returned a {recorder.unusable_output} in which no real floating tensor was computed from parameters. "
-            "Return tensors, alone or in tuples, lists, dicts or classes registered with torch.utils._pytree."
-        )
-    if recorder.gradients:
-        return (
-            f"{text}, although the parameters received gradients. The loss was computed from a submodule's call (such as "
-            "model.net(x) instead of model(x)), from another wrapper of it, or from derivatives of the outputs alone. Give "
-            "AdaptedGD the very module whose outputs enter the loss: for a model that was compiled and called before, the "
-            "compiled one."
-        )
-    if recorder.dropped_by == "zero_grad":
-        return f"{text}: zero_grad dropped it. Call zero_grad before backward or after step, not between them."
-    since = " since the last step, which used up those before" if recorder.dropped_by == "step" else ""
-    return (
-        f"{text}{since}. Call model(x) with gradients enabled (not under torch.no_grad()), compute the loss from its output, "
-        "and call loss.backward() before each step. As it fills `.grad`, backward counts, and torch.autograd.grad does not."
-    )

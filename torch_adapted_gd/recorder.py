@@ -106,6 +106,30 @@ class CallRecorder:
         self.gradients = {}
         self._forget_pending()
 
+    def why_no_call(self) -> str:
+        """What to tell a user whose step finds no call."""
+        text = "`step` found no call of the model that a loss went through"
+        if self.unusable_output:
+            return (
+                f"{text}: it returned a {self.unusable_output} in which no real floating tensor was computed from parameters. "
+                "Return tensors, alone or in tuples, lists, dicts or classes registered with torch.utils._pytree."
+            )
+        if self.gradients:
+            return (
+                f"{text}, although the parameters received gradients. The loss was computed from a submodule's call (such as "
+                "model.net(x) instead of model(x)), from another wrapper of it, or from derivatives of the outputs alone. Give "
+                "AdaptedGD the very module whose outputs enter the loss: for a model that was compiled and called before, the "
+                "compiled one."
+            )
+        if self.dropped_by == "zero_grad":
+            return f"{text}: zero_grad dropped it. Call zero_grad before backward or after step, not between them."
+        since = " since the last step, which used up those before" if self.dropped_by == "step" else ""
+        return (
+            f"{text}{since}. Call model(x) with gradients enabled (not under torch.no_grad()), compute the loss from its "
+            "output, and call loss.backward() before each step. As it fills `.grad`, backward counts, and torch.autograd.grad "
+            "does not."
+        )
+
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take down what the forward pass starts from."""
         # The first of all pre-hooks and the last of all hooks, whatever was registered since: a replay runs the user's own.

@@ -1,0 +1,334 @@
+"""Which calls of the model belong to a step: those whose outputs' gradients go on into ``.grad``."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD
+
+from .cases import (
+    MSE,
+    Features,
+    Halves,
+    TwoHeads,
+    assert_at,
+    flat,
+    mlp,
+    pinv_step,
+    problem,
+)
+
+
+def test_zero_grad_before_the_forward_pass():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    optimizer.zero_grad()
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_zero_grad_between_forward_and_backward_keeps_the_call():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    loss = MSE(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_zero_grad_after_backward_drops_the_call():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(torch.randn_like(x)), y).backward()
+    optimizer.zero_grad()
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_a_loop_that_only_clears_the_models_gradients():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    for _ in range(3):
+        expected = pinv_step(model, x, y, 0.5)
+        model.zero_grad()
+        MSE(model(x), y).backward()
+        optimizer.step()
+        assert optimizer.last_step.num_calls == 1
+        assert_at(model, expected)
+
+
+def test_gradients_by_autograd_grad_do_not_count_as_they_fill_no_grad():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    loss = MSE(model(x), y)
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)  # a look at them, say
+    with pytest.raises(RuntimeError, match="backward counts, and torch.autograd.grad does not"):
+        optimizer.step()
+    loss.backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_input_gradients_do_not_count():
+    """As in adversarial inputs, or in u_x of a physics-informed loss."""
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    moved = x.clone().requires_grad_()
+    outputs = model(moved)
+    torch.autograd.grad(outputs.sum(), moved, retain_graph=True)
+    MSE(model(x), y).backward()
+    torch.autograd.grad(outputs.sum(), moved)
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_evaluation_passes_do_not_count():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    loss = MSE(model(x), y)
+    with torch.no_grad():
+        model(torch.randn_like(x))
+    with torch.inference_mode():
+        model(torch.randn_like(x))
+    model(torch.randn_like(x)).sum()  # its output never reaches a backward pass
+    loss.backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_several_calls_in_one_loss():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(torch.cat([model(x[:1]), model(x[1:4]), model(x[4:])]), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 3
+    assert_at(model, expected)
+
+
+def test_backward_twice_through_one_call_adds_up():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 1.0)
+    optimizer = AdaptedGD(model, lr=0.5)
+    loss = MSE(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_backward_twice_with_zero_grad_between_counts_once():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    loss = MSE(model(x), y)
+    loss.backward(retain_graph=True)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_pytree_outputs_and_the_ones_a_loss_does_not_see():
+    model, x = TwoHeads().double(), torch.randn(5, 4).double()
+    optimizer = AdaptedGD(model, lr=0.1)
+    out = model(x)
+    (out["first"].square().sum() + out["rest"][0].sum()).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_outputs == 25
+    optimizer.zero_grad()
+    model(x)["first"].square().sum().backward()  # the second head is no output of this loss
+    optimizer.step()
+    assert optimizer.last_step.num_outputs == 10
+    assert optimizer.last_step.full_rank
+
+
+@pytest.mark.parametrize("build", [Halves, Features])
+def test_only_what_the_loss_uses_of_related_outputs_counts(build):
+    class First(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)[0]
+
+    model, x, y = build().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    expected = pinv_step(First(copy.deepcopy(model)), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x)[0], y).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_outputs == 18
+    assert_at(model, expected)
+
+
+def test_outputs_may_be_changed_in_place():
+    for build in (Halves, mlp):
+        model, x, y = build().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+        twin, optimizer = copy.deepcopy(model), AdaptedGD(model, lr=0.5)
+        reference = AdaptedGD(twin, lr=0.5)
+        out, other = (m(x)[0] if build is Halves else m(x) for m in (model, twin))
+        out.mul_(2)[:, 0].add_(1)
+        MSE(out, y).backward()
+        MSE(2 * other + torch.tensor([1.0, 0, 0]).double(), y).backward()
+        optimizer.step()
+        reference.step()
+        assert_at(model, flat(twin))
+
+
+def test_clearing_gradients_on_the_model_drops_the_call():
+    for clear in (lambda m: m.zero_grad(), lambda m: m.zero_grad(set_to_none=False)):
+        model, x, y = problem()
+        expected = pinv_step(model, x, y, 0.5)
+        optimizer = AdaptedGD(model, lr=0.5)
+        MSE(model(torch.randn_like(x)), y).backward()  # for its input gradient, say
+        clear(model)
+        MSE(model(x), y).backward()
+        optimizer.step()
+        assert optimizer.last_step.num_calls == 1
+        assert_at(model, expected)
+
+
+def test_parameters_without_a_gradient_stay():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5, weight_decay=0.1)
+    before = model[0].weight.clone()
+    MSE(model(x), y).backward(inputs=list(model[4].parameters()))
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    assert optimizer.last_step.num_params == sum(p.numel() for p in model[4].parameters())
+    assert optimizer.last_step.off_output_fraction == 0
+
+
+def test_a_model_that_calls_itself():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x, depth=1):
+            h = torch.tanh(self.inner(x))
+            return self.outer(self(h, depth=0)) if depth else h
+
+    model, x, y = Recursive().double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_forward_pass_that_raised_is_forgotten(error):
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    handle = model[2].register_forward_pre_hook(lambda module, args: raise_(error))
+    with pytest.raises(error):
+        model(x)
+    assert error is KeyboardInterrupt or not optimizer._recorder._running
+    handle.remove()
+    expected = pinv_step(model, x, y, 0.5)
+    MSE(model(x), y).backward()
+    assert not optimizer._recorder._running
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_loss_of_what_the_model_keeps_beside_its_output():
+    class Keeps(Halves):
+        def forward(self, x):
+            first, self.second = self.layer(x).chunk(2, 1)
+            return first
+
+    model, x, _ = Keeps().double(), *problem()[1:]
+    optimizer = AdaptedGD(model, lr=0.5)
+    model(x)
+    model.second.sum().backward()  # sends the returned half an undefined gradient
+    with pytest.raises(RuntimeError, match="although the parameters received gradients"):
+        optimizer.step()
+
+
+def test_vectorized_jacobians_of_the_user_are_let_through():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    jacobian = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(copy.deepcopy(model), x))
+    expected = pinv_step(model, x, y, 0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_a_backward_pass_that_raised_leaves_nothing():
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise MemoryError("no luck")
+
+    model, x, y = problem()
+    breaking = nn.Sequential(model)
+    breaking.register_forward_hook(lambda module, args, output: output if good else Breaks.apply(output))
+    optimizer = AdaptedGD(breaking, lr=0.5)
+    good = False
+    with pytest.raises(MemoryError, match="no luck"):
+        MSE(breaking(x), y).backward()
+    good = True
+    expected = pinv_step(model, x, y, 0.5)
+    MSE(breaking(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_threads_with_models_of_their_own():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def train(seed):
+        generator = torch.Generator().manual_seed(seed)
+        model = mlp().double()
+        x, y = (torch.randn(6, n, dtype=torch.float64, generator=generator) for n in (4, 3))
+        optimizer = AdaptedGD(model, criterion=MSE)
+        for _ in range(8):
+            optimizer.zero_grad()
+            MSE(model(x), 0.3 * y).backward()
+            optimizer.step()
+        return float(MSE(model(x), 0.3 * y).detach())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with ThreadPoolExecutor(2) as pool:
+            assert max(pool.map(train, range(4))) < 1e-12
+
+
+def test_tracing_is_let_through():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, x, _ = problem()
+        optimizer = AdaptedGD(model)
+        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+        del optimizer

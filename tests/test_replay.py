@@ -1,0 +1,465 @@
+"""The forward pass is repeated as it was, and leaves nothing changed."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
+
+from .cases import (
+    MSE,
+    MaskedMean,
+    OldStyle,
+    assert_at,
+    dense_jacobian,
+    flat,
+    mlp,
+    pinv_step,
+    problem,
+)
+
+
+def test_a_replay_is_no_call():
+    model, x, y = OldStyle().double(), torch.randn(5, 3).double(), torch.randn(5, 2).double()  # replayed in three ways
+    optimizers = [AdaptedGD(model, lr=0.5), AdaptedGD(model, lr=0.5)]
+    MSE(model(x), y).backward()
+    optimizers[0].step()
+    assert [o._recorder._count for o in optimizers] == [1, 1]
+
+
+def test_gradients_are_left_as_a_plain_optimizer_leaves_them():
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    optimizer = AdaptedGD(model, lr=0.5)
+    for m in (model, twin):
+        MSE(m(x), y).backward()
+    optimizer.step()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_random_stream_is_left_as_a_plain_optimizer_leaves_it():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    optimizer = AdaptedGD(model, lr=0.01)
+    MSE(model(torch.randn(5, 4)), torch.randn(5, 3)).backward()
+    state = torch.get_rng_state()
+    optimizer.step()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.AlphaDropout(0.3), nn.RReLU(), nn.Dropout(0.2, inplace=True)])
+def test_random_layers_are_replayed_with_the_users_draw(layer):
+    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3)).double()
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    state = torch.get_rng_state()
+    rows = torch.stack([_gradient(row, model) for row in model(x).reshape(-1)])
+    torch.set_rng_state(state)
+    start = flat(model)
+    optimizer = AdaptedGD(model, lr=0.5)
+    outputs = model(x)
+    torch.rand(17)  # the stream moves on before the step
+    g = torch.autograd.grad(MSE(outputs, y), outputs, retain_graph=True)[0].reshape(-1)
+    MSE(outputs, y).backward()
+    optimizer.step()
+    assert_at(model, start - 0.5 * torch.linalg.pinv(rows, rtol=1e-7) @ g)
+
+
+def _gradient(output, model):
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(output, list(model.parameters()), retain_graph=True)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batchnorm_statistics_are_updated_once(training):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double().train(training)
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    twin = copy.deepcopy(model)
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    twin(x)
+    optimizer.step()
+    assert_at(model, expected)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+    assert optimizer.last_step.kernel == f"jacobian ({'whole_batch' if training else 'per_sample'})"
+
+
+def test_spectral_norm_is_replayed_from_the_vectors_before_the_call():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    twin = copy.deepcopy(model)
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    twin(x)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_at(model, expected, 1e-8)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_the_mode_of_the_call_counts_not_that_of_the_step():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    loss = MSE(model(x), y)
+    model.eval()
+    loss.backward()
+    optimizer.step()
+    assert_at(model, expected)
+    assert not any(m.training for m in model.modules())
+
+
+def test_keyword_inputs():
+    model = MaskedMean().double()
+    tokens, weights, y = torch.randint(7, (4, 3)), torch.rand(4, 3).double(), torch.randn(4, 2).double()
+    start = flat(model)
+    optimizer = AdaptedGD(model, lr=0.1)
+    outputs = model(tokens, weights=weights)
+    g = torch.autograd.grad(MSE(outputs, y), outputs, retain_graph=True)[0].reshape(-1)
+    MSE(outputs, y).backward()
+    optimizer.step()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, part in zip(twin.parameters(), start.split([p.numel() for p in twin.parameters()]), strict=True):
+            p.copy_(part.reshape(p.shape))
+    d = dense_jacobian(twin, tokens, weights=weights)
+    assert_at(model, start - 0.1 * torch.linalg.pinv(d, rtol=1e-7) @ g)
+
+
+def test_the_users_own_hooks_take_part_once():
+    model, x, y = problem()
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.register_forward_hook(lambda module, args, output: output * 3)
+    twin = nn.Sequential(*model)  # the same layers without the hooks
+    outputs = (3 * twin(2 * x)).detach().requires_grad_()
+    g = torch.autograd.grad(MSE(outputs, y), outputs)[0].reshape(-1)
+    expected = flat(model) - 0.5 * torch.linalg.pinv(3 * dense_jacobian(twin, 2 * x)) @ g
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_checkpointed_activations():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.body, self.head, self.reentrant = mlp(), nn.Linear(3, 3), reentrant
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+    model, x, y = Checkpointed(reentrant=False).double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    plain = nn.Sequential(copy.deepcopy(model.body), copy.deepcopy(model.head))
+    expected = pinv_step(plain, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+    model = Checkpointed(reentrant=True).double()
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x.requires_grad_()), y).backward()
+    with pytest.raises(RuntimeError, match="only use_reentrant=False works"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model, x, y = problem(dtype=torch.float32)
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = MSE(model(x).float(), y)
+    loss.backward()
+    optimizer.step()
+    assert (flat(model) - expected).norm() < 0.05 * expected.norm()
+    assert optimizer.last_step.off_output_fraction == 0
+    assert optimizer.last_step.kernel == "jacobian (per_sample)"
+
+
+def test_the_rank_cut_follows_the_arithmetic_of_the_forward_pass():
+    cuts = {}
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        model, x = mlp(sizes=(4, 30, 30, 3)), torch.randn(12, 4)
+        x[6:] = x[:6] + 1e-4  # nearly duplicates: told apart in float32, and noise in bfloat16
+        optimizer = AdaptedGD(model, lr=0.0)
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        cuts[dtype] = optimizer.last_step.rank
+    assert cuts[None] == 36
+    assert cuts[torch.bfloat16] <= 18
+
+
+def test_step_inside_autocast_is_the_step_outside():
+    results = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        model, x, y = problem(dtype=torch.float32)
+        optimizer = AdaptedGD(model, lr=0.5)
+        MSE(model(x), y).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            optimizer.step()
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+def test_a_penalty_takes_a_plain_gradient_step():
+    model, x, y = problem()
+    start = flat(model)
+    expected = pinv_step(model, x, y, 0.5 / (2 / 18)) - 0.5 * 0.02 * start
+    optimizer = AdaptedGD(model, lr=0.5, criterion=MSE)
+    loss = MSE(model(x), y) + 0.01 * sum(p.square().sum() for p in model.parameters())
+    loss.backward()
+    with pytest.warns(UserWarning, match=r"of the loss's gradient did not come through (.|\n)* use `weight_decay`") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+    assert_at(model, expected)
+    assert 0 < optimizer.last_step.off_output_fraction < 1
+    optimizer.zero_grad()
+    (MSE(model(x), y) + model[0].weight.square().sum()).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # said once
+
+
+def test_clipping_the_gradients_changes_nothing_and_is_warned_of():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.warns(UserWarning, match="`.grad` of '0.weight' is not what backward delivered.* lower `lr`") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+    assert_at(model, expected)
+    assert optimizer.last_step.off_output_fraction == 0
+    MSE(model(x), y).backward()  # .grad holds the last step's as well, which is not worth a second word
+    optimizer.step()
+
+
+def test_sparse_gradients():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(7, 4, sparse=True), nn.Linear(4, 2)
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens).mean(1))
+
+    model, tokens, y = Bag().double(), torch.randint(7, (4, 3)), torch.randn(4, 2).double()
+    dense = copy.deepcopy(model)
+    dense.embedding.sparse = False
+    expected = pinv_step(dense, tokens, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    for _ in range(2):  # the same rows twice, to add sparse gradients up: the least squares solution is the same
+        MSE(model(tokens), y).backward()
+    optimizer.step()
+    assert_at(model, expected, 1e-6)  # every row of D twice: rank-deficient, and Θ squares the condition
+    assert optimizer.last_step.rank <= optimizer.last_step.num_outputs / 2
+
+
+def test_a_physics_informed_network_whose_outputs_are_residuals():
+    class Residual(nn.Module):
+        """u'' + u on given points, and u at the ends."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(sizes=(1, 10, 10, 1))
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.requires_grad_() if x.is_leaf and not torch._C._functorch.is_functorch_wrapped_tensor(x) else x
+                u = self.net(x)
+                slope = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+                return torch.autograd.grad(slope.sum(), x, create_graph=True)[0] + u
+
+    model = Residual().double()
+    x = torch.linspace(0, 1, 8, dtype=torch.float64).unsqueeze(1)
+    target = torch.ones(8, 1, dtype=torch.float64)
+    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss())
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = HalfSquaredLoss()(model(x.clone()), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 1e-12 * losses[0]
+
+
+@pytest.mark.parametrize("way", ["wrapper", "module", "in place", "wrapper, called before", "inner"])
+def test_compiled_models(way):
+    compiled_calls = []
+
+    def backend(graph, inputs):
+        return lambda *args: compiled_calls.append(1) or graph(*args)
+
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    plain = model
+    if way == "in place":
+        model.compile(backend=backend)
+    elif way == "inner":
+        model = nn.Sequential(torch.compile(model, backend=backend))
+    else:
+        model = torch.compile(model, backend=backend)
+        if way == "wrapper, called before":
+            model(x)
+    optimizer = AdaptedGD(plain if way == "module" else model, lr=0.5)
+    MSE(model(x), y).backward()
+    count = len(compiled_calls)
+    assert count > 0 or way in ("module", "in place")  # torch 2.6 compiles no module with hooks of its own
+    optimizer.step()
+    assert len(compiled_calls) == count  # torch.func differentiates the eager module
+    assert optimizer.last_step.num_calls == 1
+    assert optimizer.last_step.kernel == "jacobian (per_sample)"
+    assert_at(plain, expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+def test_cuda_dropout_amp_and_batchnorm():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).cuda()
+    optimizer = AdaptedGD(model, lr=0.1, damping=1e-3)
+    scaler = torch.amp.GradScaler("cuda")
+    x, y = torch.randn(6, 4, device="cuda"), torch.randn(6, 3, device="cuda")
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = MSE(model(x).float(), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.last_step.identity_gap < 1e-6
+
+
+def test_an_input_buffer_that_is_refilled():
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    model[0].requires_grad_(False)  # autograd itself would need the first layer's input
+    frozen = pinv_step(model, x, y, 0.5)
+    assert len(frozen) < len(expected)
+    optimizer = AdaptedGD(model, lr=0.5)
+    buffer = x.clone()
+    loss = MSE(model(buffer), y)
+    buffer.zero_()
+    loss.backward()
+    optimizer.step()
+    assert_at(model, frozen)
+
+
+def test_a_forward_pass_that_changes_its_input():
+    model = nn.Sequential(nn.LeakyReLU(0.3, inplace=True), nn.Linear(4, 3)).double()
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = pinv_step(nn.Sequential(nn.LeakyReLU(0.3), model[1]), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    given = x.clone()
+    MSE(model(given), y).backward()
+    changed = given.clone()
+    optimizer.step()
+    assert_at(model, expected)
+    assert torch.equal(given, changed)
+
+
+class Coupled(nn.Module):
+    """Samples interact, but a head of zeros hides it from the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.head(h - h.mean(0))
+
+
+def test_a_coupling_that_the_outputs_hide_is_found_out():
+    model, x, y = Coupled().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    expected = pinv_step(model, x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.kernel == "jacobian (whole_batch)"
+    assert_at(model, expected)
+
+
+def test_what_hooks_and_modules_keep_can_be_used_after_the_step():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            self.kept = self.net[0](x)
+            return self.net(x)
+
+    for layers in ((), (nn.BatchNorm1d(3),)):  # per sample, and the whole batch
+        model = nn.Sequential(Keeps(), *layers).double()
+        seen = {}
+        model[0].net[1].register_forward_hook(lambda module, args, output, seen=seen: seen.update(a=output.detach()))
+        optimizer = AdaptedGD(model, lr=0.5)
+        out = model(torch.randn(6, 4).double())
+        kept, before = model[0].kept, seen["a"]
+        MSE(out, torch.zeros(6, 3).double()).backward()
+        optimizer.step()
+        assert model[0].kept is kept
+        torch.testing.assert_close(seen["a"], before)
+
+
+def test_hooks_registered_later_take_part():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,), prepend=True)
+    model.register_forward_hook(lambda module, args, output: output * 3)
+    MSE(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="could not be repeated"):
+        optimizer.step()  # this once, the other pre-hook ran first
+    optimizer.zero_grad()
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.off_output_fraction == 0
+
+
+def test_buffers_that_are_reassigned():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+            return self.layer(x - self.mean)
+
+    model, x, y = Centred().double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    mean = model.mean.clone()
+    optimizer.step()
+    assert_at(model, expected)
+    assert torch.equal(model.mean, mean)
+
+
+def test_penalties_are_seen_under_autocast():
+    model, x, y = problem(dtype=torch.float32)
+    optimizer = AdaptedGD(model, lr=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = MSE(model(x).float(), y) + 0.01 * sum(p.square().sum() for p in model.parameters())
+    loss.backward()
+    with pytest.warns(UserWarning, match="did not come through"):
+        optimizer.step()
