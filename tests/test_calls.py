@@ -178,8 +178,19 @@ def test_only_what_the_loss_uses_of_related_outputs_counts(build):
     assert_at(model, expected)
 
 
+class Squeezed(nn.Module):
+    """Its output is a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x).unsqueeze(1).squeeze(1)
+
+
 def test_outputs_may_be_changed_in_place():
-    for build in (Halves, mlp):
+    for build in (Halves, mlp, Squeezed):
         model, x, y = build().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
         twin, optimizer = copy.deepcopy(model), AdaptedGD(model, lr=0.5)
         reference = AdaptedGD(twin, lr=0.5)
@@ -332,3 +343,38 @@ def test_tracing_is_let_through():
         optimizer = AdaptedGD(model)
         assert torch.equal(torch.jit.trace(model, x)(x), model(x))
         del optimizer
+
+
+def test_clearing_gradients_on_the_model_between_backward_and_step_drops_the_call():
+    for clear in (lambda m: m.zero_grad(), lambda m: m.zero_grad(set_to_none=False)):
+        model, x, y = problem()
+        optimizer = AdaptedGD(model)
+        before = flat(model)
+        MSE(model(x), y).backward()
+        clear(model)
+        with pytest.raises(RuntimeError, match="zero_grad dropped it"):
+            optimizer.step()
+        assert torch.equal(flat(model), before)
+
+
+def test_clearing_is_noticed_before_a_newly_trained_parameter_confirms():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    model[4].requires_grad_(False)
+    MSE(model(x), y).backward()
+    model.zero_grad()
+    model[4].requires_grad_(True)  # its gradient arrives before all others
+    expected = pinv_step(model, x, y, 0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_a_forward_pass_that_raised_is_not_taken_for_an_output():
+    model, x, _ = problem()
+    optimizer = AdaptedGD(model)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(x[:, :3])
+    with pytest.raises(RuntimeError, match="call loss.backward"):
+        optimizer.step()

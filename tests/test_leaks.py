@@ -1,4 +1,5 @@
 import gc
+import weakref
 
 import torch
 from torch import nn
@@ -67,3 +68,22 @@ def test_dropped_backward_passes_leave_nothing():
     before = live_tensors()
     rounds(200)
     assert live_tensors() <= before
+
+
+def test_a_running_total_of_losses_keeps_no_inputs():
+    model = mlp()
+    optimizer = AdaptedGD(model, lr=1e-3)
+    total = torch.zeros(())
+    references = []
+    for _ in range(5):
+        x = torch.randn(3, 4)
+        loss = model(x).square().sum()
+        total = total + loss  # undetached, as people do
+        optimizer.zero_grad()
+        loss.backward()
+        references += [weakref.ref(t) for call in optimizer._recorder.calls for t in call.inputs._leaves]
+        optimizer.step()
+    gc.collect()
+    assert len(references) == 5
+    assert not any(reference() is not None for reference in references)
+    assert total.requires_grad

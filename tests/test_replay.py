@@ -463,3 +463,52 @@ def test_penalties_are_seen_under_autocast():
     loss.backward()
     with pytest.warns(UserWarning, match="did not come through"):
         optimizer.step()
+
+
+def test_buffers_that_change_after_the_call():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    model, x, y = Scaled().double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    model.scale.mul_(0.9)  # annealed, say
+    optimizer.step()
+    assert_at(model, expected)
+    assert model.scale == 1.8
+
+
+def test_a_submodule_made_by_the_first_forward_pass():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            if not hasattr(self, "activation"):
+                self.activation = nn.Tanh()
+            return self.activation(self.layer(x))
+
+    model, x, y = Grows().double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_weights_shared_by_calls_under_autocast_are_no_penalty():
+    model, x, y = problem(dtype=torch.float32)
+    optimizer = AdaptedGD(model, lr=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = MSE(model(x[:3]).float(), y[:3]) + MSE(model(x[3:]).float(), y[3:])
+    loss.backward()
+    optimizer.step()
+    assert optimizer.last_step.off_output_fraction == 0

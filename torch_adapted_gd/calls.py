@@ -50,8 +50,8 @@ class Conditions:
     cpu_rng: Tensor
     cuda_rng: dict[int, Tensor]
     autocast: list[tuple[str, torch.dtype, bool]]
-    training: list[bool]
-    buffers: dict[str, tuple[Tensor, int, Tensor]]  # name -> (buffer, its version, its value) before the pass
+    training: dict[str, bool]  # by the module's name
+    buffers: dict[str, Tensor]  # copies of their values before the pass
 
     @classmethod
     def now(cls, model: nn.Module) -> "Conditions":
@@ -61,8 +61,8 @@ class Conditions:
             cpu_rng=torch.get_rng_state(),
             cuda_rng={i: torch.cuda.get_rng_state(i) for i in _cuda_devices(model)},
             autocast=_autocast_state(model),
-            training=[module.training for module in model.modules()],
-            buffers={name: (b, _version(b), b.detach().clone()) for name, b in model.named_buffers()},
+            training={name: module.training for name, module in model.named_modules()},
+            buffers={name: b.detach().clone() for name, b in model.named_buffers()},
         )
 
     def random_numbers_drawn(self) -> bool:
@@ -93,8 +93,8 @@ class Conditions:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 _thread.replaying = True
-                for module, mode in zip(modules, self.training, strict=True):
-                    module.training = mode
+                for name, module in model.named_modules():
+                    module.training = self.training.get(name, module.training)
                 yield
             finally:
                 _thread.replaying = outer
@@ -134,12 +134,6 @@ class Call:
     def of(cls, number: int, model: nn.Module, inputs: "Inputs", start: Conditions, output: Any) -> "Call":
         """Take down a call that has just returned ``output``."""
         model = underlying(model)
-        buffers = dict(model.named_buffers())
-        start.buffers = {
-            name: (buffer, version, value)
-            for name, (buffer, version, value) in start.buffers.items()
-            if buffers.get(name) is not buffer or _version(buffer) != version  # the others need no copy
-        }
         return cls(
             number=number,
             inputs=inputs,
@@ -180,6 +174,12 @@ class Call:
                     "changes the model; for parts of one model use one AdaptedGD with parameter groups."
                 )
 
+    def release(self) -> None:
+        """Give back all that a replay needs: the call was stepped on, and the user's graph may live on for long."""
+        self.inputs = Inputs((), {})
+        self.outputs = {}
+        self.conditions.buffers = {}
+
     def function(self, model: nn.Module) -> Callable[..., list[Tensor]]:
         """The call as a function of ``(parameters and buffers by name, args, kwargs)``; returns ``places``' outputs."""
         model = underlying(model)
@@ -193,7 +193,7 @@ class Call:
 
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
         """Fresh copies of the buffers as they were before the call, so that a replay updates none of the model's."""
-        then = {name: value for name, (_, _, value) in self.conditions.buffers.items()}
+        then = self.conditions.buffers
         return {name: then.get(name, b).detach().clone() for name, b in underlying(model).named_buffers()}
 
 

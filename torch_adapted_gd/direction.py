@@ -128,8 +128,12 @@ def step_direction(
     # that leaves nothing but the rounding of sums.
     off_output = gradient.double() - torch.stack([part.gradient.double() for part in parts]).sum(0) / loss_scale
     size = float(torch.linalg.vector_norm(off_output))
-    # |D|_F |g| bounds the sums of products in Dᵀg.
-    if size <= 16 * torch.finfo(dtype).eps * float(theta.diagonal().sum().sqrt() * torch.linalg.vector_norm(g)):
+    # |D|_F |g| bounds the sums of products in Dᵀg. Under autocast, gradients of a weight that is used more than once add up
+    # in low precision.
+    rounding = 16 * torch.finfo(dtype).eps * float(theta.diagonal().sum().sqrt() * torch.linalg.vector_norm(g))
+    if eps > torch.finfo(dtype).eps:
+        rounding += eps * float(torch.linalg.vector_norm(gradient.double()))
+    if size <= rounding:
         off_output, size = torch.zeros_like(off_output), 0.0
     return Direction(
         trained=trained,

@@ -205,7 +205,7 @@ class _Differentiation:
         )
         self.matrix = torch.empty(shape, dtype=dtype, device=device)  # [NQ, K]
         # Random numbers of its own: the user's stream is not touched.
-        draw = torch.randn(shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        draw = torch.randn(shape[0], generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
         self.probe = draw.to(device)  # u, [NQ]
 
     def state(self) -> State:

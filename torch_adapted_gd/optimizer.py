@@ -204,6 +204,7 @@ class AdaptedGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         recorder = self._recorder
+        recorder.notice_cleared()
         if not recorder.calls and not recorder.gradients and closure is not None and loss is None:
             return None  # the closure chose to skip this batch, as Lightning's does when training_step returns None
         if float(getattr(self, "found_inf", 0.0)):
@@ -239,7 +240,7 @@ class AdaptedGD(Optimizer):
         self._warn_edited_gradients(trained, arrived)
         for p, value in new_values:
             p.copy_(value)
-        recorder.drop("step")
+        recorder.drop("step", spent=True)
         self.last_step = direction.report()
         return loss
 

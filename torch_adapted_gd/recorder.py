@@ -61,7 +61,8 @@ class CallRecorder:
         self._running: list[tuple[Inputs, Conditions, bool] | None] = []  # forward passes under way, the outermost first
         self._count = 0
         self._pending: list[tuple[Call, int, Tensor]] = []
-        self._pending_pass = -1
+        self._pass = -1
+        self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
         self._incoming: dict[int, Tensor] = {}
         self._frozen: dict[int, nn.Parameter] = {}
         before = model.register_forward_pre_hook(_Hook(self, CallRecorder._before), prepend=True, with_kwargs=True)
@@ -75,6 +76,7 @@ class CallRecorder:
 
         A frozen parameter takes no hook: it gets one in the first forward pass that finds it trainable.
         """
+        self._parameters[id(parameter)] = weakref.ref(parameter)
         if not parameter.requires_grad:
             self._frozen[id(parameter)] = parameter
             return
@@ -83,25 +85,32 @@ class CallRecorder:
         def arriving(gradient: Tensor) -> None:
             recorder = reference()
             if recorder is not None and not replaying() and not _is_batched(gradient):
-                recorder._arriving(parameter_reference(), gradient)
+                recorder._arriving(key, gradient)
 
         def accumulated(parameter: Tensor) -> None:
             recorder = reference()
             if recorder is not None and not replaying():
                 recorder._accumulated(parameter)
 
-        parameter_reference = weakref.ref(parameter)
+        key = id(parameter)
         for hook in (arriving, accumulated):
             torch.utils.hooks.unserializable_hook(hook)  # a saved parameter goes without it
         handles = (parameter.register_hook(arriving), parameter.register_post_accumulate_grad_hook(accumulated))
         weakref.finalize(self, _remove, handles)
 
-    def drop(self, by: str) -> None:
-        """Forget all calls and gradients."""
+    def drop(self, by: str, *, spent: bool = False) -> None:
+        """Forget all calls and gradients.
+
+        Args:
+            by: ``"step"`` or ``"zero_grad"``.
+            spent: The parameters have moved, so that the calls can never be stepped on again.
+        """
         if self.calls:
             self.dropped_by = by
         for call in self.calls:  # the user's graph may still hold them, for a second backward pass
             call.gradients = {}
+            if spent:
+                call.release()
         self.calls = []
         self.gradients = {}
         self._forget_pending()
@@ -140,7 +149,7 @@ class CallRecorder:
         )
         if next(iter(pre_hooks)) != before:
             pre_hooks.move_to_end(before, last=False)
-        if next(reversed(hooks)) != after:
+        if after in hooks and next(reversed(hooks)) != after:
             hooks.move_to_end(after)
         for parameter in [p for p in self._frozen.values() if p.requires_grad]:
             del self._frozen[id(parameter)]
@@ -160,7 +169,7 @@ class CallRecorder:
         if start is None:
             return None
         leaves = output_leaves(output)
-        self.unusable_output = None if leaves else type(output).__name__
+        self.unusable_output = None if leaves or output is None else type(output).__name__  # None: it raised, or so
         if not leaves:
             return None
         inputs, conditions, nested = start
@@ -168,9 +177,9 @@ class CallRecorder:
         call.nested = nested
         self._count += 1
         replaced = None
-        if len(leaves) > 1:
-            # One output may be computed from another. Copies keep the gradient that the user's loss sends to each apart
-            # from what flows on from one to the other.
+        if len(leaves) > 1 or any(leaf._is_view() for leaf in leaves.values()):
+            # One output may be computed from another: copies keep the gradient that the user's loss sends to each apart
+            # from what flows on from one to the other. And changing a view in place takes its hooks out of the graph.
             all_leaves, structure = tree_flatten(output)
             copies = {id(leaf): leaf.clone() for leaf in leaves.values()}
             replaced = tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
@@ -191,26 +200,38 @@ class CallRecorder:
         `torch.autograd.grad(output, input)`, as in physics-informed losses, comes by here too and must not count: the
         end of its backward pass takes away what no parameter has confirmed. One that raised never came to its end.
         """
-        this_pass = torch._C._current_graph_task_id()
-        if self._pending_pass != this_pass:
+        if self._pass != torch._C._current_graph_task_id():
             self._forget_pending()
-            self._pending_pass = this_pass
+            self._notice_new_pass()
         if not self._pending:
             torch.autograd.Variable._execution_engine.queue_callback(self._forget_pending)
-        call.backward_pass = this_pass
+        call.backward_pass = self._pass
         self._pending.append((call, place, gradient.detach().to(torch.float64, copy=True)))
 
-    def _arriving(self, parameter: Tensor | None, gradient: Tensor) -> None:
-        """A parameter is about to receive a gradient. If its last one was cleared by other means than ours, so is the rest."""
-        if parameter is None:
-            return
-        known = self.gradients.get(id(parameter))
-        if known is not None and (parameter.grad is None or (not parameter.grad.any() and bool(known.any()))):
-            pending, self._pending = self._pending, []
+    def _notice_new_pass(self) -> None:
+        """Before anything of a backward pass is taken down: was what earlier ones left cleared by other means than ours?"""
+        self._pass = torch._C._current_graph_task_id()
+        pending, self._pending = self._pending, []
+        self.notice_cleared()
+        self._pending = pending
+
+    def notice_cleared(self) -> None:
+        """Drop all calls if every ``.grad`` that they filled has been cleared since, as by ``model.zero_grad()``."""
+        for key, known in self.gradients.items():
+            parameter = self._parameters[key]()
+            if parameter is None or parameter.grad is None:
+                continue
+            if parameter.grad.any() or not known.any():
+                return
+        if self.gradients:
             self.drop("zero_grad")
-            self._pending = pending
+
+    def _arriving(self, key: int, gradient: Tensor) -> None:
+        """A parameter is about to receive a gradient."""
+        if self._pass != torch._C._current_graph_task_id():
+            self._notice_new_pass()
         # Never the tensor itself, which becomes `.grad` and may be clipped in place.
-        self._incoming[id(parameter)] = gradient.detach().to_dense().clone()
+        self._incoming[key] = gradient.detach().to_dense().clone()
 
     def _accumulated(self, parameter: Tensor) -> None:
         """A parameter has received a gradient in ``.grad``: the calls that sent it on belong to the step."""
