@@ -113,6 +113,12 @@ def call_jacobian(
         names: The parameters to differentiate by, in the order of the columns.
         method: As in `output_jacobian`.
         chunk_size: As in `output_jacobian`.
+
+    Raises:
+        RuntimeError: The call cannot be repeated with the same outputs and derivatives.
+        ValueError: The outputs do not have the batch first, the parameters are on several devices, or ``chunk_size`` is
+            below 1.
+        MemoryError: D would not fit.
     """
     if chunk_size is not None:
         positive_integer("chunk_size", chunk_size)

@@ -15,9 +15,6 @@ from .loss import check_criterion
 from .recorder import CallRecorder
 from .report import StepReport
 
-_KERNELS = ("auto", "jacobian")
-_SOLVERS = ("auto", "eigh")
-
 
 class AdaptedGD(Optimizer):
     """Adapted gradient descent: outputs follow Euclidean gradient descent, straight towards the targets.
@@ -115,8 +112,8 @@ class AdaptedGD(Optimizer):
             )
         self._model = model
         self._criterion = check_criterion(criterion)
-        self._kernel = one_of("kernel", kernel, _KERNELS)
-        self._solver = one_of("solver", solver, _SOLVERS)
+        one_of("kernel", kernel, ("auto", "jacobian"))
+        one_of("solver", solver, ("auto", "eigh"))
         self._chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
         self._recorder = CallRecorder(model)
         self._said: set[str] = set()
@@ -188,7 +185,7 @@ class AdaptedGD(Optimizer):
         Raises:
             RuntimeError: No call of the model reached the loss; outputs, loss gradient, kernel or new parameters are not
                 finite; or inputs or model have changed since the call. Nothing has been changed then.
-            ValueError: The outputs do not have the batch first.
+            ValueError: The outputs do not have the batch first, or the parameters were cast to half precision.
             MemoryError: The Jacobian or the kernel would not fit.
         """
         try:
@@ -264,7 +261,7 @@ class AdaptedGD(Optimizer):
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_criterion", "_kernel", "_solver", "_chunk_size", "_said", "last_step")
+        kept = ("_model", "_criterion", "_chunk_size", "_said", "last_step")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,113 @@
+"""Bad arguments: refused when they are given, not first in a step."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD
+
+from .cases import mlp
+
+MSE = nn.MSELoss()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"lr": math.nan}, ValueError, "`lr` should be at least 0 and finite, but got nan"),
+        ({"lr": -0.1}, ValueError, "`lr` should be at least 0 and finite, but got -0.1"),
+        ({"lr": math.inf}, ValueError, "`lr` should be at least 0 and finite, but got inf"),
+        ({"lr": "fast"}, TypeError, "`lr` should be a number, but got 'fast' of type str"),
+        ({"lr": None}, TypeError, "`lr` should be a number, but got None"),
+        ({"lr": True}, TypeError, "`lr` should be a number, but got True of type bool"),
+        ({"alpha": 1.1}, ValueError, "`alpha` should be at least 0 and at most 1, but got 1.1"),
+        ({"alpha": math.nan}, ValueError, "`alpha` should be at least 0 and at most 1, but got nan"),
+        ({"damping": -1e-9}, ValueError, "`damping` should be at least 0 and finite, but got -1e-09"),
+        ({"damping": math.nan}, ValueError, "`damping` should be"),
+        ({"rtol": 1.0}, ValueError, "`rtol` should be at least 0 and below 1, but got 1.0"),
+        ({"rtol": math.nan}, ValueError, "`rtol` should be at least 0 and below 1, but got nan"),
+        ({"weight_decay": -1}, ValueError, "`weight_decay` should be at least 0 and finite, but got -1"),
+        ({"chunk_size": 0}, ValueError, "`chunk_size` should be at least 1, but got 0"),
+        ({"chunk_size": 1.5}, TypeError, "`chunk_size` should be a whole number, but got 1.5"),
+        ({"kernel": "fast"}, ValueError, "`kernel` should be one of 'auto', 'jacobian', but got 'fast'"),
+        ({"solver": "qr"}, ValueError, "`solver` should be one of 'auto', 'eigh', but got 'qr'"),
+        ({"criterion": nn.L1Loss()}, TypeError, r"`criterion` should be a MSELoss, .* but got L1Loss\(\)"),
+        ({"criterion": nn.MSELoss}, TypeError, "`criterion` should be a MSELoss, .* instance"),
+        ({"criterion": nn.functional.mse_loss}, TypeError, "`criterion` should be a MSELoss"),
+        ({"criterion": nn.CrossEntropyLoss(torch.zeros(3))}, ValueError, "a positive weight for some class"),
+        ({"params": []}, ValueError, "empty parameter list"),
+        ({"params": [nn.Parameter(torch.ones(2))]}, ValueError, r"`params` should belong to `model`, but .* shape \[2\]"),
+        ({"params": [torch.ones(2)]}, ValueError, "should belong to `model`"),
+    ],
+)
+def test_construction(options, error, match):
+    model = mlp()
+    with pytest.raises(error, match=match):
+        AdaptedGD(model, **options)
+    assert not model._forward_hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_the_model_is_asked_for():
+    with pytest.raises(TypeError, match=r"but got generator. Pass the model itself, not model.parameters\(\)"):
+        AdaptedGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="should have trainable parameters, but none requires a gradient"):
+        AdaptedGD(nn.Tanh())
+    with pytest.raises(ValueError, match="should have trainable parameters"):
+        AdaptedGD(mlp().requires_grad_(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_parameters_of_other_dtypes(dtype):
+    model = nn.Linear(2, 2).to(dtype)
+    with pytest.raises(ValueError, match=f"Parameter 'weight' should be float32 or float64, but is {dtype}.*autocast"):
+        AdaptedGD(model)
+
+
+def test_numbers_of_other_types_are_numbers():
+    optimizer = AdaptedGD(mlp(), lr=1, damping=np.float32(0.5), chunk_size=np.int64(3))
+    assert optimizer.param_groups[0]["damping"] == 0.5
+
+
+def test_add_param_group_is_all_or_nothing():
+    model = mlp()
+    optimizer = AdaptedGD(model, params=model[0].parameters())
+    for group, error, match in (
+        ({"params": model[2].parameters(), "lr": math.nan}, ValueError, "`lr` should be"),
+        ({"params": model[2].parameters(), "damping": 0.1}, ValueError, "`damping` should be the same in all parameter groups"),
+        ({"params": model[2].parameters(), "rtol": 0.1}, ValueError, "`rtol` should be the same in all parameter groups"),
+        ({"params": nn.Linear(2, 2).parameters()}, ValueError, "should belong to `model`"),
+        ({"params": model[0].parameters()}, ValueError, "some parameters appear in more than one parameter group"),
+        ("group", TypeError, "dict"),
+    ):
+        with pytest.raises(error, match=match):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [], "damping": 0.2})
+    MSE(model(torch.ones(2, 4)), torch.ones(2, 3)).backward()
+    with pytest.raises(
+        ValueError, match=r"`damping` should be the same in all parameter groups, but they have \['0.0', '0.2'\]"
+    ):
+        optimizer.step()
+
+
+def test_state_of_another_optimizer_is_refused():
+    model = mlp()
+    optimizer = AdaptedGD(model)
+    state = torch.optim.SGD(model.parameters(), lr=0.3).state_dict()
+    with pytest.raises(ValueError, match="should come from an AdaptedGD, but a parameter group has no alpha, damping"):
+        optimizer.load_state_dict(state)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["alpha"] = 7.0
+    with pytest.raises(ValueError, match="`alpha` should be"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_lazy_parameters():
+    with pytest.raises(ValueError, match="Parameter 'weight' is not initialized yet. Call the model on a batch first"):
+        AdaptedGD(nn.LazyLinear(3))
