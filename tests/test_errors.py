@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, memory
-from torch_adapted_gd.jacobian import _dtype_and_device
+from torch_adapted_gd.jacobian import dtype_and_device
 
 from .cases import flat, mlp
 
@@ -221,7 +221,7 @@ def test_everything_frozen():
 def test_parameters_on_several_devices():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, device="meta"))
     with pytest.raises(ValueError, match=r"should be on one device, but are on \['cpu', 'meta'\]"):
-        _dtype_and_device(list(model.parameters()))
+        dtype_and_device(list(model.parameters()))
 
 
 def test_unscaling_hides_the_scale():

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, stacked
-from .jacobian import batch_and_outputs, call_jacobian, precision
+from .jacobian import call_jacobian
 from .kernel import StackedJacobian
 from .loss import Criterion, output_curvature
 from .memory import require_memory
+from .replay import batch_and_outputs, precision
 from .report import StepReport
 from .solve import KernelSolution, default_rtol, solve_kernel
 

@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import textwrap
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from .calls import Call, graph, record, stacked, underlying
+from .calls import Call, record, stacked, underlying
 from .checks import one_of, positive_integer
 from .memory import require_memory
-
-State = dict[str, Tensor]
+from .replay import DisagreementError, Replay, State, batch_and_outputs, precision
 
 METHODS = ("per_sample", "whole_batch", "row_by_row")
 BLOCK_ELEMENTS = 2**24  # columns of D are turned to float64 this many entries (128 MiB) at a time
@@ -127,26 +124,26 @@ def call_jacobian(
         return CallJacobian(work.matrix, METHODS[0], work.matrix.new_zeros(work.matrix.shape[1]))
     refusals = []
     try:
-        with _replay(work):
+        with work.conditions():
             work.plain()
         for way in METHODS if method == "auto" else (method,):
             try:
-                with _replay(work):
+                with work.conditions():
                     getattr(work, way)()
                 work.check_derivatives()
                 return CallJacobian(work.matrix, way, work.gradient)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # torch.func refuses with many types
-                if method != "auto" and not isinstance(error, _DisagreementError):
+                if method != "auto" and not isinstance(error, DisagreementError):
                     raise
                 refusals.append(f"{way}: {textwrap.shorten(str(error).split(chr(10), 1)[0], 300)}")
-    except _DisagreementError as error:
+    except DisagreementError as error:
         refusals.append(f"a plain replay: {error}")
     finally:
         if any(module._forward_hooks for module in work.model.modules()):
             # The user's hooks may keep what they see: let them see tensors that live outside torch.func, once more.
-            with contextlib.suppress(Exception), _replay(work), torch.no_grad():
+            with contextlib.suppress(Exception), work.conditions(), torch.no_grad():
                 work.forward(work.state(), *call.inputs.assembled(call.inputs.leaves))
     raise RuntimeError(
         "The model's call could not be repeated with the same outputs and derivatives, so its Jacobian is not known. A "
@@ -155,53 +152,14 @@ def call_jacobian(
     )
 
 
-@contextlib.contextmanager
-def _replay(work: "_Differentiation") -> Iterator[None]:
-    """The conditions of the call, without the warnings of the model (the user's own call gave them) and of functorch."""
-    with work.call.conditions.restored(work.model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def batch_and_outputs(call: Call) -> tuple[int, int]:
-    """N and Q of a call.
-
-    Raises:
-        ValueError: The outputs do not share a first dimension.
-    """
-    shapes = [call.outputs[place].shape for place in call.places]
-    if any(len(shape) == 0 or shape[0] != shapes[0][0] for shape in shapes):
-        raise ValueError(
-            "The model's outputs should all have the batch as their first dimension, but those that the loss saw have "
-            f"shapes {[list(shape) for shape in shapes]}. Return per-sample outputs, or reduce them outside the model."
-        )
-    n = shapes[0][0]
-    return n, sum(shape.numel() for shape in shapes) // max(n, 1)
-
-
-def precision(call: Call, dtype: torch.dtype) -> float:
-    """Machine epsilon of the arithmetic that a call ran in: of ``dtype``, its outputs or autocast, the coarsest."""
-    kinds = {x.device.type for x in call.outputs.values()}
-    lowered = [low for kind, low, enabled in call.conditions.autocast if enabled and kind in kinds]
-    return max(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values())))
-
-
-class _DisagreementError(RuntimeError):
-    """A replay gave other outputs than the call, or a Jacobian other products than a backward pass."""
-
-
-class _Differentiation:
+class _Differentiation(Replay):
     """The work of filling D for one call, with the three ways to do it. Each runs under the call's conditions."""
 
     def __init__(self, model: nn.Module, call: Call, names: list[str], chunk_size: int | None) -> None:
-        self.model = model
-        self.call = call
-        self.names = names
+        super().__init__(model, call, names)
         self.chunk_size = chunk_size
-        self.n, self.q = batch_and_outputs(call)
-        self.forward = call.function(model)
         parameters = dict(model.named_parameters())
-        dtype, device = _dtype_and_device([parameters[name] for name in names])
+        dtype, device = dtype_and_device([parameters[name] for name in names])
         shape = (self.n * self.q, sum(parameters[name].numel() for name in names))
         require_memory(
             2 * shape[0] * shape[1] * dtype.itemsize,
@@ -210,27 +168,12 @@ class _Differentiation:
             "Use fewer samples at a time or train fewer parameters.",
         )
         self.matrix = torch.empty(shape, dtype=dtype, device=device)  # [NQ, K]
-        # Random numbers of its own: the user's stream is not touched.
-        draw = torch.randn(shape[0], generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
-        self.probe = draw.to(device)  # u, [NQ]
-
-    def state(self) -> State:
-        """Copies of all parameters and buffers as they were before the call: a forward pass may change them in place."""
-        parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        return {**parameters, **self.call.buffers(self.model)}
-
-    def split_state(self) -> tuple[State, State]:
-        """The same in two: the parameters to differentiate by, in the order of the columns, and the rest."""
-        rest = self.state()
-        return {name: rest.pop(name) for name in self.names}, rest
 
     def plain(self) -> None:
         """A plain replay: check the outputs, and take Dᵀu and Dᵀg by one backward pass each."""
-        moving, x = self._plain_outputs()
-        given = self.call.gradients
-        g = stacked([given[place] for place in self.call.places]) if given else torch.zeros_like(self.probe)
+        moving, x = self.plain_outputs()
         products = []
-        for vector in (self.probe, g):
+        for vector in (self.probe, self.output_gradients()):
             parts = torch.autograd.grad(x, list(moving.values()), vector.to(x.dtype), retain_graph=True, materialize_grads=True)
             products.append(torch.cat([part.to_dense().reshape(-1) for part in parts]))
         self.probe_product, self.gradient = products
@@ -241,7 +184,7 @@ class _Differentiation:
         difference = torch.linalg.vector_norm(transpose_product(self.matrix, self.probe) - self.probe_product.double())
         tolerance = min(1e3 * precision(self.call, self.matrix.dtype), 0.05) * size
         if torch.isfinite(size) and torch.isfinite(self.probe_product).all() and not difference <= tolerance:
-            raise _DisagreementError(
+            raise DisagreementError(
                 f"its Jacobian differs from what a backward pass gives by {difference / size:.2g} of its size"
             )
 
@@ -250,7 +193,7 @@ class _Differentiation:
         leaves = self.call.inputs.leaves
         batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.n for leaf in leaves]
         if not any(batched):
-            raise _DisagreementError(f"no input tensor has the batch size {self.n} as its first dimension")
+            raise DisagreementError(f"no input tensor has the batch size {self.n} as its first dimension")
         moving, fixed = self.split_state()
         buffers = {name: fixed.pop(name) for name in self.call.buffers(self.model)}
 
@@ -269,13 +212,13 @@ class _Differentiation:
         if self.call.random:
             # The batch drew its random numbers at once: so must all samples, and first see whether they are the same.
             step = self.n
-            self._check_outputs(vmap(one, in_dims=over_samples, randomness="different")(moving, buffers, *samples())[1])
+            self.check_outputs(vmap(one, in_dims=over_samples, randomness="different")(moving, buffers, *samples())[1])
             self.call.conditions.rewind()
         differentiate = vmap(jacrev(one, has_aux=True), in_dims=over_samples, randomness="different")
         given = samples()
         for start in range(0, self.n, step):
             blocks, x = differentiate(moving, buffers, *(sample[start : start + step] for sample in given))
-            self._check_outputs(x, start * self.q)
+            self.check_outputs(x, start * self.q)
             self._fill(start * self.q, x.numel(), blocks)
 
     def whole_batch(self) -> None:
@@ -286,39 +229,23 @@ class _Differentiation:
             return x, x
 
         with torch.no_grad():  # cheap, and spares NQ backward passes for nothing
-            self._check_outputs(batch(*self.split_state(), self.call.inputs.leaves)[0])
+            self.check_outputs(batch(*self.split_state(), self.call.inputs.leaves)[0])
         self.call.conditions.rewind()
         rows = self.chunk_size or min(64, self._chunk(1))
         # Buffers and inputs are arguments because torch.func lets nothing else be updated in place.
         differentiate = jacrev(batch, has_aux=True, chunk_size=rows)
         blocks, x = differentiate(*self.split_state(), self.call.inputs.leaves)
-        self._check_outputs(x)
+        self.check_outputs(x)
         self._fill(0, x.numel(), blocks)
 
     def row_by_row(self) -> None:
         """A plain backward pass for each output."""
-        moving, x = self._plain_outputs()
+        moving, x = self.plain_outputs()
         with torch.enable_grad():
             outputs = x.unbind()
         for row, output in enumerate(outputs):
             gradients = torch.autograd.grad(output, list(moving.values()), retain_graph=True, materialize_grads=True)
             self._fill(row, 1, dict(zip(moving, gradients, strict=True)))
-
-    def _plain_outputs(self) -> tuple[State, Tensor]:
-        """The parameters to differentiate by, and outputs ``[NQ]`` computed from them by plain autograd."""
-        moving, rest = self.split_state()
-        for p in moving.values():
-            p.requires_grad_()
-        with torch.enable_grad():
-            inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
-            # A copy of each, as autograd lets nobody change a leaf in place.
-            state = {**rest, **{name: p.clone() for name, p in moving.items()}}
-            x = stacked(self.forward(state, *inputs))
-        self._check_outputs(x.detach())
-        if any(node.name() == "CheckpointFunctionBackward" for node in graph(x)):
-            # It hides its parameters from torch.autograd.grad, which would return zeros for them.
-            raise _DisagreementError("the model uses torch.utils.checkpoint, of which only use_reentrant=False works")
-        return moving, x
 
     def _chunk(self, rows: int) -> int:
         """How many times ``rows`` rows of D fit into a chunk."""
@@ -332,19 +259,6 @@ class _Differentiation:
             self.matrix[start : start + count, column : column + flat.shape[1]] = flat
             column += flat.shape[1]
 
-    def _check_outputs(self, x: Tensor, start: int = 0) -> None:
-        """Compare the outputs of a replay with those of the call, from row ``start`` on."""
-        reference = stacked([self.call.outputs[place] for place in self.call.places])
-        x = x.reshape(-1)
-        expected = reference[start : start + x.numel()]
-        if x.shape != expected.shape or (start == 0 and self.n * self.q < x.numel()):
-            raise _DisagreementError(f"it gave {x.numel()} outputs where the call gave {expected.numel()}")
-        scale = reference.abs().max().double()
-        tolerance = min(1e3 * precision(self.call, x.dtype), 0.05) * scale
-        difference = (x.double() - expected.double()).abs().max()
-        if torch.isfinite(reference).all() and not difference <= tolerance:
-            raise _DisagreementError(f"its outputs differ by up to {difference:.2g}, at a size of {scale:.2g}")
-
 
 def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
     """Dᵀu in float64, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
@@ -355,7 +269,7 @@ def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
     return product
 
 
-def _dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:
+def dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:
     devices = {p.device for p in parameters}
     if len(devices) > 1:
         raise ValueError(

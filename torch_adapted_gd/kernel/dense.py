@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import one_of
-from .jacobian import BLOCK_ELEMENTS, jacobian_and_batch, transpose_product
-from .memory import require_memory
+from ..checks import one_of
+from ..jacobian import BLOCK_ELEMENTS, jacobian_and_batch, transpose_product
+from ..memory import require_memory
 
 
 def ntk(

@@ -1,0 +1,121 @@
+"""A recorded call repeated: with copies of the parameters to differentiate by, and its outputs held against the call's."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call, graph, stacked
+
+State = dict[str, Tensor]
+
+
+class DisagreementError(RuntimeError):
+    """A replay gave other outputs than the call, or a derivative other products than a backward pass."""
+
+
+class Replay:
+    """The repetition of one call. Everything that runs the model belongs into a ``with replay.conditions():``.
+
+    Attributes:
+        model: The user's module, unwrapped.
+        call: The call.
+        names: The parameters to differentiate by.
+        n: N, the batch size of the outputs that the loss saw.
+        q: Q, their number for each sample.
+        probe: u, ``[NQ]`` in float64: the random output gradient that derivatives are checked with.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, names: list[str]) -> None:
+        self.model = model
+        self.call = call
+        self.names = names
+        self.n, self.q = batch_and_outputs(call)
+        self.forward = call.function(model)
+        # Random numbers of its own: the user's stream is not touched.
+        draw = torch.randn(self.n * self.q, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
+        self.probe = draw.to(next(iter(call.outputs.values())).device)
+
+    @contextlib.contextmanager
+    def conditions(self) -> Iterator[None]:
+        """The conditions of the call, without the warnings of the model (the user's own call gave them) and of functorch."""
+        with self.call.conditions.restored(self.model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+    def state(self) -> State:
+        """Copies of all parameters and buffers as they were before the call: a forward pass may change them in place."""
+        parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return {**parameters, **self.call.buffers(self.model)}
+
+    def split_state(self) -> tuple[State, State]:
+        """The same in two: the parameters to differentiate by, in the order of ``names``, and the rest."""
+        rest = self.state()
+        return {name: rest.pop(name) for name in self.names}, rest
+
+    def plain_outputs(self) -> tuple[State, Tensor]:
+        """The parameters to differentiate by, and outputs ``[NQ]`` computed from them by plain autograd.
+
+        Raises:
+            DisagreementError: These are not the call's outputs, or gradients of parameters would be lost.
+        """
+        moving, rest = self.split_state()
+        for p in moving.values():
+            p.requires_grad_()
+        with torch.enable_grad():
+            inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
+            # A copy of each, as autograd lets nobody change a leaf in place.
+            state = {**rest, **{name: p.clone() for name, p in moving.items()}}
+            x = stacked(self.forward(state, *inputs))
+        self.check_outputs(x.detach())
+        if any(node.name() == "CheckpointFunctionBackward" for node in graph(x)):
+            # It hides its parameters from torch.autograd.grad, which would return zeros for them.
+            raise DisagreementError("the model uses torch.utils.checkpoint, of which only use_reentrant=False works")
+        return moving, x
+
+    def output_gradients(self) -> Tensor:
+        """The gradients g that the call's outputs received, ``[NQ]`` in float64; zero if they received none."""
+        given = self.call.gradients
+        return stacked([given[place] for place in self.call.places]) if given else torch.zeros_like(self.probe)
+
+    def check_outputs(self, x: Tensor, start: int = 0) -> None:
+        """Compare the outputs of a replay with those of the call, from row ``start`` on.
+
+        Raises:
+            DisagreementError: They differ.
+        """
+        reference = stacked([self.call.outputs[place] for place in self.call.places])
+        x = x.reshape(-1)
+        expected = reference[start : start + x.numel()]
+        if x.shape != expected.shape or (start == 0 and self.n * self.q < x.numel()):
+            raise DisagreementError(f"it gave {x.numel()} outputs where the call gave {expected.numel()}")
+        scale = reference.abs().max().double()
+        tolerance = min(1e3 * precision(self.call, x.dtype), 0.05) * scale
+        difference = (x.double() - expected.double()).abs().max()
+        if torch.isfinite(reference).all() and not difference <= tolerance:
+            raise DisagreementError(f"its outputs differ by up to {difference:.2g}, at a size of {scale:.2g}")
+
+
+def batch_and_outputs(call: Call) -> tuple[int, int]:
+    """N and Q of a call.
+
+    Raises:
+        ValueError: The outputs do not share a first dimension.
+    """
+    shapes = [call.outputs[place].shape for place in call.places]
+    if any(len(shape) == 0 or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            "The model's outputs should all have the batch as their first dimension, but those that the loss saw have "
+            f"shapes {[list(shape) for shape in shapes]}. Return per-sample outputs, or reduce them outside the model."
+        )
+    n = shapes[0][0]
+    return n, sum(shape.numel() for shape in shapes) // max(n, 1)
+
+
+def precision(call: Call, dtype: torch.dtype) -> float:
+    """Machine epsilon of the arithmetic that a call ran in: of ``dtype``, its outputs or autocast, the coarsest."""
+    kinds = {x.device.type for x in call.outputs.values()}
+    lowered = [low for kind, low, enabled in call.conditions.autocast if enabled and kind in kinds]
+    return max(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values())))
