@@ -27,7 +27,7 @@ def test_autocast(dtype):
     optimizer.step()
     assert (flat(model) - expected).norm() < 0.05 * expected.norm()
     assert optimizer.last_step.off_output_fraction == 0
-    assert optimizer.last_step.kernel == "jacobian (per_sample)"
+    assert optimizer.last_step.kernel == "structured"
 
 
 def test_the_rank_cut_follows_the_arithmetic_of_the_forward_pass():

@@ -6,6 +6,8 @@ from torch import nn
 
 from torch_adapted_gd import AdaptedGD, LinearInterpolationLR
 
+from .cases import COUPLED
+
 CRITERION = nn.CrossEntropyLoss()
 
 
@@ -26,6 +28,7 @@ def train(model, optimizer, scheduler, steps):
         scheduler.step()
 
 
+@COUPLED
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_resuming_in_the_middle_gives_the_same_bits(accumulated):
     model, optimizer, scheduler = build()

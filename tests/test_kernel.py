@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import memory, ntk
-from torch_adapted_gd.kernel import StackedJacobian, gram
+from torch_adapted_gd.jacobian import CallJacobian
+from torch_adapted_gd.kernel.dense import StackedJacobian, gram
 
 from .cases import dense_jacobian, make, mlp
 
@@ -44,22 +45,23 @@ def test_gram_in_tiles_and_blocks(rows, monkeypatch):
 
 def test_stacked_jacobian_is_one_matrix_in_blocks():
     blocks = [torch.randn(n, 9, dtype=torch.float64) for n in (2, 5, 1)]
-    whole, stacked = torch.cat(blocks), StackedJacobian(blocks)
+    whole, stacked = torch.cat(blocks), StackedJacobian([CallJacobian(b, "per_sample", b[0]) for b in blocks], {"a": 4, "b": 5})
     u = torch.randn(8, dtype=torch.float64)
     torch.testing.assert_close(stacked.gram(), whole @ whole.T)
-    torch.testing.assert_close(stacked.transpose_product(u), whole.T @ u)
+    torch.testing.assert_close(torch.cat(list(stacked.transpose_product(u).values())), whole.T @ u)
 
 
 def test_bad_arguments(monkeypatch):
-    with pytest.raises(ValueError, match="`method` should be one of 'auto', 'jacobian', but got 'structured'"):
-        ntk(mlp(), torch.ones(1, 4), method="structured")
+    with pytest.raises(ValueError, match="`method` should be one of 'auto', 'structured', 'jacobian', but got 'fast'"):
+        ntk(mlp(), torch.ones(1, 4), method="fast")
     with pytest.raises(TypeError, match="`model` should be a torch.nn.Module"):
         ntk(None, torch.ones(1, 4))
+    monkeypatch.setattr(memory, "_ALWAYS_THERE", 0)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
     with pytest.raises(MemoryError, match="A kernel of 100 by 100 outputs in float64 needs .* grows with the square"):
         gram(torch.ones(100, 2))
     with pytest.raises(MemoryError, match="A Jacobian of"):
-        ntk(nn.Linear(10, 10), torch.ones(100, 10))
+        ntk(nn.Linear(10, 10), torch.ones(100, 10), method="jacobian")
 
 
 def test_the_batch_size_is_that_of_the_outputs():

@@ -6,7 +6,7 @@ from torch import nn
 
 from torch_adapted_gd import AdaptedGD
 
-from .cases import mlp
+from .cases import COUPLED, mlp
 
 
 def live_tensors():
@@ -39,6 +39,7 @@ def test_calls_that_never_reach_a_step_leave_nothing():
     assert not optimizer._recorder._pending
 
 
+@COUPLED
 def test_steps_leave_nothing():
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
     optimizer = AdaptedGD(model, lr=1e-3)

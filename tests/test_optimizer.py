@@ -190,7 +190,7 @@ def test_the_report_names_how():
     nn.MSELoss()(model(x), y).backward()
     optimizer.step()
     report = optimizer.last_step
-    assert (report.kernel, report.solver, report.status) == ("jacobian (per_sample)", "eigh", "full_rank")
+    assert (report.kernel, report.solver, report.status) == ("structured", "eigh", "full_rank")
     assert report.curvature == pytest.approx(2 / 18)
     assert report.projected_fraction == pytest.approx(1.0)
     d = dense_jacobian(problem("tanh, K > QN", "mse mean")[0], x)

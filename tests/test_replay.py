@@ -10,6 +10,7 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
 
 from .cases import (
+    COUPLED,
     MSE,
     MaskedMean,
     OldStyle,
@@ -74,6 +75,7 @@ def _gradient(output, model):
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(output, list(model.parameters()), retain_graph=True)])
 
 
+@COUPLED
 @pytest.mark.parametrize("training", [True, False])
 def test_batchnorm_statistics_are_updated_once(training):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double().train(training)
@@ -86,7 +88,8 @@ def test_batchnorm_statistics_are_updated_once(training):
     optimizer.step()
     assert_at(model, expected)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
-    assert optimizer.last_step.kernel == f"jacobian ({'whole_batch' if training else 'per_sample'})"
+    by_jacobian = "structured, and 2 of 6 parameters by jacobian (whole_batch)"  # the layer before it
+    assert optimizer.last_step.kernel == (by_jacobian if training else "structured")
 
 
 def test_spectral_norm_is_replayed_from_the_vectors_before_the_call():
@@ -102,6 +105,7 @@ def test_spectral_norm_is_replayed_from_the_vectors_before_the_call():
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
+@COUPLED
 def test_the_mode_of_the_call_counts_not_that_of_the_step():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
     x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
@@ -281,7 +285,7 @@ def test_compiled_models(way):
     optimizer.step()
     assert len(compiled_calls) == count  # torch.func differentiates the eager module
     assert optimizer.last_step.num_calls == 1
-    assert optimizer.last_step.kernel == "jacobian (per_sample)"
+    assert optimizer.last_step.kernel == "structured"
     assert_at(plain, expected)
     torch.compiler.reset()
 
@@ -346,13 +350,14 @@ class Coupled(nn.Module):
 def test_a_coupling_that_the_outputs_hide_is_found_out():
     model, x, y = Coupled().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
     expected = pinv_step(model, x, y, 0.5)
-    optimizer = AdaptedGD(model, lr=0.5)
+    optimizer = AdaptedGD(model, lr=0.5, kernel="jacobian")
     MSE(model(x), y).backward()
     optimizer.step()
     assert optimizer.last_step.kernel == "jacobian (whole_batch)"
     assert_at(model, expected)
 
 
+@COUPLED
 def test_what_hooks_and_modules_keep_can_be_used_after_the_step():
     class Keeps(nn.Module):
         def __init__(self):

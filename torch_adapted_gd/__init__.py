@@ -7,7 +7,7 @@ output space" (2024); equation numbers in this package are the paper's.
 from importlib.metadata import PackageNotFoundError, version
 
 from .jacobian import output_jacobian
-from .kernel import ntk
+from .kernel import ModuleCall, OuterProducts, ntk, register_rule
 from .loss import HalfSquaredLoss
 from .optimizer import AdaptedGD
 from .report import StepReport
@@ -24,8 +24,11 @@ __all__ = [
     "HalfSquaredLoss",
     "KernelSolution",
     "LinearInterpolationLR",
+    "ModuleCall",
+    "OuterProducts",
     "StepReport",
     "ntk",
     "output_jacobian",
+    "register_rule",
     "solve_kernel",
 ]

@@ -4,6 +4,9 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def real_number(name: str, value: Any, *, low: float, high: float = math.inf, below: float = math.inf) -> float:
     """Return ``value`` as a float if it is a finite number in ``[low, high]`` and smaller than ``below``.
@@ -51,3 +54,8 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
     return str(value)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. The sum tells without a temporary, unless it overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

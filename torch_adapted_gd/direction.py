@@ -1,61 +1,63 @@
 """The direction of a step: calls → kernel → solve → Dᵀψ. Tensors in, tensors out; nothing is changed."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .calls import Call, stacked
-from .jacobian import call_jacobian
-from .kernel import StackedJacobian
+from .checks import all_finite
+from .kernel import tangent_kernel
 from .loss import Criterion, output_curvature
 from .memory import require_memory
 from .replay import batch_and_outputs, precision
 from .report import StepReport
-from .solve import KernelSolution, default_rtol, solve_kernel
+from .solve import KernelSolution, default_rtol, solve_symmetric
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What a step is made of; vectors over all parameters have shape ``[K]``.
+    """What a step is made of; vectors over all parameters are in parts, by the parameter's name.
 
     Attributes:
-        trained: The parameters θ by name, in the order of the vectors.
-        adapted: Dᵀψ in float64.
+        trained: The parameters θ by name.
+        adapted: Dᵀψ in float64, flat parts.
         gradient: ∇_θC as backward delivered it, in the parameters' dtype.
-        off_output: r = ∇_θC − Dᵀg in float64, zero where it is rounding.
+        off_output: r = ∇_θC − Dᵀg in float64; None where it is rounding.
         off_output_fraction: |r|/|∇_θC|.
         curvature: c, see `output_curvature`; 1 without a criterion.
         solution: ψ and what the solve says of it.
         identity_gap: |ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|².
         num_calls: Calls stacked.
-        methods: How their Jacobians were computed.
+        kernel: How Θ came about.
+        remark: What the user should be told of that, or None.
     """
 
     trained: dict[str, nn.Parameter]
-    adapted: Tensor
-    gradient: Tensor
-    off_output: Tensor
+    adapted: dict[str, Tensor]
+    gradient: dict[str, Tensor]
+    off_output: dict[str, Tensor] | None
     off_output_fraction: float
     curvature: float
     solution: KernelSolution
     identity_gap: float
     num_calls: int
-    methods: list[str]
+    kernel: str
+    remark: str | None
 
-    def by_parameter(self) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor, Tensor]]:
+    def by_parameter(self) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor, Tensor | None]]:
         """Name, parameter and its parts of ``adapted``, ``gradient`` and ``off_output`` in its shape."""
-        sizes = [p.numel() for p in self.trained.values()]
-        parts = zip(*(torch.split(vector, sizes) for vector in (self.adapted, self.gradient, self.off_output)), strict=True)
-        for (name, p), (adapted, gradient, off_output) in zip(self.trained.items(), parts, strict=True):
-            yield name, p, adapted.reshape(p.shape), gradient.reshape(p.shape), off_output.reshape(p.shape)
+        for name, p in self.trained.items():
+            off_output = None if self.off_output is None else self.off_output[name].reshape(p.shape)
+            yield name, p, self.adapted[name].reshape(p.shape), self.gradient[name].reshape(p.shape), off_output
 
     def report(self) -> StepReport:
         """The figures."""
         return StepReport(
             num_outputs=self.solution.psi.numel(),
-            num_params=self.adapted.numel(),
+            num_params=sum(p.numel() for p in self.trained.values()),
             rank=self.solution.rank,
             condition=self.solution.condition,
             projected_fraction=self.solution.projected_fraction,
@@ -64,8 +66,8 @@ class Direction:
             curvature=self.curvature,
             damping=self.solution.damping,
             num_calls=self.num_calls,
-            kernel=f"jacobian ({', '.join(sorted(set(self.methods)))})",
-            solver="eigh",
+            kernel=self.kernel,
+            solver=self.solution.method,
             status=self.solution.status,
         )
 
@@ -80,6 +82,8 @@ def step_direction(
     criterion: Criterion | None,
     damping: float,
     rtol: float | None,
+    kernel_method: str,
+    solver: str,
     chunk_size: int | None,
 ) -> Direction:
     """Solve Θψ = Pg (2.22) for the calls' outputs and carry ψ back to the parameters.
@@ -93,61 +97,69 @@ def step_direction(
         criterion: The loss whose output curvature is wanted.
         damping: λ relative to the mean of diag Θ.
         rtol: Relative cut on the singular values of D, or None for the default.
-        chunk_size: See `output_jacobian`.
+        kernel_method: How to come by the kernel, see `ntk`.
+        solver: How to solve, see `solve_kernel`.
+        chunk_size: See `ntk`.
 
     Raises:
         RuntimeError: Something is not finite, empty, changed since the call, or cannot be repeated.
         ValueError: The outputs do not have the batch first.
         MemoryError: The Jacobian or the kernel would not fit.
     """
-    k = sum(p.numel() for p in trained.values())
     dtype = next(iter(trained.values())).dtype
     for number, call in enumerate(calls, start=1):
         call.check_unchanged(model)
         _check_finite(call, f"call {number} of {len(calls)}")
-    _require_memory(calls, k, dtype.itemsize)
+    _require_memory(calls)
 
     g = torch.cat([stacked([call.gradients[place] for place in call.places]) for call in calls]) / loss_scale  # [QN]
-    parts = [call_jacobian(model, call, list(trained), chunk_size=chunk_size) for call in calls]
-    jacobian = StackedJacobian([part.matrix for part in parts])
-    theta = jacobian.gram()  # [QN, QN]
+    kernel = tangent_kernel(model, calls, list(trained), method=kernel_method, chunk_size=chunk_size)
+    theta = kernel.theta  # [QN, QN]
     eps = max(precision(call, dtype) for call in calls)
-    solution = solve_kernel(theta, g, damping=damping, rtol=default_rtol(g.numel(), eps) if rtol is None else rtol)
+    cut = default_rtol(g.numel(), eps) if rtol is None else rtol
+    solution = solve_symmetric(theta, g, damping=damping, rtol=cut, method=solver)
     _check_solved(solution, theta)
-    for name, tensor in arrived.items():
-        if not torch.isfinite(tensor).all():
+    gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}
+    for name, tensor in gradient.items():
+        if not all_finite(tensor):
             raise RuntimeError(
                 f"The loss's gradient in parameter '{name}' is not finite although that in the outputs is, so nothing was "
                 "changed. Look at penalties and other terms that do not come through the outputs, and at their derivatives."
             )
 
-    adapted = jacobian.transpose_product(solution.psi)  # Dᵀψ, [K]
-    square = float(adapted @ adapted)
+    adapted = kernel.factors.transpose_product(solution.psi)  # Dᵀψ
+    square = _norm(adapted.values()) ** 2
     gap = abs(float(solution.psi @ (theta @ solution.psi)) - square) / square if square else 0.0
-    gradient = torch.cat([arrived[name].reshape(-1) for name in trained]) / loss_scale
     # Zero by (2.16) for a loss of the outputs alone. Dᵀg by the same arithmetic as the gradient's: under autocast, only
     # that leaves nothing but the rounding of sums.
-    off_output = gradient.double() - torch.stack([part.gradient.double() for part in parts]).sum(0) / loss_scale
-    size = float(torch.linalg.vector_norm(off_output))
+    plain = kernel.factors.gradient
+    off_output = {
+        name: tensor - plain[name].reshape(tensor.shape) / loss_scale if name in plain else tensor
+        for name, tensor in gradient.items()
+    }
+    size, whole = _norm(off_output.values()), _norm(gradient.values())
     # |D|_F |g| bounds the sums of products in Dᵀg. Under autocast, gradients of a weight that is used more than once add up
     # in low precision.
     rounding = 16 * torch.finfo(dtype).eps * float(theta.diagonal().sum().sqrt() * torch.linalg.vector_norm(g))
     if eps > torch.finfo(dtype).eps:
-        rounding += eps * float(torch.linalg.vector_norm(gradient.double()))
-    if size <= rounding:
-        off_output, size = torch.zeros_like(off_output), 0.0
+        rounding += eps * whole
     return Direction(
         trained=trained,
         adapted=adapted,
         gradient=gradient,
-        off_output=off_output,
-        off_output_fraction=size / max(float(torch.linalg.vector_norm(gradient.double())), size) if size else 0.0,
+        off_output=None if size <= rounding else {name: tensor.double() for name, tensor in off_output.items()},
+        off_output_fraction=0.0 if size <= rounding else size / max(whole, size),
         curvature=1.0 if criterion is None else _curvature(criterion, calls),
         solution=solution,
         identity_gap=gap,
         num_calls=len(calls),
-        methods=[part.method for part in parts],
+        kernel=kernel.factors.description,
+        remark=kernel.remark,
     )
+
+
+def _norm(parts: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts))
 
 
 def _curvature(criterion: Criterion, calls: list[Call]) -> float:
@@ -166,16 +178,15 @@ def _curvature(criterion: Criterion, calls: list[Call]) -> float:
     return max(output_curvature(criterion, gradients) for gradients in of_losses if gradients) / share
 
 
-def _require_memory(calls: list[Call], k: int, itemsize: int) -> None:
+def _require_memory(calls: list[Call]) -> None:
     rows = sum(n * q for n, q in map(batch_and_outputs, calls))
     if rows == 0:
         raise RuntimeError("The model's outputs that reached the loss are empty. Leave out empty batches.")
     require_memory(
-        rows * k * itemsize + 5 * 8 * rows**2,  # D; Θ, its eigenvectors and LAPACK's workspace
+        5 * 8 * rows**2,  # Θ, its eigenvectors and LAPACK's workspace
         next(iter(calls[0].outputs.values())).device,
-        f"A step on {rows:,} outputs and {k:,} parameters (Jacobian {rows * k * itemsize / 1e9:.3g} GB, kernel "
-        f"{8 * rows**2 / 1e9:.3g} GB)",
-        "Use a smaller batch or step fewer parameters (`params=`).",
+        f"A step on {rows:,} outputs (kernel {8 * rows**2 / 1e9:.3g} GB, and its eigenvectors)",
+        "Use a smaller batch.",
     )
 
 

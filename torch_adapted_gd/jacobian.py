@@ -13,7 +13,7 @@ from torch.func import jacrev, vmap
 from .calls import Call, record, stacked, underlying
 from .checks import one_of, positive_integer
 from .memory import require_memory
-from .replay import DisagreementError, Replay, State, batch_and_outputs, precision
+from .replay import DisagreementError, Replay, State, precision
 
 METHODS = ("per_sample", "whole_batch", "row_by_row")
 BLOCK_ELEMENTS = 2**24  # columns of D are turned to float64 this many entries (128 MiB) at a time
@@ -57,27 +57,30 @@ def output_jacobian(
         >>> output_jacobian(model, torch.ones(5, 3)).shape
         torch.Size([10, 8])
     """
-    return jacobian_and_batch(model, x, method, chunk_size)[0]
+    one_of("method", method, ("auto", *METHODS))
+    call, names = recorded(model, x)
+    return call_jacobian(model, call, names, method=method, chunk_size=chunk_size).matrix
 
 
-def jacobian_and_batch(
-    model: nn.Module, x: Tensor | tuple[Any, ...], method: str = "auto", chunk_size: int | None = None
-) -> tuple[Tensor, int]:
-    """`output_jacobian`, and the batch size N that the model's outputs have."""
+def recorded(model: nn.Module, x: Tensor | tuple[Any, ...]) -> tuple[Call, list[str]]:
+    """A call of the model with ``x``, and the names of its trainable parameters.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: No parameter is trainable, or no output depends on one.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` should be a torch.nn.Module, but got {type(model).__name__}.")
     names = [name for name, p in underlying(model).named_parameters() if p.requires_grad]
     if not names:
         raise ValueError("`model` should have trainable parameters, but none requires a gradient.")
-    one_of("method", method, ("auto", *METHODS))
     call = record(model, x if isinstance(x, tuple) else (x,))
     if not call.outputs:
         raise ValueError(
             "`model` should return floating tensors that depend on its parameters, alone or in tuples, lists, dicts or "
             "registered pytrees, but none does."
         )
-    n, _ = batch_and_outputs(call)
-    return call_jacobian(model, call, names, method=method, chunk_size=chunk_size).matrix, n
+    return call, names
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,11 @@ def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
 
 
 def dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:
+    """The dtype that holds all parameters, and their one device.
+
+    Raises:
+        ValueError: They are on several.
+    """
     devices = {p.device for p in parameters}
     if len(devices) > 1:
         raise ValueError(

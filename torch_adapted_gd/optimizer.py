@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import solve
 from .calls import underlying
-from .checks import one_of, positive_integer, real_number
+from .checks import all_finite, one_of, positive_integer, real_number
 from .direction import Direction, step_direction
+from .kernel import METHODS
 from .loss import check_criterion
 from .recorder import CallRecorder
 from .report import StepReport
@@ -112,8 +114,8 @@ class AdaptedGD(Optimizer):
             )
         self._model = model
         self._criterion = check_criterion(criterion)
-        one_of("kernel", kernel, ("auto", "jacobian"))
-        one_of("solver", solver, ("auto", "eigh"))
+        self._kernel = one_of("kernel", kernel, METHODS)
+        self._solver = one_of("solver", solver, solve.METHODS)
         self._chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
         self._recorder = CallRecorder(model)
         self._said: set[str] = set()
@@ -230,11 +232,15 @@ class AdaptedGD(Optimizer):
             criterion=self._criterion,
             damping=self._shared_option("damping"),
             rtol=self._shared_option("rtol"),
+            kernel_method=self._kernel,
+            solver=self._solver,
             chunk_size=self._chunk_size,
         )
         new_values = self._new_values(direction)
         self._warn_off_output(direction.off_output_fraction)  # before anything changes: a warning may be made an error
         self._warn_edited_gradients(trained, arrived)
+        if direction.remark:
+            self._warn_once("kernel", direction.remark)
         for p, value in new_values:
             p.copy_(value)
         recorder.drop("step", spent=True)
@@ -261,7 +267,7 @@ class AdaptedGD(Optimizer):
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_criterion", "_chunk_size", "_said", "last_step")
+        kept = ("_model", "_criterion", "_kernel", "_solver", "_chunk_size", "_said", "last_step")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -296,11 +302,11 @@ class AdaptedGD(Optimizer):
             if alpha < 1:
                 value = value.add(gradient.to(p.dtype), alpha=-eta * (1 - alpha))
             change = eta * alpha * adapted
-            if direction.off_output_fraction:  # what of it is in `gradient` has moved by η(1−α) already
+            if off_output is not None:  # what of it is in `gradient` has moved by η(1−α) already
                 change = change + (lr - eta * (1 - alpha)) * off_output
-            if alpha > 0 or direction.off_output_fraction:
+            if alpha > 0 or off_output is not None:
                 value = value - change.to(p.dtype)
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise RuntimeError(
                     f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
                 )

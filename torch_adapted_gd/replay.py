@@ -61,13 +61,13 @@ class Replay:
         Raises:
             DisagreementError: These are not the call's outputs, or gradients of parameters would be lost.
         """
-        moving, rest = self.split_state()
-        for p in moving.values():
-            p.requires_grad_()
+        parameters = dict(self.model.named_parameters())
+        moving = {name: parameters.pop(name).detach().requires_grad_() for name in self.names}
         with torch.enable_grad():
             inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
-            # A copy of each, as autograd lets nobody change a leaf in place.
-            state = {**rest, **{name: p.clone() for name, p in moving.items()}}
+            # Copies of all: the model may change them in place, which autograd lets nobody do to a leaf.
+            fixed = {name: p.detach().clone() for name, p in parameters.items()}
+            state = {**fixed, **self.call.buffers(self.model), **{name: p.clone() for name, p in moving.items()}}
             x = stacked(self.forward(state, *inputs))
         self.check_outputs(x.detach())
         if any(node.name() == "CheckpointFunctionBackward" for node in graph(x)):

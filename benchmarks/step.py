@@ -1,0 +1,106 @@
+"""What `AdaptedGD.step` costs in units of one forward plus backward pass, and where the time goes."""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
+from torch_adapted_gd.kernel.capture import Capture
+from torch_adapted_gd.kernel.structured import StructuredKernel
+
+from .models import CASES
+
+# The parts of a step, each by the function that does it; what is left over is the optimizer's own.
+PARTS: dict[str, tuple[Any, str]] = {
+    "replay: forward pass and plain backward passes": (Capture, "__init__"),
+    "check of the rules": (None, "torch_adapted_gd.kernel.structured.verify_rules"),
+    "Q backward passes to the layers": (Capture, "rows"),
+    "contraction to the kernel, and its check": (StructuredKernel, "gram"),
+    "solve": (None, "torch_adapted_gd.direction.solve_symmetric"),
+    "direction in parameters": (StructuredKernel, "transpose_product"),
+}
+
+
+@contextmanager
+def stopwatches(spent: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds that each part takes."""
+
+    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += time.perf_counter() - start
+
+        return call
+
+    with ExitStack() as stack:
+        for part, (owner, name) in PARTS.items():
+            if owner is None:
+                module, _, name = name.rpartition(".")
+                owner = __import__(module, fromlist=[name])
+            stack.enter_context(mock.patch.object(owner, name, watched(part, getattr(owner, name))))
+        yield
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60, help="steps (60)")
+    parser.add_argument("--batch", type=int, default=64, help="N of the MLP (64)")
+    parser.add_argument("--model", default="MLP 784-256-256-10", choices=CASES, help="network (MLP 784-256-256-10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    case = CASES[options.model]
+    model, twin = case.build(), case.build()
+    x = torch.randn(options.batch, *case.shape)
+    y = torch.randn(options.batch, 10)
+    criterion = HalfSquaredLoss()
+    optimizer = AdaptedGD(model, lr=1e-3, criterion=criterion)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in tqdm(range(options.steps), leave=False, disable=None):
+        twin.zero_grad()
+        start = time.perf_counter()
+        criterion(twin(x), y).backward()
+        seconds["forward plus backward pass of the same network"].append(time.perf_counter() - start)
+        optimizer.zero_grad()
+        start = time.perf_counter()
+        criterion(model(x), y).backward()
+        seconds["the same, watched by the optimizer"].append(time.perf_counter() - start)
+        spent = dict.fromkeys(PARTS, 0.0)
+        with stopwatches(spent):
+            start = time.perf_counter()
+            optimizer.step()
+            seconds["step()"].append(time.perf_counter() - start)
+        for part, value in spent.items():
+            seconds[f"  {part}"].append(value)
+        seconds["  the rest"].append(seconds["step()"][-1] - sum(spent.values()))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    unit = medians["forward plus backward pass of the same network"]
+    report = optimizer.last_step
+    assert report is not None
+    print(
+        f"{options.model}, N = {options.batch}: QN = {report.num_outputs:,}, K = {report.num_params:,}, float32; "
+        f"kernel {report.kernel}, "
+        f"solver {report.solver}; {torch.get_num_threads()} threads, medians of {options.steps} steps"
+    )
+    for name, value in medians.items():
+        print(f"{name:52} {1e3 * value:8.2f} ms {value / unit:7.1f} x")
+    if options.json:
+        options.json.write_text(json.dumps({"unit_seconds": unit, "seconds": medians}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Models for the structured kernel: every layer rule, every way of sharing, and what people build of them."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from .cases import Branching, LastState, OldStyle, Tied, TwoHeads, cnn, mlp, weight_normed
+
+
+class Then(nn.Module):
+    """A layer, something that mixes its outputs, and a linear head on all of a sample."""
+
+    def __init__(self, layer, features, before=None):
+        super().__init__()
+        self.before, self.layer, self.head = before or nn.Identity(), layer, nn.Linear(features, 3)
+
+    def forward(self, *x):
+        h = self.layer(self.before(*x))
+        h = h[0] if isinstance(h, tuple) else h
+        return self.head(torch.tanh(h).flatten(1))
+
+
+class Scale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Shift(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+class Recurrent(nn.Module):
+    """One layer called several times, with an activation between."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.norm(torch.tanh(self.inner(x)) + x)
+        return self.head(x)
+
+
+class TiedEmbedding(nn.Module):
+    """A language model whose output layer has the embedding's weight: two rules for one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inner, self.out = nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.out(torch.tanh(self.inner(self.embedding(tokens)).mean(1)))
+
+
+class TiedLinears(nn.Module):
+    """Two layers of different biases with one weight, at different numbers of places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x)).mean(1)))
+
+
+class Elsewhere(nn.Module):
+    """A layer whose bias is also used by the model itself, beside a layer that is skipped and one that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.skipped, self.frozen = nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(4, 5), nn.Linear(5, 5)
+        self.frozen.requires_grad_(False)
+        self.head.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.frozen(self.body(x)) * self.body.bias))
+
+
+class Positions(nn.Module):
+    """An embedding of positions, computed once for all samples, and a parameter of the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(7, 4), nn.Embedding(3, 4), nn.Linear(4, 2)
+        self.start = nn.Parameter(torch.randn(4))
+
+    def forward(self, tokens):
+        h = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1])) + self.start
+        return self.head(torch.tanh(h).sum(1))
+
+
+class TimeFirst(nn.Module):
+    """Samples in the second dimension, as recurrent layers have them by default; as many places as samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.rnn, self.norm, self.head = nn.Linear(3, 4), nn.GRU(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        h, last = self.rnn(torch.tanh(self.inner(x.transpose(0, 1))))
+        return self.head(torch.tanh(self.norm(h)).sum(0) + last[0])
+
+
+class Patches(nn.Module):
+    """Pieces of each sample taken for a batch of their own, samples first or last in it."""
+
+    def __init__(self, minor):
+        super().__init__()
+        self.minor = minor
+        self.conv, self.norm, self.act, self.head = nn.Conv1d(2, 3, 2), nn.GroupNorm(1, 3), nn.PReLU(3), nn.Linear(9, 2)
+
+    def forward(self, x):  # [N, S, 2, 4]
+        n, s = x.shape[:2]
+        x = (x.transpose(0, 1) if self.minor else x).reshape(n * s, 2, 4)
+        h = self.act(self.norm(self.conv(x)))
+        h = h.reshape(s, n, -1).transpose(0, 1) if self.minor else h.reshape(n, s, -1)
+        return self.head(torch.tanh(h).sum(1))
+
+
+class InPlace(nn.Module):
+    """Activations and additions in place, and a view of a layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        h[:, :3].mul_(2)
+        h = F.relu(h, inplace=True)
+        a, b = h.chunk(2, 1)
+        z = self.second(a)
+        z += b
+        return self.head(z.tanh_())
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.skip, self.head = nn.Conv2d(4, 6, 1, stride=2), nn.Linear(6, 3)
+        for bn in (self.bn1, self.bn2):
+            bn.running_mean.normal_()
+            bn.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return self.head(F.relu(h + self.skip(x)).mean((2, 3)))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 4, 2, stride=2)
+        self.cls, self.places = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 5, 4))
+        self.block = nn.TransformerEncoderLayer(4, 2, 6, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.patches(x).flatten(2).transpose(1, 2)
+        h = torch.cat([self.cls.expand(len(h), -1, -1), h], 1) + self.places
+        return self.head(self.norm(self.block(h))[:, 0])
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(1, 3, 3, padding=1)
+        self.middle = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+        self.up = nn.ConvTranspose2d(4, 3, 2, stride=2)
+        self.out = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x):
+        skip = torch.tanh(self.down(x))
+        h = torch.tanh(self.middle(F.max_pool2d(skip, 2)))
+        return self.out(torch.cat([skip, self.up(h)], 1))[:, :, ::2, ::2]
+
+
+class Attention(nn.Module):
+    """Heads by hand, from linear layers on sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        weights = torch.softmax(self.q(x) @ self.k(x).transpose(1, 2), -1)
+        return self.out(weights @ self.v(x)).mean(1)
+
+
+class TwoInputs(nn.Module):
+    """A module without a rule that takes two inputs, one of them by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.head = nn.Bilinear(4, 4, 5), nn.Linear(5, 2)
+
+    def forward(self, x, y):
+        return self.head(torch.tanh(self.pair(torch.tanh(x), input2=y)))
+
+
+def normed(layer, *shape):
+    """A normalization with a weight, a bias and running averages that are not trivial, between linear layers."""
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    for name, b in layer.named_buffers():
+        if "running" in name:
+            b.uniform_(0.5, 2)
+    return Then(layer, torch.Size(shape[1:]).numel())
+
+
+def conv(cls, shape, *args, **kwargs):
+    layer = cls(*args, **kwargs)
+    return Then(layer, layer(torch.zeros(shape)).flatten(1).shape[1])
+
+
+def spectral():
+    return nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 2))
+
+
+def orthogonal():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2))
+
+
+def tokens(n):
+    return torch.randint(7, (n, 3))
+
+
+# name -> (model, shape of a sample or what draws a batch, what the kernel's description should start with)
+LAYERS = {
+    "linear": (mlp, (4,), "structured"),
+    "linear_no_bias": (
+        lambda: nn.Sequential(nn.Linear(4, 9, bias=False), nn.Tanh(), nn.Linear(9, 2, bias=False)),
+        (4,),
+        "structured",
+    ),
+    "linear_on_sequences": (lambda: Then(nn.Linear(4, 5), 15), (3, 4), "structured"),
+    "linear_wide_on_short_sequences": (lambda: Then(nn.Linear(40, 50), 100), (2, 40), "structured"),
+    "linear_on_grids": (lambda: Then(nn.Linear(2, 3), 36), (3, 4, 2), "structured"),
+    "conv1d": (lambda: conv(nn.Conv1d, (1, 2, 9), 2, 4, 3, stride=2, padding=2, dilation=2), (2, 9), "structured"),
+    "conv2d": (lambda: conv(nn.Conv2d, (1, 2, 6, 5), 2, 3, (3, 2), stride=(1, 2), padding=(1, 0)), (2, 6, 5), "structured"),
+    "conv2d_groups": (lambda: conv(nn.Conv2d, (1, 4, 5, 5), 4, 6, 3, groups=2, padding="same"), (4, 5, 5), "structured"),
+    "conv2d_depthwise": (lambda: conv(nn.Conv2d, (1, 3, 5, 5), 3, 6, 3, groups=3, bias=False), (3, 5, 5), "structured"),
+    "conv2d_circular": (
+        lambda: conv(nn.Conv2d, (1, 1, 5, 4), 1, 2, 3, padding=(1, 2), padding_mode="circular"),
+        (1, 5, 4),
+        "structured",
+    ),
+    "conv2d_replicate": (
+        lambda: conv(nn.Conv2d, (1, 1, 5, 4), 1, 2, 3, padding="same", padding_mode="replicate"),
+        (1, 5, 4),
+        "structured",
+    ),
+    "conv2d_one_place": (lambda: conv(nn.Conv2d, (1, 4, 3, 3), 4, 6, 3, groups=2), (4, 3, 3), "structured"),
+    "conv3d": (
+        lambda: conv(nn.Conv3d, (1, 1, 4, 3, 4), 1, 2, 2, padding=1, padding_mode="reflect"),
+        (1, 4, 3, 4),
+        "structured",
+    ),
+    "conv_transpose1d": (
+        lambda: conv(nn.ConvTranspose1d, (1, 3, 4), 3, 2, 3, stride=2, padding=2, output_padding=1, dilation=2),
+        (3, 4),
+        "structured",
+    ),
+    "conv_transpose2d": (
+        lambda: conv(
+            nn.ConvTranspose2d, (1, 4, 3, 2), 4, 6, (2, 3), stride=(3, 2), padding=(0, 1), output_padding=(1, 1), groups=2
+        ),
+        (4, 3, 2),
+        "structured",
+    ),
+    "conv_transpose3d": (lambda: conv(nn.ConvTranspose3d, (1, 2, 2, 2, 2), 2, 1, 2, bias=False), (2, 2, 2, 2), "structured"),
+    "embedding": (lambda: Then(nn.Embedding(7, 4), 12), tokens, "structured"),
+    "embedding_padding": (lambda: Then(nn.Embedding(7, 4, padding_idx=2), 12), tokens, "structured"),
+    "embedding_small": (lambda: Then(nn.Embedding(7, 1), 3), tokens, "structured"),
+    "layer_norm": (lambda: normed(nn.LayerNorm((3, 4)), 1, 2, 3, 4), (2, 3, 4), "structured"),
+    "layer_norm_no_bias": (lambda: normed(nn.LayerNorm(4, bias=False), 1, 3, 4), (3, 4), "structured"),
+    "rms_norm": (lambda: normed(nn.RMSNorm(4), 1, 3, 4), (3, 4), "structured"),
+    "group_norm": (lambda: normed(nn.GroupNorm(2, 4), 1, 4, 5), (4, 5), "structured"),
+    "instance_norm": (lambda: normed(nn.InstanceNorm2d(3, affine=True), 1, 3, 4, 2), (3, 4, 2), "structured"),
+    "instance_norm_running": (
+        lambda: normed(nn.InstanceNorm1d(3, affine=True, track_running_stats=True), 1, 3, 4).eval(),
+        (3, 4),
+        "structured",
+    ),
+    "batch_norm_eval": (lambda: normed(nn.BatchNorm1d(4), 1, 4).eval(), (4,), "structured"),
+    "batch_norm2d_eval": (lambda: normed(nn.BatchNorm2d(3), 1, 3, 2, 2).eval(), (3, 2, 2), "structured"),
+    "batch_norm_train_first": (lambda: normed(nn.BatchNorm1d(4), 1, 4), (4,), "structured"),
+    "prelu": (lambda: Then(nn.PReLU(), 12, nn.Linear(4, 4)), (3, 4), "structured"),
+    "prelu_channels": (lambda: Then(nn.PReLU(3), 12, nn.Conv1d(3, 3, 1)), (3, 4), "structured"),
+    "scale_and_shift": (
+        lambda: nn.Sequential(Scale(4), nn.Linear(4, 5), Shift(5), nn.Tanh(), Scale(5), Shift(5)),
+        (4,),
+        "structured",
+    ),
+    "bilinear": (TwoInputs, None, "structured"),
+    "multihead_attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), (3, 4), "structured"),
+    "lstm_classifier": (LastState, (5, 3), "structured"),
+    "time_first": (TimeFirst, (5, 3), "structured"),
+    "patches": (lambda: Patches(minor=False), (3, 2, 4), "structured"),
+    "patches_minor": (lambda: Patches(minor=True), (3, 2, 4), "structured"),
+    "called_three_times": (Recurrent, (4,), "structured"),
+    "tied_linears": (TiedLinears, (3, 4), "structured"),
+    "tied_embedding": (TiedEmbedding, tokens, "structured"),
+    "tied_autoencoder": (Tied, (5,), "structured, and 1 of 2 parameters by jacobian (per_sample)"),
+    "used_elsewhere": (Elsewhere, (4,), "structured, and 1 of 5 parameters by jacobian (per_sample)"),
+    "positions": (Positions, tokens, "structured, and 2 of 5 parameters by jacobian (per_sample)"),
+    "weight_norm": (weight_normed, (4,), "structured"),
+    "spectral_norm": (spectral, (4,), "structured"),
+    "orthogonal": (orthogonal, (4,), "structured"),
+    "in_place": (InPlace, (4,), "structured"),
+    "two_heads": (TwoHeads, (4,), "structured"),
+    "branching": (Branching, (3,), "structured"),
+    "old_style_function": (OldStyle, (3,), "structured"),
+    "cnn": (cnn, (1, 8, 8), "structured"),
+    "residual_block": (lambda: ResidualBlock().eval(), (2, 6, 6), "structured"),
+    "vision_transformer": (VisionTransformer, (1, 4, 4), "structured, and 2 of 20 parameters by jacobian (per_sample)"),
+    "u_net": (UNet, (1, 4, 4), "structured"),
+    "attention": (Attention, (3, 4), "structured"),
+}
+
+
+def draw(shape, n, dtype):
+    """A batch of n for a model of the table, as a tuple of positional inputs."""
+    if shape is None:
+        return torch.randn(n, 4, dtype=dtype), torch.randn(n, 4, dtype=dtype)
+    return (shape(n) if callable(shape) else torch.randn(n, *shape, dtype=dtype),)

@@ -1,0 +1,135 @@
+"""A block of Θ made of the parts of its parameters, each contracted in its own way."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dense import add_gram
+from .products import Family, OuterProducts, tiles
+
+TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
+BLOCK_ELEMENTS = 2**24  # entries of a layer's Jacobian that are written out at a time
+Terms = dict[str, list[Tensor | OuterProducts]]  # by parameter, one for each use of it
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parameters of module calls that share some, sorted by how they are contracted.
+
+    Attributes:
+        terms: Their Jacobians as the rules gave them.
+        families: Parameters in families of outer products.
+        written: Those whose Jacobian is written out, ``[N, Q, numel]``, and its counterpart on the columns' side if that is
+            another one.
+    """
+
+    terms: Terms
+    families: list[tuple[list[str], Family]]
+    written: dict[str, tuple[Tensor, Tensor | None]]
+
+    @classmethod
+    def of(cls, first: Terms, second: Terms | None = None) -> "Parts":
+        """Sort terms. Several uses of one parameter add up; those of one kind do by standing one after the other.
+
+        Args:
+            first: The terms on the rows' side.
+            second: Those on the columns' side, or None if they are the same.
+        """
+        outer: dict[tuple[int, ...], tuple[list[str], list[OuterProducts], list[OuterProducts]]] = {}
+        written: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, terms in first.items():
+            others = terms if second is None else second.get(name)
+            if others is None:
+                continue  # the other call did not use it
+            products = [term for term in (*terms, *others) if isinstance(term, OuterProducts)]
+            if len(products) < len(terms) + len(others) or len({term.kind for term in products}) > 1:
+                written[name] = _written(terms), None if second is None else _written(others)
+                continue
+            key = tuple(id(term.left) for term in products)
+            names, mine, theirs = outer.setdefault(key, ([], [], []))
+            joined = OuterProducts.joined(products[: len(terms)])
+            names.append(name)
+            mine.append(joined)
+            theirs.append(joined if second is None else OuterProducts.joined(products[len(terms) :]))
+        return cls(first, [(names, Family(mine, theirs)) for names, mine, theirs in outer.values()], written)
+
+    @property
+    def nbytes(self) -> int:
+        """What they take beside B."""
+        rights = [t.right for terms in self.terms.values() for t in terms if isinstance(t, OuterProducts)]
+        return sum(jacobian.nbytes for jacobian, _ in self.written.values()) + sum(
+            right.untyped_storage().nbytes() for right in rights if isinstance(right, Tensor)
+        )
+
+
+def _written(terms: list[Tensor | OuterProducts]) -> Tensor:
+    parts = [term.explicit() if isinstance(term, OuterProducts) else term.flatten(2) for term in terms]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+class KernelBlock:
+    """A block of Θ in the making: written-out Jacobians and general contractions first, then cheap ones tile by tile.
+
+    Args:
+        theta: Where to write it, ``[N·Q, M·R]``; need not be initialized.
+        shape: N, Q, M and R.
+        symmetric: Rows and columns are the same.
+        size: N and Q by which families choose between writing out and contracting, see `Family.explicit_is_cheaper`.
+    """
+
+    def __init__(self, theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, size: tuple[int, int]) -> None:
+        self.theta = theta  # of a symmetric block the part below the diagonal is filled in at the end
+        self.shape = shape
+        self.symmetric = symmetric
+        self.size = size
+        self._started = False
+        self._single: list[Family] = []
+
+    def add(self, parts: Parts) -> None:
+        """Add the part of some parameters."""
+        for jacobian, other in parts.written.values():
+            self.add_jacobians(jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
+        for _, family in parts.families:
+            if family.explicit_is_cheaper(self.size):
+                for jacobian, other in family.blocks(BLOCK_ELEMENTS):
+                    self.add_jacobians(jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
+            elif family.single:
+                self._single.append(family)
+            else:
+                self._start()
+                self._add_tiles([family])
+
+    def add_jacobians(self, first: Tensor, second: Tensor | None) -> None:
+        """Add products of rows, of ``first`` with itself where there is no second."""
+        self._start()
+        add_gram(self.theta, first, second)
+
+    def finish(self) -> None:
+        """Add what is left, and mirror a symmetric block."""
+        if not self._single:
+            self._start()
+        self._add_tiles(self._single, mirror=self.symmetric)
+
+    def _start(self) -> None:
+        if not self._started:
+            self.theta.zero_()
+            self._started = True
+
+    def _add_tiles(self, families: Iterable[Family], *, mirror: bool = False) -> None:
+        n, q, m, r = self.shape
+        rows = TILE_ROWS if self.theta.device.type == "cpu" else 4096
+        step = min((family.samples_at_a_time(rows) for family in families), default=max(1, rows // max(1, q, r)))
+        contractions = [family.contraction(self.theta.dtype) for family in families]
+        for i, j in tiles(n, m, step, self.symmetric):
+            tile = self.theta[i.start * q : i.stop * q, j.start * r : j.stop * r]
+            for number, contraction in enumerate(contractions):
+                if number or self._started:
+                    tile += contraction(i, j)
+                else:
+                    tile.copy_(contraction(i, j))
+            if mirror and i == j:
+                tile.copy_(tile.triu() + tile.triu(1).T)
+            elif mirror:
+                self.theta[j.start * r : j.stop * r, i.start * q : i.stop * q] = tile.T

@@ -1,0 +1,246 @@
+"""Parts of Θ from factored layer Jacobians: outer products contracted in the cheaper order, never written out as D."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WORK_ELEMENTS = 2**23  # entries of an intermediate (64 MiB in float64)
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Unit vectors of length ``size`` as the places of their ones, ``[N, T]``."""
+
+    index: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    """Jacobian by one parameter as sums of outer products: D[n, q] = Σ_t left[n, q, g, :, t] ⊗ right[n, g, :, t].
+
+    This is what layers do that apply one matrix at each of T places: ``left`` is the gradient of output q at the matrix's
+    result, ``right`` what it was applied to.
+
+    Attributes:
+        left: ``[N, Q, G, O, T]``: G groups, each with a matrix of its own.
+        right: ``[N, G, I, T]``, or unit vectors (for which G = 1 and I is their length).
+        flipped: The parameter is laid out ``[G, I, O]`` and not ``[G, O, I]``.
+    """
+
+    left: Tensor
+    right: Tensor | OneHot
+    flipped: bool = False
+
+    @property
+    def width(self) -> int:
+        """I."""
+        return self.right.size if isinstance(self.right, OneHot) else self.right.shape[2]
+
+    @property
+    def kind(self) -> tuple[bool, bool, int, int, int]:
+        """What terms have in common that can be added by placing them one after the other along T."""
+        return isinstance(self.right, OneHot), self.flipped, *self.left.shape[2:4], self.width
+
+    def explicit(self, columns: slice = slice(None)) -> Tensor:
+        """The Jacobian ``[N, Q, G·O·I]``, or its part with ``columns`` of O, ``[N, Q, G, columns, I]`` flattened."""
+        left = self.left[:, :, :, columns]
+        n, q, g, o, t = left.shape
+        if isinstance(self.right, OneHot):
+            index = self.right.index[:, None, None, :].expand(n, q, o, t)
+            part = left.new_zeros(n, q, o, self.width).scatter_add_(3, index, left.reshape(n, q, o, t))
+            jacobian = part.reshape(n, q, 1, o, self.width)
+        else:
+            flat = left.transpose(1, 2).reshape(n * g, q * o, t)
+            jacobian = (flat @ self.right.reshape(n * g, -1, t).transpose(1, 2)).reshape(n, g, q, o, -1).transpose(1, 2)
+        return (jacobian.transpose(3, 4) if self.flipped else jacobian).reshape(n, q, -1)
+
+    def column_blocks(self, limit: int) -> Iterator[slice]:
+        """Ranges of O for which `explicit` has at most ``limit`` entries, or one."""
+        n, q, g, o, _ = self.left.shape
+        step = max(1, limit // max(1, n * q * g * self.width))
+        for start in range(0, o, step):
+            yield slice(start, min(start + step, o))
+
+    def weighted_sum(self, u: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Σ_nq u[n, q] D[n, q] in ``dtype``, flat in the parameter's layout; None for u = 1."""
+        n, q, g, o, t = self.left.shape
+        left = self.left.to(dtype)
+        if u is not None:
+            left = (u.to(dtype).unsqueeze(1) @ left.reshape(n, q, -1)).view(n, g, o, t)
+        else:
+            left = left.sum(1) if q > 1 else left.squeeze(1)
+        if isinstance(self.right, OneHot):
+            rows = left.reshape(n, o, t).transpose(1, 2).reshape(n * t, o)
+            total = rows.new_zeros(self.width, o).index_add_(0, self.right.index.reshape(-1), rows).T[None]  # [1, O, I]
+        else:
+            by_group = left.permute(1, 2, 0, 3).reshape(g, o, n * t)
+            total = by_group @ self.right.to(dtype).permute(1, 0, 3, 2).reshape(g, n * t, -1)
+        return (total.transpose(1, 2) if self.flipped else total).reshape(-1)
+
+    @staticmethod
+    def joined(terms: Sequence["OuterProducts"]) -> "OuterProducts":
+        """The sum of several of one kind."""
+        if len(terms) == 1:
+            return terms[0]
+        rights = [term.right for term in terms]
+        right: Tensor | OneHot
+        if isinstance(rights[0], OneHot):
+            right = OneHot(torch.cat([r.index for r in rights if isinstance(r, OneHot)], 1), rights[0].size)
+        else:
+            right = torch.cat([r for r in rights if isinstance(r, Tensor)], 3)
+        return OuterProducts(torch.cat([term.left for term in terms], 4), right, terms[0].flipped)
+
+
+class Family:
+    """The parameters whose outer products have their left factors in common, as a layer's weight and bias do.
+
+    Θ's part is Σ_ts ⟨left[n, q, t], left[m, r, s]⟩ ⟨right[n, t], right[m, s]⟩, where only the right factors' products differ
+    between the parameters and add up.
+
+    Args:
+        first: For each parameter its term on the rows' side.
+        second: The same on the columns' side; the very same objects for a symmetric Θ.
+    """
+
+    def __init__(self, first: list[OuterProducts], second: list[OuterProducts]) -> None:
+        self.first = first
+        self.second = second
+        self._left1, self._left2 = first[0].left, second[0].left
+
+    @property
+    def single(self) -> bool:
+        """Whether each side has one place alone, T = 1, and one group: the plain (BBᵀ) ∘ (AAᵀ)."""
+        return all(left.shape[2] == left.shape[4] == 1 for left in (self._left1, self._left2))
+
+    @property
+    def columns(self) -> int:
+        """Entries of the parameters: columns of D."""
+        return sum(term.left.shape[2] * term.left.shape[3] * term.width for term in self.first)
+
+    def explicit_is_cheaper(self, size: tuple[int, int] | None = None) -> bool:
+        """Whether writing the Jacobian out and multiplying it takes fewer operations than contracting the factors.
+
+        Args:
+            size: N and Q to decide for, by default those at hand. Terms that belong to one kernel have to decide alike.
+        """
+        (n1, q1, g, o, t1), (n2, q2, *_, t2) = self._left1.shape, self._left2.shape
+        if size is not None:
+            n1 = n2 = size[0]
+            q1 = q2 = size[1]
+        onehot = any(isinstance(term.right, OneHot) for term in self.first)
+        widths = sum(1 if isinstance(term.right, OneHot) else term.width for term in self.first)
+        written = n1 * n2 * q1 * q2 * self.columns + (n1 * q1 * t1 + n2 * q2 * t2) * (o * g if onehot else self.columns)
+        if t1 == t2 == 1:
+            factored = n1 * n2 * (q1 * q2 * g * (o + 2) + g * widths)
+        else:
+            factored = n1 * n2 * t1 * (t2 * g * widths + t2 * q2 * g * o + 4 * q2 * g * o + q1 * q2 * g * o)
+        return written <= factored
+
+    def right_products(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Σ over parameters of ⟨right[n, g, :, t], right[m, g, :, s]⟩, ``[G, N·T, M·S]``."""
+        return functools.reduce(
+            Tensor.add_,
+            (_right_products(a.right, b.right, rows, columns, dtype) for a, b in zip(self.first, self.second, strict=True)),
+        )
+
+    def blocks(self, limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Jacobians ``[N, Q, columns]`` of both sides written out, at most ``limit`` entries or one column of O at a time.
+
+        The second is None where both sides are the same.
+        """
+        for a, b in zip(self.first, self.second, strict=True):
+            for part in a.column_blocks(limit):
+                yield a.explicit(part), None if a is b else b.explicit(part)
+
+    def weighted_sums(self, u: Tensor, written: bool, limit: int) -> Iterator[Tensor]:
+        """Σ_nq u[n, q] D[n, q] of each parameter, flat, in the dtype of u.
+
+        Args:
+            u: ``[N, Q]``.
+            written: D is written out for Θ. It is then here too: where it is rounded, both have to be in the same way.
+            limit: See `blocks`.
+        """
+        for term in self.first:
+            if not written:
+                yield term.weighted_sum(u, u.dtype)
+                continue
+            n, q, g, o, _ = term.left.shape
+            total = u.new_zeros(g, o, term.width)
+            for part in term.column_blocks(limit):
+                block = term.explicit(part).reshape(n * q, -1).to(u.dtype).T @ u.reshape(-1)
+                total[:, part] = (
+                    block.reshape(g, term.width, -1).transpose(1, 2) if term.flipped else block.reshape(g, -1, term.width)
+                )
+            yield (total.transpose(1, 2) if term.flipped else total).reshape(-1)
+
+    def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice], Tensor]:
+        """A function of ranges of samples that returns their tile of Θ's part, ``[n·Q, m·R]``, good until its next call."""
+        if self.single:
+            return self._contract_single(dtype)
+        return functools.partial(self._contract, dtype=dtype)
+
+    def _contract_single(self, dtype: torch.dtype) -> Callable[[slice, slice], Tensor]:
+        everything = slice(None)
+        (n, q, *_), (m, r, *_) = self._left1.shape, self._left2.shape
+        plain = torch.contiguous_format
+        left1 = self._left1.to(dtype, memory_format=plain).reshape(n * q, -1)
+        left2 = left1 if self._left2 is self._left1 else self._left2.to(dtype, memory_format=plain).reshape(m * r, -1)
+        products = self.right_products(everything, everything, dtype)[0]  # [N, M]
+        memory = left1.new_empty(0)  # allocating pages anew for each tile would take longer than filling them
+
+        def tile(rows: slice, columns: slice) -> Tensor:
+            nonlocal memory
+            factor = products[rows, columns]
+            size = factor.shape[0] * q, factor.shape[1] * r
+            if memory.numel() < size[0] * size[1]:
+                memory = left1.new_empty(size[0] * size[1])
+            part = memory[: size[0] * size[1]].view(size)
+            torch.mm(left1[rows.start * q : rows.stop * q], left2[columns.start * r : columns.stop * r].T, out=part)
+            part.view(factor.shape[0], q, factor.shape[1], r).mul_(factor[:, None, :, None])
+            return part
+
+        return tile
+
+    def _contract(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Σ_s of the right products with the second left factor first, then the first left factor."""
+        left1, left2 = self._left1[rows], self._left2[columns]
+        (n, q, groups, o, t), (m, r, *_, s) = left1.shape, left2.shape
+        products = self.right_products(rows, columns, dtype)  # [G, nT, mS]
+        total = products.new_zeros(n, q, m * r)
+        for g in range(groups):
+            of_sample = left2[:, :, g].to(dtype).permute(0, 3, 1, 2).reshape(m, s, r * o)
+            inner = products[g].view(n * t, m, s).transpose(0, 1) @ of_sample  # [m, nT, R·O]
+            inner = inner.view(m, n, t, r, o).permute(1, 4, 2, 0, 3).reshape(n, o * t, m * r)
+            total.baddbmm_(left1[:, :, g].to(dtype).reshape(n, q, o * t), inner)
+        return total.view(n * q, m * r)
+
+    def samples_at_a_time(self, rows_of_tile: int) -> int:
+        """How many samples on each side keep a tile of ``rows_of_tile`` rows, and what is needed to make it, small."""
+        _, q, _, o, t = self._left1.shape
+        r, s = self._left2.shape[1], self._left2.shape[4]
+        samples = max(1, rows_of_tile // max(1, q, r))
+        if not self.single:  # inner: [m, n, T, R, O]; products: [n, T, m, S]
+            samples = min(samples, max(1, int((_WORK_ELEMENTS / max(1, t * max(r * o, s))) ** 0.5)))
+        return samples
+
+
+def _right_products(first: Tensor | OneHot, second: Tensor | OneHot, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+    """⟨first[n, g, :, t], second[m, g, :, s]⟩ for ranges of n and m, ``[G, N·T, M·S]``."""
+    if isinstance(first, OneHot) and isinstance(second, OneHot):
+        a, b = first.index[rows].reshape(-1, 1), second.index[columns].reshape(1, -1)
+        return (a == b).to(dtype)[None]
+    assert isinstance(first, Tensor)
+    assert isinstance(second, Tensor)
+    sides = [x.to(dtype).permute(1, 0, 3, 2).reshape(x.shape[1], -1, x.shape[2]) for x in (first[rows], second[columns])]
+    return sides[0] @ sides[1].transpose(1, 2)
+
+
+def tiles(rows: int, columns: int, step: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Ranges of samples that cover Θ, or for a symmetric one its part on and above the diagonal."""
+    for i in range(0, rows, step):
+        for j in range(i if symmetric else 0, columns, step):
+            yield slice(i, min(i + step, rows)), slice(j, min(j + step, columns))

@@ -1,0 +1,335 @@
+"""Θ summed over layers, each by its own rule, and Dᵀu from the same factors: D itself is never held."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import Call, underlying
+from ..jacobian import call_jacobian, transpose_product
+from ..memory import require_memory
+from ..replay import precision
+from .blocks import BLOCK_ELEMENTS, KernelBlock, Parts, Terms
+from .capture import Capture, exactly
+from .module_calls import ModuleCall
+from .verify import verify_rules
+
+_CHUNK_BYTES = 2**28  # what B may take even where Θ is smaller
+
+
+class MismatchError(RuntimeError):
+    """The structured kernel is wrong for a model, or there is none."""
+
+
+@dataclass
+class _Chunk:
+    """Some outputs of each sample of one call: the rows (n, q) of Θ with q in ``outputs``.
+
+    Attributes:
+        capture: The replay of the call.
+        number: Which of the calls it is.
+        start: The row of Θ at which the call's begin.
+        outputs: The outputs.
+        held: The module calls with B, where they need not be made again each time.
+        kept: Parts made of these, by the place of the component, as far as they are small.
+    """
+
+    capture: Capture
+    number: int
+    start: int
+    outputs: range
+    held: list[ModuleCall] | None = None
+    kept: dict[int, Parts] = field(default_factory=dict)
+
+    def module_calls(self) -> list[ModuleCall]:
+        return self.capture.rows(self.outputs) if self.held is None else self.held
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and the number of outputs of each sample."""
+        return self.capture.replay.n, len(self.outputs)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all outputs."""
+        return len(self.outputs) == self.capture.replay.q
+
+    def of(self, u: Tensor) -> Tensor:
+        """Its part of the rows of a vector or matrix, ``[N, len(outputs), ...]``."""
+        n, q = self.capture.replay.n, self.capture.replay.q
+        by_sample: Tensor = u[self.start : self.start + n * q].unflatten(0, (n, q))
+        return by_sample[:, self.outputs.start : self.outputs.stop]
+
+
+class StructuredKernel:
+    """Θ of the outputs of one or more calls, without D.
+
+    Args:
+        model: The network.
+        calls: Its calls.
+        names: The parameters θ.
+        chunk_size: See `ntk`.
+
+    Attributes:
+        unserved: Parameters that have to be served by their Jacobian, and why.
+        remarks: What the user should know of these.
+        methods: How their Jacobians were computed.
+    """
+
+    def __init__(self, model: nn.Module, calls: list[Call], names: list[str], *, chunk_size: int | None) -> None:
+        model = underlying(model)
+        parameters = {name: p for name, p in model.named_parameters() if name in set(names)}
+        self._numels = {name: parameters[name].numel() for name in names}
+        self._dtype, self._device = parameters[names[0]].dtype, parameters[names[0]].device
+        self.unserved: dict[str, str] = {}
+        self.remarks: list[str] = []
+        self._captures = [Capture(model, call, names) for call in calls]
+        for capture in self._captures:
+            unserved, remarks = verify_rules(capture, self._dtype)
+            self.unserved |= capture.unserved | unserved
+            self.remarks += remarks
+        self._size = max(c.replay.n for c in self._captures), max(c.replay.q for c in self._captures)
+        rows = sum(c.replay.n * c.replay.q for c in self._captures)
+        self._budget = max(_CHUNK_BYTES, 8 * rows**2)
+        self._chunks = list(self._planned(chunk_size))
+        if len(self._chunks) == len(calls):
+            for chunk in self._chunks:
+                chunk.held = chunk.module_calls()
+                chunk.capture.release()
+        left = [name for name in names if name in self.unserved]
+        parts = [call_jacobian(model, call, left, chunk_size=chunk_size) for call in calls] if left else []
+        self._left = {name: self._numels[name] for name in left}
+        self._dense = [part.matrix for part in parts]
+        self.methods = sorted({part.method for part in parts})
+        coupled = [capture.coupled for capture in self._captures if capture.coupled is not None]
+        if coupled and self.methods != ["per_sample"]:  # else it is something computed once for all samples
+            self.remarks.insert(0, f"the samples of a batch interact behind {coupled[0]}")
+
+    @property
+    def gradient(self) -> dict[str, Tensor]:
+        """Dᵀg by plain backward passes, by parameter; one that is not there has none."""
+        return _added([capture.gradient for capture in self._captures])
+
+    @property
+    def description(self) -> str:
+        """How Θ comes about, for the report."""
+        if not self.unserved:
+            return "structured"
+        by = f"jacobian ({', '.join(self.methods)})"
+        if len(self.unserved) == len(self._numels):
+            return by
+        return f"structured, and {len(self.unserved)} of {len(self._numels)} parameters by {by}"
+
+    def require_rules(self) -> None:
+        """Make sure that rules serve the model, with per-sample Jacobians of the model for single parameters at most.
+
+        Raises:
+            MismatchError: They do not.
+        """
+        if self.remarks or self.methods not in ([], ["per_sample"]) or len(self.unserved) == len(self._numels):
+            raise MismatchError("; ".join(self.remarks) or next(iter(self.unserved.values())))
+
+    def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Θ, ``[R, R]`` for all rows of all calls, formed in ``dtype``.
+
+        Raises:
+            MismatchError: uᵀΘu differs from what a backward pass gives for |Dᵀu|², u random.
+        """
+        size = sum(capture.replay.n * capture.replay.q for capture in self._captures)
+        theta = _new_kernel(size, size, self._device, dtype)
+        with exactly(self._device):
+            for i, first in enumerate(self._chunks):
+                row_calls = first.module_calls()
+                self._fill(theta, first, first, row_calls, row_calls)
+                for second in self._chunks[i + 1 :]:
+                    self._fill(theta, first, second, row_calls, second.module_calls())
+                    _view(theta, second, first).copy_(_view(theta, first, second).permute(2, 3, 0, 1))
+            probe = torch.cat([capture.replay.probe for capture in self._captures]).to(dtype)
+            self._check(float(probe @ (theta @ probe)), self._captures, self._captures, dtype)
+        return theta
+
+    def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The block of Θ between the first call's rows and the second's, ``[R1, R2]``.
+
+        Raises:
+            MismatchError: uᵀΘv differs from what backward passes give for ⟨D₁ᵀu, D₂ᵀv⟩, u and v random.
+        """
+        rows, columns = (capture.replay.n * capture.replay.q for capture in self._captures)
+        theta = _new_kernel(rows, columns, self._device, dtype)
+        with exactly(self._device):
+            for first in self._chunks:
+                row_calls = first.module_calls() if first.number == 0 else []
+                for second in self._chunks if first.number == 0 else []:
+                    if second.number == 1:
+                        self._fill(theta, first, second, row_calls, second.module_calls(), columns_from=rows)
+            u, v = (capture.replay.probe.to(dtype) for capture in self._captures)
+            self._check(float(u @ (theta @ v)), self._captures[:1], self._captures[1:], dtype)
+        return theta
+
+    def transpose_product(self, u: Tensor) -> dict[str, Tensor]:
+        """Dᵀu in float64 for u of shape ``[R]``, by parameter, flat, from the factors that Θ was made of.
+
+        A backward pass with u would be the same in exact arithmetic. But for ψ = Θ⁻¹g its rounding in float32, |D||ψ|ε,
+        can be of the size of Dᵀψ where D is ill-conditioned. These factors are those of a matrix near D, whose Gram matrix
+        Θ is to float64's precision: so the rounding of D costs κ(D)ε, not κ(D)²ε.
+        """
+        sums: list[dict[str, Tensor]] = []
+        with exactly(self._device):
+            for chunk in self._chunks:
+                part = chunk.of(u)
+                for place, (_, calls) in enumerate(self._components(chunk.module_calls())):
+                    sums.append(self._products(self._parts(chunk, place, calls), part))
+            start = 0
+            for matrix in self._dense:
+                product = transpose_product(matrix, u[start : start + len(matrix)])
+                sums.append(dict(zip(self._left, product.split(list(self._left.values())), strict=True)))
+                start += len(matrix)
+        total = _added(sums)
+        return {name: total[name] if name in total else u.new_zeros(numel) for name, numel in self._numels.items()}
+
+    def _products(self, parts: Parts, u: Tensor) -> dict[str, Tensor]:
+        """Σ_nq u[n, q] D[n, q] of some parameters."""
+        sums = {name: transpose_product(jacobian.flatten(0, 1), u.reshape(-1)) for name, (jacobian, _) in parts.written.items()}
+        for names, family in parts.families:
+            written = family.explicit_is_cheaper(self._size)
+            sums |= zip(names, family.weighted_sums(u, written, BLOCK_ELEMENTS), strict=True)
+        return sums
+
+    def _planned(self, chunk_size: int | None) -> Iterator[_Chunk]:
+        """The outputs in as many chunks as memory asks for; the caller's ``chunk_size`` is in samples' worth of rows."""
+        costs = []  # of one output of all samples: B, its float64 copy, and the largest Jacobian of a module if written out
+        for capture in self._captures:
+            modules = [call for call in capture.module_calls if call.rule.runs_module]
+            numels = [sum(self._numels[name] for name in call.parameters.values()) for call in modules]
+            entries = 3 * capture.elements + capture.replay.n * max(numels, default=0)
+            costs.append(max(1, self._dtype.itemsize * entries))
+        at_once = sum(cost * c.replay.q for cost, c in zip(costs, self._captures, strict=True)) <= self._budget
+        start = 0
+        for number, (cost, capture) in enumerate(zip(costs, self._captures, strict=True)):
+            n, q = capture.replay.n, capture.replay.q
+            if chunk_size is not None:
+                step = max(1, chunk_size * q // n)
+            else:
+                step = q if at_once else max(1, self._budget // (2 * cost))
+            for first in range(0, q, step):
+                yield _Chunk(capture, number, start, range(first, min(first + step, q)))
+            start += n * q
+
+    def _components(self, calls: list[ModuleCall]) -> list[tuple[set[str], list[ModuleCall]]]:
+        """Module calls that share parameters, together, with the parameters' names."""
+        groups: list[tuple[set[str], list[ModuleCall]]] = []
+        for call in calls:
+            names, members = {name for name in call.parameters.values() if name not in self.unserved}, [call]
+            if not names:
+                continue
+            apart = []
+            for group in groups:
+                if group[0] & names:
+                    names, members = names | group[0], group[1] + members
+                else:
+                    apart.append(group)
+            groups = [*apart, (names, members)]
+        return groups
+
+    def _terms(self, chunk: _Chunk, calls: list[ModuleCall]) -> Terms:
+        """What the rules give for module calls, by parameter's name in the model; only of those that are served."""
+        terms: Terms = {}
+        for call in calls:
+            given = chunk.capture.apply_rule(call)
+            for local, name in call.parameters.items():
+                if name not in self.unserved and local in given:
+                    terms.setdefault(name, []).append(given[local])
+        return terms
+
+    def _parts(self, chunk: _Chunk, place: int, calls: list[ModuleCall]) -> Parts:
+        """The same sorted; kept for the next time if it is worth the memory."""
+        if place in chunk.kept:
+            return chunk.kept[place]
+        parts = Parts.of(self._terms(chunk, calls))
+        if chunk.held is not None and parts.nbytes + sum(p.nbytes for p in chunk.kept.values()) <= self._budget // 2:
+            chunk.kept[place] = parts
+        return parts
+
+    def _fill(
+        self,
+        theta: Tensor,
+        first: _Chunk,
+        second: _Chunk,
+        row_calls: list[ModuleCall],
+        column_calls: list[ModuleCall],
+        columns_from: int = 0,
+    ) -> None:
+        """Write the block of Θ between two chunks."""
+        symmetric = first is second
+        view = _view(theta, first, second, columns_from)  # [N, Q, M, R]
+        n, q, m, r = view.shape
+        whole = first.whole and second.whole
+        target = view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
+        block = KernelBlock(target, (n, q, m, r), symmetric, self._size)
+        others = [] if symmetric else self._components(column_calls)
+        for place, (names, calls) in enumerate(self._components(row_calls)):
+            parts = self._parts(first, place, calls)
+            if not symmetric:
+                theirs = [call for other, members in others if other & names for call in members]
+                parts = Parts.of(parts.terms, self._terms(second, theirs))
+            block.add(parts)
+        if self._dense:
+            rows, columns = self._dense_rows(first), None if symmetric else self._dense_rows(second)
+            block.add_jacobians(rows, columns)
+        block.finish()
+        if not whole:
+            view.copy_(target.view(n, q, m, r))
+
+    def _dense_rows(self, chunk: _Chunk) -> Tensor:
+        """The chunk's rows of the Jacobian of what is not served."""
+        matrix, (n, q) = self._dense[chunk.number], chunk.shape
+        if chunk.whole:
+            return matrix
+        by_sample: Tensor = matrix.unflatten(0, (n, -1))
+        return by_sample[:, chunk.outputs.start : chunk.outputs.stop].reshape(n * q, -1)
+
+    def _check(self, value: float, first: list[Capture], second: list[Capture], dtype: torch.dtype) -> None:
+        """Compare uᵀΘv for the probes with ⟨Dᵀu, Dᵀv⟩ of plain backward passes."""
+        u = _added([capture.probe_product for capture in first])
+        v = u if second is first else _added([capture.probe_product for capture in second])
+        size = _size(u) * (_size(u) if second is first else _size(v))
+        eps = max(torch.finfo(dtype).eps, *(precision(capture.replay.call, self._dtype) for capture in self._captures))
+        expected = (
+            size if second is first else sum(float(u[name].reshape(-1) @ v[name].reshape(-1)) for name in u.keys() & v.keys())
+        )
+        if not abs(value - expected) <= min(1e3 * eps, 0.05) * size:
+            raise MismatchError(f"uᵀΘv is {value:.6g} for random u and v where backward passes give {expected:.6g}")
+
+
+def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums by name."""
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            sums[name] = sums[name] + tensor if name in sums else tensor
+    return sums
+
+
+def _size(parts: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts.values()))
+
+
+def _view(theta: Tensor, first: _Chunk, second: _Chunk, columns_from: int = 0) -> Tensor:
+    """The block of Θ between two chunks, ``[N, outputs, M, outputs]``."""
+    m, r = second.capture.replay.n, second.capture.replay.q
+    start = second.start - columns_from
+    columns = first.of(theta[:, start : start + m * r]).unflatten(2, (m, r))
+    view: Tensor = columns[..., second.outputs.start : second.outputs.stop]
+    return view
+
+
+def _new_kernel(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    require_memory(
+        dtype.itemsize * rows * columns,
+        device,
+        f"A kernel of {rows:,} by {columns:,} outputs in {dtype}",
+        "Use fewer samples at a time: it grows with the square of their outputs.",
+    )
+    return torch.empty(rows, columns, dtype=dtype, device=device)

@@ -1,0 +1,164 @@
+"""The empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15): summed over layers where it can be, from D where it must."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import Call, underlying
+from ..checks import one_of, positive_integer
+from ..jacobian import call_jacobian, recorded
+from ..memory import keep_pages
+from ..replay import DisagreementError, batch_and_outputs
+from .dense import StackedJacobian, gram
+from .structured import StructuredKernel
+
+METHODS = ("auto", "structured", "jacobian")
+
+
+def ntk(
+    model: nn.Module,
+    x1: Tensor | tuple[Any, ...],
+    x2: Tensor | tuple[Any, ...] | None = None,
+    *,
+    method: str = "auto",
+    chunk_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Neural tangent kernel Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, equations (3.14)-(3.15).
+
+    It is summed over the layers, each by a rule of its own (`register_rule`), without D = ∂x/∂θ ever being held; and from
+    Jacobians where samples interact, as in BatchNorm in training mode, or parameters are used in ways that no rule knows.
+
+    Args:
+        model: The network f_θ; its trainable parameters are θ.
+        x1: Input with the batch first, ``[N1, ...]``, or a tuple of positional inputs.
+        x2: A second input, ``[N2, ...]``; by default ``x1``.
+        method: ``"structured"`` (by layer rules; raises for a model that they do not serve), ``"jacobian"`` (products of
+            Jacobians, see `output_jacobian`), or ``"auto"``: structured where that is right, which is checked with random
+            vectors. It warns when it had to take the Jacobian for a reason that you may not know of.
+        chunk_size: Samples' worth of rows of D (N·Q in all) that are differentiated at a time. By default as many as keep
+            the working memory within a small multiple of Θ, or 256 MiB where that is more.
+        dtype: Dtype of the result, in which products are formed and added up. float64 whatever the model's dtype, unless you
+            know Θ to be well-conditioned: forming Θ squares the condition number of D. float32 takes half the time.
+
+    Returns:
+        Θ of shape ``[N1, Q, N2, Q]``: entry (i, q, j, r) is ⟨∂x_iq/∂θ, ∂x_jr/∂θ⟩. ``.reshape(N1 * Q, N2 * Q)`` is DDᵀ.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``dtype`` not a floating dtype.
+        ValueError: An argument is out of range, or the outputs do not have the batch first.
+        MemoryError: Θ would not fit, or D where it is needed.
+        RuntimeError: The model's calls cannot be repeated, or ``method="structured"`` is not right for the model.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> x = torch.eye(3)
+        >>> theta = ntk(model, x)  # for a linear map Θ(x, y) = (x·y) 1
+        >>> theta.shape, torch.equal(theta.reshape(6, 6), torch.eye(6, dtype=torch.float64))
+        (torch.Size([3, 2, 3, 2]), True)
+    """
+    one_of("method", method, METHODS)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` should be a floating torch dtype, but got {dtype!r}.")
+    if chunk_size is not None:
+        positive_integer("chunk_size", chunk_size)
+    calls = []
+    for x in (x1,) if x2 is None else (x1, x2):
+        call, names = recorded(model, x)
+        calls.append(call)
+    kernel = tangent_kernel(model, calls, names, method=method, chunk_size=chunk_size, dtype=dtype, cross=x2 is not None)
+    if kernel.remark:
+        warnings.warn(kernel.remark, stacklevel=2)
+    (n1, q1), (n2, q2) = batch_and_outputs(calls[0]), batch_and_outputs(calls[-1])
+    return kernel.theta.to(dtype).reshape(n1, q1, n2, q2)
+
+
+@dataclass(frozen=True)
+class TangentKernel:
+    """Θ of the outputs of one or more calls.
+
+    Attributes:
+        theta: Θ, ``[R1, R2]``.
+        factors: What it was made of, for Dᵀu and Dᵀg.
+        remark: What the user should be told of, or None.
+    """
+
+    theta: Tensor
+    factors: StructuredKernel | StackedJacobian
+    remark: str | None
+
+
+def tangent_kernel(
+    model: nn.Module,
+    calls: list[Call],
+    names: list[str],
+    *,
+    method: str = "auto",
+    chunk_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    cross: bool = False,
+) -> TangentKernel:
+    """Θ of recorded calls.
+
+    Args:
+        model: The network.
+        calls: Its calls; their rows are stacked.
+        names: The parameters θ.
+        method: One of `METHODS`.
+        chunk_size: See `ntk`.
+        dtype: The arithmetic of products.
+        cross: Only the block between the first call's rows and the second's is wanted.
+
+    Raises:
+        RuntimeError: A call cannot be repeated, or ``method="structured"`` is not right for the model.
+        ValueError: The outputs do not have the batch first.
+        MemoryError: Θ or what it is made of would not fit.
+    """
+    keep_pages()
+    remark = None
+    products = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    empty = any(0 in batch_and_outputs(call) for call in calls)
+    if method != "jacobian" and not empty:
+        try:
+            structured = StructuredKernel(model, calls, names, chunk_size=chunk_size)
+            if method == "structured":
+                structured.require_rules()
+            theta = structured.cross(products) if cross else structured.gram(products)
+            return TangentKernel(theta, structured, _advice(model, calls, structured.remarks))
+        except (MemoryError, torch.OutOfMemoryError, ValueError):
+            raise
+        except Exception as error:
+            if method == "structured":
+                raise RuntimeError(
+                    f'The structured kernel is not right for this model: {error}. Use "auto" or "jacobian" for the kernel.'
+                ) from error
+            if not isinstance(error, DisagreementError):  # a call that cannot be repeated: the Jacobian's error says more
+                remark = _advice(model, calls, [str(error)])
+    parameters = dict(underlying(model).named_parameters())
+    parts = [call_jacobian(model, call, names, chunk_size=chunk_size) for call in calls]
+    jacobian = StackedJacobian(parts, {name: parameters[name].numel() for name in names})
+    theta = gram(*jacobian.blocks) if cross else jacobian.gram()
+    return TangentKernel(theta, jacobian, remark)
+
+
+def _advice(model: nn.Module, calls: list[Call], reasons: list[str]) -> str | None:
+    """The text of a warning that the Jacobian had to be taken."""
+    if not reasons:
+        return None
+    coupling = [
+        f"'{name}' ({type(module).__name__})"
+        for name, module in underlying(model).named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and (calls[0].conditions.training.get(name) or module.running_mean is None)
+    ]
+    why = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    if coupling:
+        others = f" and {len(coupling) - 1} more take" if len(coupling) > 1 else " takes"
+        why += f" ({coupling[0]}{others} averages over the batch in training mode)"
+    return (
+        f"The kernel could not be summed over layers alone: {why}. The output Jacobian is used for what is left, which is "
+        'exact but slower and larger. To say that this is intended, choose "jacobian" for the kernel.'
+    )
