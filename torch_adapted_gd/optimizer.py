@@ -239,8 +239,7 @@ class AdaptedGD(Optimizer):
         new_values = self._new_values(direction)
         self._warn_off_output(direction.off_output_fraction)  # before anything changes: a warning may be made an error
         self._warn_edited_gradients(trained, arrived)
-        if direction.remark:
-            self._warn_once("kernel", direction.remark)
+        self._warn_kernel(direction.remark)
         for p, value in new_values:
             p.copy_(value)
         recorder.drop("step", spent=True)
@@ -354,6 +353,10 @@ class AdaptedGD(Optimizer):
                 "gradients. That part takes a plain gradient step, lr times itself; only the outputs' part is preconditioned. "
                 "For an L2 penalty use `weight_decay`.",
             )
+
+    def _warn_kernel(self, remark: str | None) -> None:
+        if remark:
+            self._warn_once("kernel", remark)
 
     def _warn_edited_gradients(self, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor]) -> None:
         for name, p in trained.items():

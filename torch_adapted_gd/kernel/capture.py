@@ -205,7 +205,7 @@ def _watched(model: nn.Module, names: list[str]) -> Iterator[list[ModuleCall]]:
         watcher = _Watcher(name, module, rule, parameters, calls)
         # Ours sees the inputs last and the outputs first, whatever hooks the user has.
         handles.append(module.register_forward_pre_hook(watcher.before, with_kwargs=True))
-        handles.append(module.register_forward_hook(watcher.after, prepend=True))
+        handles.append(module.register_forward_hook(watcher.after, prepend=True, always_call=True))
     try:
         yield calls
     finally:

@@ -1,0 +1,367 @@
+"""Rules: every order of contraction, rules of users, and what is found out when one is wrong."""
+
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, OuterProducts, ntk, register_rule
+from torch_adapted_gd.jacobian import recorded
+from torch_adapted_gd.kernel import blocks, capture, dense, products, rules, structured, tangent_kernel
+
+from .cases import MSE, assert_at, dense_jacobian, flat, mlp, pinv_step, problem
+from .layers import LAYERS, Scale, draw
+
+
+def relative_error(model, x, **options):
+    """Of the kernel, and of Dᵀu."""
+    d = dense_jacobian(model, *x)
+    call, names = recorded(model, x)
+    kernel = tangent_kernel(model, [call], names, method="structured", **options)
+    u = torch.randn(len(d), dtype=torch.float64)
+    product = torch.cat(list(kernel.factors.transpose_product(u).values()))
+    return max(
+        float((got - expected).norm() / expected.norm()) for got, expected in ((kernel.theta, d @ d.T), (product, d.T @ u))
+    )
+
+
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_both_orders_of_contraction(name, written, monkeypatch):
+    build, shape, _ = LAYERS[name]
+    monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self, size=None: written)
+    assert relative_error(build().double(), draw(shape, 4, torch.float64)) <= 1e-12
+
+
+@pytest.mark.parametrize("written", [True, False, None])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear_on_sequences", "conv2d_groups", "layer_norm", "multihead_attention", "positions"]
+)
+def test_tiles_blocks_and_chunks_of_all_sizes(name, written, monkeypatch):
+    build, shape, _ = LAYERS[name]
+    if written is not None:
+        monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self, size=None: written)
+    model, x = build().double(), draw(shape, 7, torch.float64)
+    for rows, small in ((1, 1), (7, 50), (9, 1000)):
+        monkeypatch.setattr(blocks, "TILE_ROWS", rows)
+        monkeypatch.setattr(dense, "TILE_ROWS", max(1, rows // 2))
+        monkeypatch.setattr(dense, "BLOCK_ELEMENTS", small)
+        for module, constant in ((blocks, "BLOCK_ELEMENTS"), (products, "_WORK_ELEMENTS"), (capture, "_ELEMENTS_AT_ONCE")):
+            monkeypatch.setattr(module, constant, small)
+        assert relative_error(model, x) <= 1e-12
+    monkeypatch.setattr(structured, "_CHUNK_BYTES", 1)  # as many chunks as can be
+    assert relative_error(model, x) <= 1e-12
+
+
+def test_the_cheaper_order_is_chosen():
+    """By operations: written out where the weight is small, contracted where there are many inputs or few places."""
+
+    def family(n, q, o, i, t):
+        term = OuterProducts(torch.zeros(n, q, 1, o, t), torch.zeros(n, 1, i, t))
+        return products.Family([term], [term])
+
+    assert not family(64, 10, 256, 784, 1).explicit_is_cheaper()
+    assert family(64, 10, 16, 9, 784).explicit_is_cheaper()
+    assert not family(64, 10, 768, 768, 16).explicit_is_cheaper()
+    assert family(64, 10, 10, 1, 1).explicit_is_cheaper()
+
+
+@pytest.fixture
+def table():
+    before = dict(rules._TABLE)
+    yield
+    rules._TABLE.clear()
+    rules._TABLE.update(before)
+
+
+def scaled():
+    return nn.Sequential(nn.Linear(4, 5), Scale(5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+def by_rule(call):
+    return {"scale": call.gradient * call.input.unsqueeze(1)}
+
+
+@pytest.mark.usefixtures("table")
+def test_a_registered_rule_serves():
+    seen = []
+
+    @register_rule(Scale)
+    def rule(call):
+        seen.append((type(call.module), call.input.shape, call.gradient.shape, call.parameters))
+        return by_rule(call)
+
+    assert relative_error(scaled(), (torch.randn(3, 4).double(),)) <= 1e-12
+    assert (Scale, (3, 5), (3, 2, 5), {"scale": "1.scale"}) in seen
+
+    class Special(Scale):  # inherits forward, so the rule
+        pass
+
+    class Changed(Scale):
+        def forward(self, x):
+            return self.scale * x**2
+
+    del seen[:]
+    for cls, served in ((Special, True), (Changed, False)):
+        assert relative_error(nn.Sequential(nn.Linear(4, 5), cls(5)).double(), (torch.randn(3, 4).double(),)) <= 1e-12
+        assert bool(seen) is served
+        del seen[:]
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("sample_dims", ["any", 1])
+def test_samples_are_found_in_any_dimension(sample_dims):
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = Scale(4)
+
+        def forward(self, x):
+            return self.scale(x.transpose(0, 1)).tanh().sum(0)
+
+    @register_rule(Scale, sample_dims=sample_dims)
+    def rule(call):
+        return {"scale": (call.gradient * call.input.unsqueeze(1)).sum(2)}
+
+    assert relative_error(Transposed().double(), (torch.randn(3, 3, 4).double(),)) <= 1e-12
+
+
+def wrong(call):
+    return {"scale": 1.01 * call.gradient * call.input.unsqueeze(1)}
+
+
+def wrong_for_several_outputs(call):
+    """Right for Q = 1, with which rules are checked one by one."""
+    product = call.gradient * call.input.unsqueeze(1)
+    return {"scale": product.flip(1) * 1.1 if product.shape[1] > 1 else product}
+
+
+def failing(call):
+    raise IndexError("off by one")
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (wrong, r"'1' \(Scale\): its rule differs from a backward pass by 0.01 of its size"),
+        (wrong_for_several_outputs, "uᵀΘv is .* for random u and v where backward passes give"),
+        (failing, r"'1' \(Scale\): its rule failed with IndexError: off by one"),
+    ],
+)
+def test_a_wrong_rule_is_found_out_and_never_stepped_on(rule, message):
+    register_rule(Scale)(rule)
+    model, x, y = scaled(), torch.randn(3, 4).double(), torch.randn(3, 2).double()
+    d = dense_jacobian(model, x)
+    with pytest.warns(UserWarning, match=message) as caught:
+        theta = ntk(model, x)
+    assert caught[0].filename == __file__
+    torch.testing.assert_close(theta.reshape(6, 6), d @ d.T)
+    with pytest.raises(RuntimeError, match=message):
+        ntk(model, x, method="structured")
+
+    expected, before = pinv_step(model, x, y, 0.5), flat(model)
+    optimizer = AdaptedGD(model, lr=0.5, kernel="structured")
+    MSE(model(x), y).backward()
+    with pytest.raises(RuntimeError, match=f'The structured kernel is not right for this model: .*{message}.*Use "auto"'):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+    optimizer = AdaptedGD(model, lr=0.5)
+    for step in range(2):
+        optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        if step:
+            optimizer.step()  # without a second warning, which would be an error
+        else:
+            with pytest.warns(UserWarning, match=message) as caught:
+                optimizer.step()
+            assert caught[0].filename == __file__
+            assert_at(model, expected)
+
+
+@pytest.mark.usefixtures("table")
+def test_a_parameter_that_a_rule_leaves_out_is_served_by_its_jacobian():
+    register_rule(Scale)(lambda call: {})
+    model, x = scaled(), torch.randn(3, 4).double()
+    d = dense_jacobian(model, x)
+    torch.testing.assert_close(ntk(model, x).reshape(6, 6), d @ d.T)
+
+
+def test_registration_refuses_what_is_no_module_type_or_dimension():
+    with pytest.raises(TypeError, match="`module_types` should be subclasses of torch.nn.Module, but got <class 'int'>"):
+        register_rule(int)
+    for bad in ("last", -1, True, 1.5):
+        with pytest.raises(ValueError, match="`sample_dims` should be 'first', 'any' or a whole number of at least 0, but got"):
+            register_rule(Scale, sample_dims=bad)
+
+
+class Centred(nn.Module):
+    """Samples interact in a way that no module's type tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.head(h - h.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)),
+            r"behind '0' \(Linear\) \('1' \(BatchNorm1d\) takes averages over",
+        ),
+        (Centred, r"interact behind 'body' \(Linear\)\. The output Jacobian is used"),
+    ],
+)
+def test_models_whose_samples_interact(build, message):
+    model, x, y = build().double(), torch.randn(6, 4).double(), torch.randn(6, 2).double()
+    d = dense_jacobian(model, x)
+    with pytest.warns(UserWarning, match=message):
+        theta = ntk(model, x)
+    torch.testing.assert_close(theta.reshape(12, 12), d @ d.T)
+    torch.testing.assert_close(ntk(model, x, method="jacobian"), theta)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="the samples of a batch interact behind"):
+        ntk(model, x, method="structured")
+    optimizer = AdaptedGD(model, lr=0.5, kernel="structured")
+    MSE(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="the samples of a batch interact behind"):
+        optimizer.step()
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in before.items() if name in parameters)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv2d_groups", "residual_block", "lstm_classifier", "tied_autoencoder", "called_three_times", "u_net"]
+)
+def test_steps_are_those_of_the_jacobian(name):
+    build, shape, _ = LAYERS[name]
+    torch.manual_seed(0)
+    models = [build().double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    batches = [draw(shape, n, torch.float64) for n in (2, 3)]
+    targets = [torch.randn_like(models[0](*x)) for x in batches]
+    results = []
+    for model, kernel in zip(models, ("structured", "jacobian"), strict=True):
+        optimizer = AdaptedGD(model, lr=0.5, damping=1e-2, criterion=HalfSquaredLoss(), kernel=kernel)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for x, y in zip(batches, targets, strict=True):  # accumulated: two calls, one system
+                (HalfSquaredLoss()(model(*x), y) / 2).backward()
+            optimizer.step()
+        assert optimizer.last_step.kernel.startswith(kernel)
+        assert optimizer.last_step.identity_gap < 1e-9
+        results.append(flat(model))
+    assert (results[0] - results[1]).norm() <= 1e-10 * results[1].norm()
+
+
+def test_outputs_of_ill_conditioned_float32_networks_move_as_asked():
+    """Dᵀψ by a float32 backward pass would not do: its rounding, κ(D)²ε, is of the size of the step."""
+    torch.manual_seed(1)
+    model = mlp(sizes=(4, 60, 60, 3))
+    x = torch.randn(12, 4)
+    x = torch.cat([x, x + 1e-3 * torch.randn(12, 4)])  # nearly the same points twice
+    d = dense_jacobian(model, x)
+    kappa = float(torch.linalg.cond(d))
+    assert 1e4 < kappa < 1e6
+    g = torch.randn(72, dtype=torch.float64)
+    call, names = recorded(model, (x,))
+    kernel = tangent_kernel(model, [call], names, method="structured")
+    psi = torch.linalg.solve(kernel.theta, g)
+    direction = torch.cat(list(kernel.factors.transpose_product(psi).values()))
+    assert (d @ direction - g).norm() <= 4 * kappa * torch.finfo(torch.float32).eps * g.norm()
+    outputs = model(x)
+    plain = torch.autograd.grad(outputs, list(model.parameters()), psi.reshape(24, 3).float())
+    worse = torch.cat([part.reshape(-1).double() for part in plain])
+    assert (d @ worse - g).norm() > 10 * (d @ direction - g).norm()
+
+
+def test_a_hook_that_changes_a_layers_output_and_one_that_changes_its_input():
+    model, x, _ = problem()
+    model[0].register_forward_hook(lambda module, args, output: output.sin())
+    model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    assert relative_error(model, (x,)) <= 1e-12
+    assert (len(model[0]._forward_hooks), len(model[2]._forward_pre_hooks)) == (1, 1)
+
+
+def test_a_layer_that_raises_within_the_model():
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            try:
+                self.first(x[:, :3])
+            except RuntimeError:
+                return self.second(torch.tanh(self.first(x))) @ self.first.weight
+
+    model, x = Tries().double(), torch.randn(3, 4).double()
+    d = dense_jacobian(model, x)
+    torch.testing.assert_close(ntk(model, x).reshape(12, 12), d @ d.T)
+
+
+def test_derivatives_of_the_network_as_outputs():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(sizes=(1, 6, 6, 1))
+
+        def forward(self, x):
+            def u(point):
+                return torch.func.functional_call(self.net, dict(self.net.named_parameters()), (point,)).squeeze()
+
+            return torch.vmap(torch.func.hessian(u))(x).reshape(-1, 1) + self.net(x)
+
+    model, x = Residual().double(), torch.randn(4, 1).double()
+    d = dense_jacobian(model, x)
+    torch.testing.assert_close(ntk(model, x).reshape(4, 4), d @ d.T)
+
+
+def test_some_parameters_alone():
+    model, x, _ = problem()
+    names = ["0.weight", "4.bias"]
+    d = dense_jacobian(model, x)
+    spans, start = {}, 0
+    for name, p in model.named_parameters():
+        spans[name] = slice(start, start + p.numel())
+        start += p.numel()
+    d = torch.cat([d[:, spans[name]] for name in names], 1)
+    theta = tangent_kernel(model, [recorded(model, (x,))[0]], names, method="structured").theta
+    torch.testing.assert_close(theta, d @ d.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_on_a_gpu(name):
+    build, shape, description = LAYERS[name]
+    if name == "positions":
+        pytest.skip("makes its positions on the CPU")
+    model, x = build().double(), draw(shape, 5, torch.float64)
+    d = dense_jacobian(model, *x)
+    model, x = model.cuda(), tuple(part.cuda() for part in x)
+    call, names = recorded(model, x)
+    for options in ({}, {"chunk_size": 2}):
+        kernel = tangent_kernel(model, [call], names, **options)
+        assert kernel.theta.device.type == "cuda"
+        assert float((kernel.theta.cpu() - d @ d.T).norm() / (d @ d.T).norm()) <= 1e-12
+        assert kernel.factors.description == description
+
+
+def test_few_wide_places_are_contracted(monkeypatch):
+    """The order for sequences, in the sizes that it is meant for: not a toy that both orders pass."""
+    chosen = []
+    original = products.Family.explicit_is_cheaper
+
+    def spy(self, size=None):
+        chosen.append(original(self, size))
+        return chosen[-1]
+
+    monkeypatch.setattr(products.Family, "explicit_is_cheaper", spy)
+    model = nn.Sequential(nn.Linear(3, 60), nn.Tanh(), nn.Linear(60, 60), nn.Flatten(), nn.Linear(120, 2))
+    assert relative_error(model.double(), (torch.randn(5, 2, 3).double(),)) <= 1e-12
+    assert True in chosen
+    assert False in chosen
