@@ -160,7 +160,10 @@ def dense_jacobian(model, *args, double=True, **kwargs):
         return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1).reshape(-1)
 
     moving = {name: everything[name].detach() for name in names}
-    dropout = any(isinstance(m, (nn.Dropout, nn.MultiheadAttention)) and m.training for m in model.modules())
+    dropout = any(
+        (isinstance(m, (nn.Dropout, nn.MultiheadAttention)) and m.training) or type(m).__name__ == "Checkpointed"
+        for m in model.modules()
+    )
     rest = {name: t.detach().clone() for name, t in everything.items() if name not in moving}
     try:
         if dropout:

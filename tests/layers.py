@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from .cases import Branching, LastState, OldStyle, Tied, TwoHeads, cnn, mlp, weight_normed
 
@@ -204,6 +205,60 @@ class Attention(nn.Module):
         return self.out(weights @ self.v(x)).mean(1)
 
 
+class Checkpointed(nn.Module):
+    """A part that is computed again in each backward pass, with the same dropout."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.p = p
+        self.first, self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        def inner(h):
+            return F.dropout(torch.tanh(self.inner(h)), self.p)
+
+        return self.head(checkpoint(inner, torch.tanh(self.first(x)), use_reentrant=False))
+
+
+class Siamese(nn.Module):
+    """Two versions of each sample in one batch, all first versions before all second ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(4, 3), nn.Conv1d(1, 2, 2)
+
+    def forward(self, x):
+        z = self.conv(self.linear(torch.cat([x, x**2])).unsqueeze(1))
+        a, b = z.chunk(2)
+        return (a * b).flatten(1)
+
+
+class Recursive(nn.Module):
+    """A block, with weights of its own, that calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x, depth=2):
+        h = torch.tanh(self.layer(x) @ self.weight)
+        return self(h, depth - 1) if depth else h
+
+
+class Lists(nn.Module):
+    """Weights in a list, which is a module that is never called, and weights that are partly inputs of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in range(2)])
+        self.hyper, self.head = nn.Linear(4, 8), nn.Linear(2, 2)
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = torch.tanh(x @ weight)
+        return self.head((self.hyper(x).view(-1, 2, 4) @ x.unsqueeze(2)).squeeze(2))
+
+
 class TwoInputs(nn.Module):
     """A module without a rule that takes two inputs, one of them by keyword."""
 
@@ -332,6 +387,11 @@ LAYERS = {
     "residual_block": (lambda: ResidualBlock().eval(), (2, 6, 6), "structured"),
     "vision_transformer": (VisionTransformer, (1, 4, 4), "structured, and 2 of 20 parameters by jacobian (per_sample)"),
     "u_net": (UNet, (1, 4, 4), "structured"),
+    "checkpointed": (Checkpointed, (4,), "structured"),
+    "siamese": (Siamese, (4,), "structured"),
+    "recursive": (lambda: nn.Sequential(Recursive(), nn.Linear(4, 2)), (4,), "structured"),
+    "lists": (Lists, (4,), "structured, and 2 of 6 parameters by jacobian (per_sample)"),
+    "embedding_bag": (lambda: Then(nn.EmbeddingBag(7, 4), 4), tokens, "structured"),
     "attention": (Attention, (3, 4), "structured"),
 }
 

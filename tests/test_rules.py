@@ -9,7 +9,7 @@ from torch_adapted_gd.jacobian import recorded
 from torch_adapted_gd.kernel import blocks, capture, dense, products, rules, structured, tangent_kernel
 
 from .cases import MSE, assert_at, dense_jacobian, flat, mlp, pinv_step, problem
-from .layers import LAYERS, Scale, draw
+from .layers import LAYERS, Checkpointed, Scale, draw
 
 
 def relative_error(model, x, **options):
@@ -285,6 +285,10 @@ def test_a_hook_that_changes_a_layers_output_and_one_that_changes_its_input():
     model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     assert relative_error(model, (x,)) <= 1e-12
     assert (len(model[0]._forward_hooks), len(model[2]._forward_pre_hooks)) == (1, 1)
+
+
+def test_dropout_that_is_drawn_again_in_backward_passes():
+    assert relative_error(Checkpointed(0.3).double(), (torch.randn(5, 4).double(),)) <= 1e-12
 
 
 def test_a_layer_that_raises_within_the_model():

@@ -53,6 +53,19 @@ class Direction:
             off_output = None if self.off_output is None else self.off_output[name].reshape(p.shape)
             yield name, p, self.adapted[name].reshape(p.shape), self.gradient[name].reshape(p.shape), off_output
 
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        """What the user should be told of, once for each word that it is about."""
+        if self.off_output_fraction:
+            yield (
+                "off-output",
+                f"{self.off_output_fraction:.2g} of the loss's gradient did not come through the model's outputs: the loss has "
+                "a penalty on parameters, uses derivatives of the outputs, was partly computed from a submodule's call, or a "
+                "hook edits gradients. That part takes a plain gradient step, lr times itself; only the outputs' part is "
+                "preconditioned. For an L2 penalty use `weight_decay`.",
+            )
+        if self.remark:
+            yield "kernel", self.remark
+
     def report(self) -> StepReport:
         """The figures."""
         return StepReport(

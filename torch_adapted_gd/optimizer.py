@@ -41,13 +41,17 @@ class AdaptedGD(Optimizer):
     - A loss that also depends on the parameters directly (a penalty on weights, derivatives of the network) has a part r
       in its gradient that no output carries. It takes a plain gradient step −lr·r, and a warning says so once.
     - ``weight_decay`` is decoupled: θ ← (1 − lr·weight_decay) θ before the step.
-    - The forward pass is repeated to differentiate it (two to five times), hooks on its submodules included, with the same
-      random numbers (dropout masks), autocast and modes. Buffers (BatchNorm's statistics), attributes that the forward pass
-      sets on modules, and the random stream are left as they were.
+    - The forward pass is repeated to differentiate it (once, or up to six times where the Jacobian is needed), hooks on its
+      submodules included, with the same random numbers (dropout masks), autocast and modes. Buffers (BatchNorm's
+      statistics), attributes that the forward pass sets on modules, and the random stream are left as they were.
     - The step is all or nothing: when anything is not finite, or the model's call cannot be repeated, it raises and
       neither parameters nor state have changed.
 
-    It costs the Jacobian, N·Q × K numbers, and the kernel, (N·Q)² numbers in float64 with an eigenvalue decomposition.
+    It costs a forward pass, three backward passes and Q more that stop at the layers' outputs, the kernel, (N·Q)² numbers
+    in float64 summed over the layers without the Jacobian (see `ntk`), and its Cholesky factorization, or an eigenvalue
+    decomposition where its condition asks for one. In every step the layers' rules are checked against a backward pass, and
+    the kernel against |Dᵀu|² for a random u; a model for which either is wrong is served by its Jacobian, and a warning says
+    so once.
 
     Args:
         model: The module whose outputs the loss is computed from.
@@ -64,9 +68,11 @@ class AdaptedGD(Optimizer):
         rtol: Singular values of D up to rtol·σ_max count as zero. By default √(QN·ε) with ε of float64, or the machine
             epsilon of the forward pass (autocast's, under autocast) where that is larger.
         weight_decay: At least 0, decoupled. Default 0.
-        kernel: ``"jacobian"`` builds Θ from D; ``"auto"`` takes the best way there is, which is that one so far.
-        solver: ``"eigh"``, a float64 eigenvalue decomposition; ``"auto"`` takes the best way there is, likewise.
-        chunk_size: Samples differentiated at a time; by default as many as keep a chunk near 256 MiB.
+        kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the layers and raises for a model that this does
+            not fit, ``"jacobian"`` builds it from D, ``"auto"`` (default) is structured where that is right.
+        solver: ``"auto"`` (default) is Cholesky where an estimate of the condition allows it, else ``"eigh"``, the eigenvalue
+            decomposition, which may be had always, with the exact condition.
+        chunk_size: Samples' worth of rows of D that are differentiated at a time, see `ntk`.
 
     Attributes:
         last_step: The `StepReport` of the last step, or None.
@@ -237,9 +243,7 @@ class AdaptedGD(Optimizer):
             chunk_size=self._chunk_size,
         )
         new_values = self._new_values(direction)
-        self._warn_off_output(direction.off_output_fraction)  # before anything changes: a warning may be made an error
-        self._warn_edited_gradients(trained, arrived)
-        self._warn_kernel(direction.remark)
+        self._warn(direction, trained, arrived)  # before anything changes: a warning may be made an error
         for p, value in new_values:
             p.copy_(value)
         recorder.drop("step", spent=True)
@@ -344,21 +348,9 @@ class AdaptedGD(Optimizer):
             raise ValueError(f"`{name}` should be the same in all parameter groups, but they have {sorted(map(str, values))}.")
         return values.pop()
 
-    def _warn_off_output(self, fraction: float) -> None:
-        if fraction:
-            self._warn_once(
-                "off-output",
-                f"{fraction:.2g} of the loss's gradient did not come through the model's outputs: the loss has a penalty on "
-                "parameters, uses derivatives of the outputs, was partly computed from a submodule's call, or a hook edits "
-                "gradients. That part takes a plain gradient step, lr times itself; only the outputs' part is preconditioned. "
-                "For an L2 penalty use `weight_decay`.",
-            )
-
-    def _warn_kernel(self, remark: str | None) -> None:
-        if remark:
-            self._warn_once("kernel", remark)
-
-    def _warn_edited_gradients(self, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor]) -> None:
+    def _warn(self, direction: Direction, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor]) -> None:
+        for about, text in direction.remarks():
+            self._warn_once(about, text)
         for name, p in trained.items():
             if p.grad is not None and not torch.equal(p.grad.to_dense(), arrived[name]):
                 self._warn_once(

@@ -12,7 +12,7 @@ class StepReport:
         num_outputs: QN, the outputs of all calls that the loss went through.
         num_params: K, the parameters stepped.
         rank: Rank of D: singular values above ``rtol``·σ_max.
-        condition: σ_max/σ_min of D over those; NaN when the rank is 0.
+        condition: σ_max/σ_min of D over those, by ``"cholesky"`` an estimate from below; NaN when the rank is 0.
         projected_fraction: |Pg|/|g|, the part of the output gradient within reach of the parameters.
         identity_gap: |ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², zero but for rounding when kernel and Jacobian belong together.
         off_output_fraction: |∇_θC − Dᵀg| / |∇_θC|, the part of the loss's gradient that did not come through the
@@ -20,8 +20,9 @@ class StepReport:
         curvature: c, the output curvature that ``lr`` was divided by; 1 without a ``criterion``.
         damping: λ added to Θ, in its units.
         num_calls: Calls of the model whose rows were stacked.
-        kernel: How Θ came about, with the method of each Jacobian.
-        solver: What solved Θψ = Pg.
+        kernel: How Θ came about: ``"structured"``, ``"jacobian"``, or both for different parameters, with the method of the
+            Jacobian.
+        solver: What solved Θψ = Pg: ``"cholesky"`` or ``"eigh"``.
         status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output); or ``"skipped"``, when
             a GradScaler found scaled gradients that are not finite: nothing was changed.
     """

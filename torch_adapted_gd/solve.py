@@ -26,7 +26,7 @@ class KernelSolution:
         psi: ψ in float64, in the shape of g: the one of least norm, in ran Θ.
         rank: Number of singular values of D counted as nonzero.
         condition: σ_max/σ_min of D over those (Θ's own is the square); NaN when the rank is 0. By ``"eigh"`` it is computed, by
-            ``"cholesky"`` estimated, from below and mostly within a few percent.
+            ``"cholesky"`` estimated, from below and mostly within a third.
         projected_fraction: |Pg|/|g|, the part of the gradient within reach of the parameters; 1 for g = 0.
         damping: The λ that was added, in the units of Θ.
         status: ``"full_rank"``, ``"rank_deficient"``, ``"zero"`` (Θ = 0), ``"not_finite"`` (Θ, g or ψ has NaN or infinite

@@ -98,6 +98,8 @@ class Capture:
     def rows(self, outputs: range) -> list[ModuleCall]:
         """The module calls with B for some of the Q outputs of each sample, ``[N, len(outputs), ...]``."""
         edges = [edge for c in self.module_calls for edge in c.edges.values()]
+        if not edges:
+            return []
         layouts = [layout for c in self.module_calls for layout in c.layouts.values()]
         limit = _ELEMENTS_AT_ONCE if self._x.device.type == "cpu" else 2**40
         step = max(1, limit // max(1, self.elements))
@@ -143,6 +145,8 @@ class Capture:
         return torch.autograd.grad(self._x, inputs, u, retain_graph=True)
 
     def _backward(self, u: Tensor, inputs: list[Any]) -> list[Tensor | None]:
+        if not inputs:
+            return []
         return list(torch.autograd.grad(self._x, inputs, u.to(self._x.dtype), retain_graph=True, allow_unused=True))
 
     def _find_layouts(
@@ -220,7 +224,9 @@ def _units(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module,
     covered: set[nn.Module] = set()
     for name, module in model.named_modules():
         rule = rule_for(module)
-        if module in covered or (module is model and rule.function is GENERIC.function):
+        if module in covered or isinstance(module, torch.jit.ScriptModule):
+            continue  # a script's parameters are its own
+        if module is model and rule.function is GENERIC.function:
             continue  # a model that is served as a whole: by its Jacobian
         if rule.whole:
             covered.update(module.modules())
@@ -245,7 +251,8 @@ class _Watcher:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take down the inputs and put leaves in the parameters' places."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # a derivative in the making
+        # In a derivative in the making, tensors are of no use later; and a module that calls itself is served as a whole.
+        if torch._C._functorch.peek_interpreter_stack() is not None or self._running:
             self._running.append(None)
             return
         args, kwargs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (args, kwargs))
