@@ -269,10 +269,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", choices=SOURCES, default="mnist5k", help="mnist5k needs no download (default)")
     add("--root", type=Path, default=Path("data"), help="where mnist and fashion-mnist are, or are downloaded to (data)")
-    add("--samples", type=positive, default=100, help="training images, N (100)")
-    add("--width", type=positive, default=128, help="units of each of the two hidden layers (128)")
+    add("--samples", type=positive, default=300, help="training images, N (300)")
+    add("--width", type=positive, default=256, help="units of each of the two hidden layers (256)")
     add("--activation", choices=("tanh", "relu"), default="tanh", help="of the hidden layers (tanh)")
-    add("--steps", type=positive, default=24, help="steps from t = 0 to t = 1, T (24)")
+    add("--steps", type=positive, default=60, help="steps from t = 0 to t = 1, T (60)")
     add("--seed", type=seed, default=0, help="of the images and the starting network (0)")
     add("--device", type=device, default="cpu", help="cpu or cuda (cpu)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of the network (float32)")

@@ -37,6 +37,7 @@ def test_ntk_symmetry_dtype_and_chunks():
 @pytest.mark.parametrize("rows", [1, 5, 300, 700])
 def test_gram_in_tiles_and_blocks(rows, monkeypatch):
     monkeypatch.setattr("torch_adapted_gd.kernel.dense.BLOCK_ELEMENTS", 16 * rows)
+    monkeypatch.setattr("torch_adapted_gd.kernel.dense._LEAST_WIDTH", 1)
     a, b = torch.randn(rows, 50), torch.randn(7, 50)
     torch.testing.assert_close(gram(a), a.double() @ a.double().T, rtol=0, atol=1e-12)
     torch.testing.assert_close(gram(a, b), a.double() @ b.double().T, rtol=0, atol=1e-12)

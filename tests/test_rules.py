@@ -45,6 +45,7 @@ def test_tiles_blocks_and_chunks_of_all_sizes(name, written, monkeypatch):
         monkeypatch.setattr(blocks, "TILE_ROWS", rows)
         monkeypatch.setattr(dense, "TILE_ROWS", max(1, rows // 2))
         monkeypatch.setattr(dense, "BLOCK_ELEMENTS", small)
+        monkeypatch.setattr(dense, "_LEAST_WIDTH", 1)
         for module, constant in ((blocks, "BLOCK_ELEMENTS"), (products, "_WORK_ELEMENTS"), (capture, "_ELEMENTS_AT_ONCE")):
             monkeypatch.setattr(module, constant, small)
         assert relative_error(model, x) <= 1e-12

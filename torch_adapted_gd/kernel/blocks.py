@@ -10,7 +10,7 @@ from .dense import add_gram
 from .products import Family, OuterProducts, tiles
 
 TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
-BLOCK_ELEMENTS = 2**24  # entries of a layer's Jacobian that are written out at a time
+BLOCK_ELEMENTS = 2**22  # entries of a layer's Jacobian that are written out at a time
 Terms = dict[str, list[Tensor | OuterProducts]]  # by parameter, one for each use of it
 
 

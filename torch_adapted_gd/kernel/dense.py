@@ -8,6 +8,7 @@ from torch import Tensor
 from ..jacobian import BLOCK_ELEMENTS, CallJacobian, transpose_product
 from ..memory import require_memory
 
+_LEAST_WIDTH = 1024  # columns multiplied at a time: fewer would read and write Θ too often
 TILE_ROWS = 128  # the least number of rows of a symmetric product that are computed at a time
 
 
@@ -50,7 +51,7 @@ def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None
         first: ``[R1, K]``.
         second: ``[R2, K]``, or None for ``first``.
     """
-    width = max(1, BLOCK_ELEMENTS // max(1, *theta.shape))
+    width = max(_LEAST_WIDTH, BLOCK_ELEMENTS // max(1, *theta.shape))
     for column in range(0, first.shape[1], width):
         left = first[:, column : column + width].to(theta.dtype)
         if second is not None:

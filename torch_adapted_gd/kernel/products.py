@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_TOUCH = 64  # multiplications that take as long as writing and rearranging one entry of an intermediate
 _WORK_ELEMENTS = 2**23  # entries of an intermediate (64 MiB in float64)
 
 
@@ -137,7 +138,7 @@ class Family:
         if t1 == t2 == 1:
             factored = n1 * n2 * (q1 * q2 * g * (o + 2) + g * widths)
         else:
-            factored = n1 * n2 * t1 * (t2 * g * widths + t2 * q2 * g * o + 4 * q2 * g * o + q1 * q2 * g * o)
+            factored = n1 * n2 * t1 * (t2 * g * widths + t2 * q2 * g * o + _TOUCH * q2 * g * o + q1 * q2 * g * o)
         return written <= factored
 
     def right_products(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:

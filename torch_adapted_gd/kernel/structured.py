@@ -16,7 +16,7 @@ from .capture import Capture, exactly
 from .module_calls import ModuleCall
 from .verify import verify_rules
 
-_CHUNK_BYTES = 2**28  # what B may take even where Θ is smaller
+_CHUNK_BYTES = 2**29  # what B and its like may take even where Θ is smaller
 
 
 class MismatchError(RuntimeError):
@@ -199,11 +199,11 @@ class StructuredKernel:
 
     def _planned(self, chunk_size: int | None) -> Iterator[_Chunk]:
         """The outputs in as many chunks as memory asks for; the caller's ``chunk_size`` is in samples' worth of rows."""
-        costs = []  # of one output of all samples: B, its float64 copy, and the largest Jacobian of a module if written out
+        costs = []  # of one output of all samples: B, what is made of it, and the largest Jacobian of a module if written out
         for capture in self._captures:
             modules = [call for call in capture.module_calls if call.rule.runs_module]
             numels = [sum(self._numels[name] for name in call.parameters.values()) for call in modules]
-            entries = 3 * capture.elements + capture.replay.n * max(numels, default=0)
+            entries = 2 * capture.elements + capture.replay.n * max(numels, default=0)
             costs.append(max(1, self._dtype.itemsize * entries))
         at_once = sum(cost * c.replay.q for cost, c in zip(costs, self._captures, strict=True)) <= self._budget
         start = 0

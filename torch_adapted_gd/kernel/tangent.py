@@ -40,7 +40,7 @@ def ntk(
             Jacobians, see `output_jacobian`), or ``"auto"``: structured where that is right, which is checked with random
             vectors. It warns when it had to take the Jacobian for a reason that you may not know of.
         chunk_size: Samples' worth of rows of D (N·Q in all) that are differentiated at a time. By default as many as keep
-            the working memory within a small multiple of Θ, or 256 MiB where that is more.
+            the working memory within a small multiple of Θ, or 512 MiB where that is more.
         dtype: Dtype of the result, in which products are formed and added up. float64 whatever the model's dtype, unless you
             know Θ to be well-conditioned: forming Θ squares the condition number of D. float32 takes half the time.
 
