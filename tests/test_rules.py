@@ -370,3 +370,47 @@ def test_few_wide_places_are_contracted(monkeypatch):
     assert relative_error(model.double(), (torch.randn(5, 2, 3).double(),)) <= 1e-12
     assert True in chosen
     assert False in chosen
+
+
+def test_gradients_that_are_no_derivatives_are_those_of_backward():
+    """`scale_grad_by_freq` divides by counts in the batch: no rule knows that."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Linear(3, 2)
+
+        def forward(self, tokens):
+            return self.head(torch.tanh(self.embedding(tokens)).sum(1))
+
+    model, tokens = Counted().double(), torch.randint(5, (4, 3))
+    outputs = model(tokens).reshape(-1)
+    rows = [torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in outputs]
+    d = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
+    torch.testing.assert_close(ntk(model, tokens, method="jacobian").reshape(8, 8), d @ d.T)
+    call, names = recorded(model, (tokens,))
+    kernel = tangent_kernel(model, [call], names)
+    torch.testing.assert_close(kernel.theta, d @ d.T)
+    assert "1 of 3 parameters by jacobian" in kernel.factors.description
+
+
+def test_random_numbers_within_a_module_without_a_rule():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.dropout = nn.Linear(3, 3), nn.Dropout(0.5)
+            self.lstm, self.head = nn.LSTM(3, 4, 2, dropout=0.5, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(self.dropout(self.inner(x)))[0][:, -1])
+
+    model, x = Noisy().double(), torch.randn(4, 5, 3).double()
+    d = dense_jacobian(model, x)
+    torch.testing.assert_close(ntk(model, x).reshape(8, 8), d @ d.T)  # quietly: nothing is wrong with the model
+
+
+def test_the_graph_is_given_back_before_the_kernel_is_used():
+    model, x, _ = problem()
+    call, names = recorded(model, (x,))
+    kernel = tangent_kernel(model, [call], names)
+    assert all(not hasattr(c, "_x") for c in kernel.factors._captures)

@@ -153,3 +153,57 @@ def test_a_kernel_is_positive_semi_definite():
 def test_the_ends_of_the_range_are_a_status():
     assert solve_kernel(torch.eye(3, dtype=torch.float64) * 1e-320, torch.ones(3)).status in ("not_finite", "full_rank")
     assert solve_kernel(torch.eye(3, dtype=torch.float64) * 1e-320, torch.ones(3)).psi.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("rank", "condition", "method"),
+    [
+        (200, 1.0, "cholesky"),
+        (200, 1e2, "cholesky"),
+        (200, 1e4, "cholesky"),
+        (200, 1e7, "eigh"),
+        (150, 10.0, "eigh"),
+        (1, 1.0, "eigh"),
+    ],
+)
+def test_cholesky_serves_where_the_rank_is_full_by_far(rank, condition, method, damping, device):
+    d = jacobian(200, 300, rank, condition, device)
+    g = torch.randn(200, dtype=torch.float64, device=device)
+    theta = d @ d.T
+    fast, sure = solve_kernel(theta, g, damping=damping), solve_kernel(theta, g, damping=damping, method="eigh")
+    assert (fast.method, sure.method) == (method, "eigh")
+    assert (fast.rank, fast.status, fast.damping) == (sure.rank, sure.status, sure.damping)
+    assert fast.projected_fraction == pytest.approx(sure.projected_fraction, abs=1e-12)
+    kappa = min(condition, damping**-0.5 if damping else condition)
+    expected = d.T @ sure.psi
+    assert (d.T @ fast.psi - expected).norm() <= 1e-14 * 200 * kappa**2 * g.norm() * kappa
+    if rank > 1:
+        assert 0.5 * sure.condition <= fast.condition <= (1 + 1e-9) * sure.condition
+    if not damping and condition < 1e7:
+        assert (expected - torch.linalg.pinv(d, rtol=1e-9) @ g).norm() <= 1e-14 * 200 * kappa**2 * g.norm() * kappa
+
+
+def test_cholesky_is_not_trusted_near_the_cut_of_the_rank():
+    sigma = torch.logspace(0, -4, 200, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64))[0]
+    theta, g = (q * sigma**2) @ q.T, torch.randn(200)
+    for rtol in (1e-6, 5e-5, 1.5e-4, 1e-2):
+        solution = solve_kernel(theta, g, rtol=rtol)
+        assert solution.rank == int((sigma > rtol).sum())
+        assert solution.method == ("cholesky" if rtol < 1e-5 else "eigh")
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e150])
+def test_the_scale_of_the_kernel_does_not_matter(scale):
+    d = jacobian(150, 200, 150, 1e2)
+    g = torch.randn(150, dtype=torch.float64)
+    solution = solve_kernel(scale * (d @ d.T), g)
+    assert (solution.method, solution.rank) == ("cholesky", 150)
+    torch.testing.assert_close(scale * solution.psi, solve_kernel(d @ d.T, g).psi, rtol=1e-9, atol=0)
+
+
+def test_solve_methods_are_named():
+    with pytest.raises(ValueError, match="`method` should be one of 'auto', 'eigh', but got 'lu'"):
+        solve_kernel(torch.eye(2), torch.ones(2), method="lu")
