@@ -82,6 +82,8 @@ class Conditions:
         """Bring them back for a replay, and leave everything as it was found: what a forward pass sets on modules too."""
         modules = list(model.modules())
         attributes = [dict(module.__dict__) for module in modules]
+        # A checkpointed part runs on the model's own buffers when a backward pass computes it again.
+        buffers = [(b, b.detach().clone()) for b in model.buffers()]
         outer = replaying()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(self.cuda_rng)))
@@ -98,6 +100,10 @@ class Conditions:
                 yield
             finally:
                 _thread.replaying = outer
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):  # its version does not tell: batch norm's update leaves it
+                        with torch.no_grad():
+                            buffer.copy_(value)
                 for module, before in zip(modules, attributes, strict=True):
                     now = module.__dict__
                     if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):

@@ -58,8 +58,9 @@ def output_jacobian(
         torch.Size([10, 8])
     """
     one_of("method", method, ("auto", *METHODS))
-    call, names = recorded(model, x)
-    return call_jacobian(model, call, names, method=method, chunk_size=chunk_size).matrix
+    with torch.inference_mode(False):
+        call, names = recorded(model, x)
+        return call_jacobian(model, call, names, method=method, chunk_size=chunk_size).matrix
 
 
 def recorded(model: nn.Module, x: Tensor | tuple[Any, ...]) -> tuple[Call, list[str]]:
@@ -67,13 +68,17 @@ def recorded(model: nn.Module, x: Tensor | tuple[Any, ...]) -> tuple[Call, list[
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: No parameter is trainable, or no output depends on one.
+        ValueError: No parameter is trainable, one is complex, or no output depends on one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` should be a torch.nn.Module, but got {type(model).__name__}.")
     names = [name for name, p in underlying(model).named_parameters() if p.requires_grad]
     if not names:
         raise ValueError("`model` should have trainable parameters, but none requires a gradient.")
+    parameters = dict(underlying(model).named_parameters())
+    for name in names:
+        if not parameters[name].is_floating_point():
+            raise ValueError(f"`model` should have real parameters, but '{name}' is {parameters[name].dtype}. Freeze it.")
     call = record(model, x if isinstance(x, tuple) else (x,))
     if not call.outputs:
         raise ValueError(

@@ -26,6 +26,7 @@ class Replay:
         n: N, the batch size of the outputs that the loss saw.
         q: Q, their number for each sample.
         probe: u, ``[NQ]`` in float64: the random output gradient that derivatives are checked with.
+        given: The tensors that stand for the parameters while `plain_outputs` runs the model.
     """
 
     def __init__(self, model: nn.Module, call: Call, names: list[str]) -> None:
@@ -33,6 +34,7 @@ class Replay:
         self.call = call
         self.names = names
         self.n, self.q = batch_and_outputs(call)
+        self.given: State = {}
         self.forward = call.function(model)
         # Random numbers of its own: the user's stream is not touched.
         draw = torch.randn(self.n * self.q, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
@@ -67,8 +69,8 @@ class Replay:
             inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
             # Copies of all: the model may change them in place, which autograd lets nobody do to a leaf.
             fixed = {name: p.detach().clone() for name, p in parameters.items()}
-            state = {**fixed, **self.call.buffers(self.model), **{name: p.clone() for name, p in moving.items()}}
-            x = stacked(self.forward(state, *inputs))
+            self.given = {name: p.clone() for name, p in moving.items()}
+            x = stacked(self.forward({**fixed, **self.call.buffers(self.model), **self.given}, *inputs))
         self.check_outputs(x.detach())
         if any(node.name() == "CheckpointFunctionBackward" for node in graph(x)):
             # It hides its parameters from torch.autograd.grad, which would return zeros for them.

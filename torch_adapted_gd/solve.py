@@ -156,7 +156,10 @@ def solve_symmetric(
     if not (all_finite(matrix) and all_finite(right)):
         return failure("not_finite")
     if method == "auto" and n > _EIGH_IS_CHEAP:
-        solution = _by_cholesky(matrix, right, shift, rtol)
+        try:
+            solution = _by_cholesky(matrix, right, shift, rtol)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of numbers near the ends of float64's range
+            solution = None
         if solution is not None:
             return solution
     try:

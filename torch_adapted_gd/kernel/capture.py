@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,14 +42,18 @@ class Capture:
 
     def __init__(self, model: nn.Module, call: Call, names: list[str]) -> None:
         self.replay = replay = Replay(model, call, names)
+        parameters = dict(model.named_parameters())
+        self._dtype = functools.reduce(torch.promote_types, [parameters[name].dtype for name in names])
         self.coupled: ModuleCall | None = None
-        self._vectorized = True
+        # Backward hooks should see tensors that they can keep.
+        self._vectorized = not any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
         with replay.conditions():
-            with _watched(model, names) as calls:
+            with _watched(replay) as calls:
                 moving, self._x = replay.plain_outputs()
             leaves = [*moving.values(), *(alias for c in calls for alias in c.aliases.values())]
             edges = [edge for c in calls for edge in c.edges.values()]
-            scale = torch.linspace(1, 2, replay.n, dtype=torch.float64, device=self._x.device)  # s, [N]
+            draw = torch.randn(replay.n, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu")
+            scale = draw.to(self._x.device)  # s, [N]
             with torch.autocast(self._x.device.type, enabled=False):  # a user's backward pass does not run under it either
                 found = self._backward(replay.probe, [*leaves, *edges])
                 scaled = self._backward((replay.probe.view(replay.n, -1) * scale[:, None]).reshape(-1), edges)
@@ -85,6 +91,11 @@ class Capture:
             with exactly(self.replay.probe.device):
                 return dict(call.rule.function(call))
         with self.replay.conditions(), exactly(self.replay.probe.device):
+            for module in call.module.modules():
+                # Input and output were taken down next to the module itself, and what hooks keep should be of the user's
+                # own passes. The conditions put them back.
+                module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+                module.__dict__.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
             return dict(call.rule.function(call))
 
     def through_outputs(self, call: ModuleCall, names: list[str]) -> list[Tensor]:
@@ -107,7 +118,9 @@ class Capture:
         with self._backward_conditions():
             for start in range(0, len(outputs), step):
                 found = self._unit_backward(outputs[start : start + step], edges)
-                parts = [layout.samples_first(b, 1).transpose(0, 1) for b, layout in zip(found, layouts, strict=True)]
+                parts = [
+                    layout.samples_first(b, 1).transpose(0, 1).to(self._dtype) for b, layout in zip(found, layouts, strict=True)
+                ]
                 if step >= len(outputs):
                     gradients = parts
                     break
@@ -136,7 +149,7 @@ class Capture:
                 return list(vmap(lambda u: self._gradients(u, edges))(units))
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # an operation without a batching rule
+            except Exception:  # an operation without a batching rule, or a backward pass of the user's that does not like it
                 self._vectorized = False
         rows = [self._gradients(u, edges) for u in units]
         return [parts[0][None] if len(rows) == 1 else torch.stack(parts) for parts in zip(*rows, strict=True)]
@@ -158,32 +171,32 @@ class Capture:
         noise = 4 * eps * max((float(g.norm()) for g in plain if g is not None), default=0.0)
         gradients = iter(zip(plain, scaled, strict=True))
         for c in calls:
-            for place in list(c.edges):
-                once, twice = next(gradients)
-                if once is None or twice is None:
-                    del c.edges[place], c.shapes[place]
-                    continue
+            found = {place: next(gradients) for place in c.edges}
+            reached = {place: (once, twice) for place, (once, twice) in found.items() if once is not None and twice is not None}
+            c.edges = {place: c.edges[place] for place in reached}
+            c.shapes = {place: c.shapes[place] for place in reached}
+            for place, (once, twice) in reached.items():
                 candidates = list(Layout.candidates(c.shapes[place], n, c.rule.dims(c.module, once.ndim)))
-                for layout in candidates:
-                    expected = layout.samples_first(once) * scale.to(once.dtype).view(
-                        -1, *[1] * (once.ndim + layout.spread - 1)
-                    )
-                    if (layout.samples_first(twice) - expected).norm() <= min(1e3 * eps, 0.05) * expected.norm() + noise:
-                        c.layouts[place] = layout
-                        c.gradients[place] = layout.samples_first(once).unsqueeze(1)
-                        break
-                else:
-                    if candidates:
-                        self.coupled = c
-                    why = (
-                        "samples interact behind it"
-                        if candidates
-                        else f"its output {list(c.shapes[place])} has no dimension of the batch size {n}"
-                    )
-                    self.unserved.update(dict.fromkeys(c.parameters.values(), f"{c}: {why}"))
-                    c.edges.clear()
-                    c.layouts.clear()
-                    c.gradients.clear()
+                fitting = (layout for layout in candidates if _scaled_by(scale, layout, once, twice, eps, noise))
+                layout = next(fitting, None)
+                if layout is not None:
+                    c.layouts[place] = layout
+                    c.gradients[place] = layout.samples_first(once).unsqueeze(1).to(self._dtype)
+                    continue
+                why = f"its output {list(c.shapes[place])} has no dimension of the batch size {n}"
+                if candidates:
+                    self.coupled = c
+                    why = "samples interact behind it"
+                self.unserved.update(dict.fromkeys(c.parameters.values(), f"{c}: {why}"))
+                c.edges, c.layouts, c.gradients = {}, {}, {}
+                break
+
+
+def _scaled_by(scale: Tensor, layout: Layout, once: Tensor, twice: Tensor, eps: float, noise: float) -> bool:
+    """Whether ``twice`` is ``once`` with each sample's part, as the layout has it, times the sample's entry of ``scale``."""
+    expected = layout.samples_first(once)
+    expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
+    return bool((layout.samples_first(twice) - expected).norm() <= min(1e3 * eps, 0.05) * expected.norm() + noise)
 
 
 def _by_parameter(names: list[str], gradients: list[Tensor | None]) -> dict[str, Tensor]:
@@ -197,16 +210,16 @@ def _by_parameter(names: list[str], gradients: list[Tensor | None]) -> dict[str,
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, names: list[str]) -> Iterator[list[ModuleCall]]:
-    """Take down the calls of modules that own any of the parameters, while a forward pass runs within.
+def _watched(replay: Replay) -> Iterator[list[ModuleCall]]:
+    """Take down the calls of modules that own any of the parameters, while the replay runs the model within.
 
     In each of these calls the module's parameters are replaced by leaves of their own, so that what reaches the
     parameters themselves came from elsewhere.
     """
     calls: list[ModuleCall] = []
     handles = []
-    for name, module, rule, parameters in _units(model, names):
-        watcher = _Watcher(name, module, rule, parameters, calls)
+    for name, module, rule, parameters in _units(replay.model, replay.names):
+        watcher = _Watcher(replay, name, module, rule, parameters, calls)
         # Ours sees the inputs last and the outputs first, whatever hooks the user has.
         handles.append(module.register_forward_pre_hook(watcher.before, with_kwargs=True))
         handles.append(module.register_forward_hook(watcher.after, prepend=True, always_call=True))
@@ -241,7 +254,16 @@ def _units(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module,
 class _Watcher:
     """The hooks of one module."""
 
-    def __init__(self, name: str, module: nn.Module, rule: Rule, parameters: dict[str, str], calls: list[ModuleCall]) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        name: str,
+        module: nn.Module,
+        rule: Rule,
+        parameters: dict[str, str],
+        calls: list[ModuleCall],
+    ) -> None:
+        self._replay = replay
         self._name, self._rule, self._parameters = name, rule, parameters
         self._owners = {
             local: (module.get_submodule(local.rpartition(".")[0]), local.rpartition(".")[2]) for local in parameters
@@ -257,12 +279,15 @@ class _Watcher:
             return
         args, kwargs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (args, kwargs))
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-        call = ModuleCall(module, self._name, self._rule, self._parameters, args, kwargs, buffers)
+        call = ModuleCall(module, self._name, self._rule, {}, args, kwargs, buffers)
         before = {}
         for local, (owner, leaf) in self._owners.items():
             parameters: dict[str, Any] = owner._parameters
-            before[local] = parameters[leaf]
-            parameters[leaf] = call.aliases[local] = before[local].detach().requires_grad_()
+            value = parameters.get(leaf)
+            if value is self._replay.given[self._parameters[local]]:  # else it was computed from what the model chose
+                before[local] = value
+                parameters[leaf] = call.aliases[local] = value.detach().requires_grad_()
+                call.parameters[local] = self._parameters[local]
         self._running.append((call, before))
 
     def after(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -271,16 +296,18 @@ class _Watcher:
         if running is None:
             return
         call, before = running
-        for local, (owner, leaf) in self._owners.items():
+        for local, value in before.items():
+            owner, leaf = self._owners[local]
             parameters: dict[str, Any] = owner._parameters
-            parameters[leaf] = before[local]
+            parameters[leaf] = value
         for place, leaf_output in enumerate(tree_leaves(output)):
             if isinstance(leaf_output, Tensor) and leaf_output.is_floating_point() and leaf_output.requires_grad:
                 call.edges[place] = get_gradient_edge(leaf_output)
                 call.shapes[place] = leaf_output.shape
                 if call.rule.keeps_outputs:
                     call.outputs[place] = leaf_output.detach().clone()
-        self._calls.append(call)
+        if call.parameters:
+            self._calls.append(call)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,12 @@ def module_jacobian(call: ModuleCall) -> State:
     except torch.OutOfMemoryError:
         raise
     except Exception:  # torch.func refuses with many types
-        return work.looped()
+        try:
+            return work.looped()
+        except (NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise NotImplementedError(f"its call cannot be repeated for one sample: {error}") from error
 
 
 class _OneAtATime:
@@ -36,13 +41,15 @@ class _OneAtATime:
             raise NotImplementedError("it was given several entries for each sample as one long batch")
         (n,) = {layout.samples for layout in call.layouts.values()}
         leaves, self.structure = tree_flatten((call.args, call.kwargs))
+        dtype = next(iter(call.gradients.values())).dtype  # autocast is off: inputs of a lower precision are raised to that
+        leaves = [leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
         self.leaves = leaves
         dims = [layout.dim for layout in call.layouts.values()]
         self.dims: list[int | None] = [_sample_dim(leaf, n, dims) for leaf in leaves]
         if all(dim is None for dim in self.dims):
             raise NotImplementedError(f"none of its inputs has a dimension of the batch size {n}")
         self.samples = [leaf.movedim(dim, 0) for leaf, dim in zip(leaves, self.dims, strict=True) if dim is not None]
-        everything = dict(call.module.named_parameters())
+        everything = dict(call.module.named_parameters(remove_duplicate=False))
         self.state = {name: p.detach().clone() for name, p in everything.items()}  # which a forward pass may change
         self.moving = {name: self.state.pop(name) for name in call.parameters}
         self.gradients = tuple(call.gradients.values())  # [N, Q, ...] each
@@ -54,7 +61,9 @@ class _OneAtATime:
         leaves = [leaf if dim is None else next(rest).unsqueeze(dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
         args, kwargs = tree_unflatten(leaves, self.structure)
         buffers = {name: b.clone() for name, b in self.call.buffers.items()}
-        found: list[Any] = tree_leaves(functional_call(self.call.module, {**self.state, **moving, **buffers}, args, kwargs))
+        found: list[Any] = tree_leaves(
+            functional_call(self.call.module, {**self.state, **moving, **buffers}, args, kwargs, tie_weights=False)
+        )
         return tuple(found[i].squeeze(layout.dim) for i, layout in self.call.layouts.items())
 
     def vectorized(self) -> State:

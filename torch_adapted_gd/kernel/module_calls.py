@@ -88,10 +88,10 @@ class ModuleCall:
 
     @property
     def input(self) -> Tensor:
-        """The first input, ``[N, ...]``."""
+        """The first input, ``[N, ...]``, in the gradient's dtype if it is of floating numbers."""
         (layout,) = self.layouts.values()
-        given = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        return layout.samples_first(given)
+        given: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return layout.samples_first(given.to(self.gradient.dtype) if given.is_floating_point() else given)
 
     @property
     def leading(self) -> int:

@@ -142,6 +142,12 @@ def _with_bias(call: ModuleCall, left: Tensor, right: Tensor) -> dict[str, Outer
     return {name: term for name, term in terms.items() if name in call.parameters}
 
 
+def _require_batch(call: ModuleCall, ndim: int) -> None:
+    """Refuse a call that left the batch out, as layers with ``ndim`` dimensions otherwise allow."""
+    if call.input.ndim - call.leading + 1 != ndim:
+        raise NotImplementedError("it was called without a batch")
+
+
 def _patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
     """All that a kernel sees at each place: ``[M, C, *spatial]`` → ``[M, C·kernel, T]``."""
     k = len(kernel)
@@ -164,6 +170,7 @@ def convolution(call: ModuleCall) -> dict[str, OuterProducts]:
     m = call.module
     assert isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     k, n, spread = len(m.kernel_size), call.input.shape[0], call.leading == 2
+    _require_batch(call, k + 2)
     x = call.input.flatten(0, call.leading - 1)
     x = F.pad(x, m._reversed_padding_repeated_twice, mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
     patches = _patches(x, m.kernel_size, m.stride, m.dilation)
@@ -178,6 +185,7 @@ def transposed_convolution(call: ModuleCall) -> dict[str, OuterProducts]:
     m = call.module
     assert isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     k, n, spread = len(m.kernel_size), call.input.shape[0], call.leading == 2
+    _require_batch(call, k + 2)
     terms = {}
     if "weight" in call.parameters:
         b = call.gradient.flatten(0, call.leading)  # [N·Q(·S), C, *spatial]
@@ -228,6 +236,8 @@ def _normalized(call: ModuleCall) -> Tensor:
 )
 def channel_normalization(call: ModuleCall) -> dict[str, Tensor]:
     """weight: B times the normalized input, bias: B; summed over all but the channel."""
+    if isinstance(call.module, nn.modules.instancenorm._InstanceNorm):
+        _require_batch(call, call.module._get_no_batch_dim() + 1)
     b, normalized = call.gradient.movedim(call.leading + 1, 2), _normalized(call).movedim(call.leading, 1)  # [N, (Q,) C, ...]
     b, normalized = b.reshape(*b.shape[:3], -1), normalized.reshape(*normalized.shape[:2], -1)
     return {"weight": torch.einsum("nqct,nct->nqc", b, normalized.to(b.dtype)), "bias": b.sum(3)}

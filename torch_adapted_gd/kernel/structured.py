@@ -99,10 +99,18 @@ class StructuredKernel:
                 chunk.held = chunk.module_calls()
                 chunk.capture.release()
         left = [name for name in names if name in self.unserved]
-        parts = [call_jacobian(model, call, left, chunk_size=chunk_size) for call in calls] if left else []
         self._left = {name: self._numels[name] for name in left}
-        self._dense = [part.matrix for part in parts]
-        self.methods = sorted({part.method for part in parts})
+        self._dense: list[Tensor] = []
+        methods = set()
+        for call, capture in zip(calls if left else [], self._captures, strict=False):
+            if capture.probe_product.keys().isdisjoint(left):  # a call that uses none of them
+                size = capture.replay.n * capture.replay.q, sum(self._left.values())
+                self._dense.append(torch.zeros(size, dtype=self._dtype, device=self._device))
+                continue
+            part = call_jacobian(model, call, left, chunk_size=chunk_size)
+            self._dense.append(part.matrix)
+            methods.add(part.method)
+        self.methods = sorted(methods)
         coupled = [capture.coupled for capture in self._captures if capture.coupled is not None]
         if coupled and self.methods != ["per_sample"]:  # else it is something computed once for all samples
             self.remarks.insert(0, f"the samples of a batch interact behind {coupled[0]}")
@@ -203,7 +211,7 @@ class StructuredKernel:
         for capture in self._captures:
             modules = [call for call in capture.module_calls if call.rule.runs_module]
             numels = [sum(self._numels[name] for name in call.parameters.values()) for call in modules]
-            entries = 2 * capture.elements + capture.replay.n * max(numels, default=0)
+            entries = 2 * capture.elements + 3 * capture.replay.n * max(numels, default=0)
             costs.append(max(1, self._dtype.itemsize * entries))
         at_once = sum(cost * c.replay.q for cost, c in zip(costs, self._captures, strict=True)) <= self._budget
         start = 0

@@ -66,10 +66,11 @@ def ntk(
     if chunk_size is not None:
         positive_integer("chunk_size", chunk_size)
     calls = []
-    for x in (x1,) if x2 is None else (x1, x2):
-        call, names = recorded(model, x)
-        calls.append(call)
-    kernel = tangent_kernel(model, calls, names, method=method, chunk_size=chunk_size, dtype=dtype, cross=x2 is not None)
+    with torch.inference_mode(False):
+        for x in (x1,) if x2 is None else (x1, x2):
+            call, names = recorded(model, x)
+            calls.append(call)
+        kernel = tangent_kernel(model, calls, names, method=method, chunk_size=chunk_size, dtype=dtype, cross=x2 is not None)
     if kernel.remark:
         warnings.warn(kernel.remark, stacklevel=2)
     (n1, q1), (n2, q2) = batch_and_outputs(calls[0]), batch_and_outputs(calls[-1])
@@ -123,12 +124,8 @@ def tangent_kernel(
     empty = any(0 in batch_and_outputs(call) for call in calls)
     if method != "jacobian" and not empty:
         try:
-            structured = StructuredKernel(model, calls, names, chunk_size=chunk_size)
-            if method == "structured":
-                structured.require_rules()
-            theta = structured.cross(products) if cross else structured.gram(products)
-            return TangentKernel(theta, structured, _advice(model, calls, structured.remarks))
-        except (MemoryError, torch.OutOfMemoryError, ValueError):
+            return _by_rules(model, calls, names, method == "structured", chunk_size, products, cross)
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if method == "structured":
@@ -142,6 +139,23 @@ def tangent_kernel(
     jacobian = StackedJacobian(parts, {name: parameters[name].numel() for name in names})
     theta = gram(*jacobian.blocks) if cross else jacobian.gram()
     return TangentKernel(theta, jacobian, remark)
+
+
+def _by_rules(
+    model: nn.Module,
+    calls: list[Call],
+    names: list[str],
+    strict: bool,
+    chunk_size: int | None,
+    dtype: torch.dtype,
+    cross: bool,
+) -> TangentKernel:
+    """The structured kernel. A function of its own, so that nothing of a failure is held when the Jacobian's turn comes."""
+    structured = StructuredKernel(model, calls, names, chunk_size=chunk_size)
+    if strict:
+        structured.require_rules()
+    theta = structured.cross(dtype) if cross else structured.gram(dtype)
+    return TangentKernel(theta, structured, _advice(model, calls, structured.remarks))
 
 
 def _advice(model: nn.Module, calls: list[Call], reasons: list[str]) -> str | None:
