@@ -66,7 +66,7 @@ def register_rule(*module_types: type[nn.Module], sample_dims: SampleDims = "fir
         module_types: The types.
         sample_dims: Which dimensions of the module's output may hold the samples: ``"first"`` (as for convolutions),
             ``"any"``, or an int: any but that many at the end (1 for a layer that, like `torch.nn.Linear`, works on the
-            last dimension).
+            last dimension), or a function of the module that returns that number.
 
     Returns:
         A decorator, which leaves the function as it is.
