@@ -13,6 +13,18 @@ from .layers import LAYERS, draw
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
+def relative_error(model, x, **options):
+    """Of the kernel, and of Dᵀu."""
+    d = dense_jacobian(model, *x)
+    call, names = recorded(model, x)
+    kernel = tangent_kernel(model, [call], names, method="structured", **options)
+    u = torch.randn(len(d), dtype=torch.float64)
+    product = torch.cat(list(kernel.factors.transpose_product(u).values()))
+    return max(
+        float((got - expected).norm() / expected.norm()) for got, expected in ((kernel.theta, d @ d.T), (product, d.T @ u))
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_kernel_and_products_are_those_of_the_dense_jacobian(name, dtype):
