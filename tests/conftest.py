@@ -1,10 +1,21 @@
 import pytest
 import torch
 
+from torch_adapted_gd.kernel import rules
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def table():
+    """Have the table of layer rules as it was, afterwards."""
+    before = dict(rules._TABLE)
+    yield
+    rules._TABLE.clear()
+    rules._TABLE.update(before)
 
 
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist's workers share the cores

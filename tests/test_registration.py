@@ -5,19 +5,10 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, ntk, register_rule
-from torch_adapted_gd.kernel import rules
 
 from .cases import MSE, assert_at, dense_jacobian, flat, pinv_step
 from .layers import Scale
 from .test_structured import relative_error
-
-
-@pytest.fixture
-def table():
-    before = dict(rules._TABLE)
-    yield
-    rules._TABLE.clear()
-    rules._TABLE.update(before)
 
 
 def scaled():

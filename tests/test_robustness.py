@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torch_adapted_gd import AdaptedGD, ntk, register_rule, solve_kernel
-from torch_adapted_gd.kernel import rules
 
 from .cases import COUPLED, MSE, assert_at, dense_jacobian, mlp, pinv_step
 from .layers import Scale
@@ -118,14 +117,6 @@ class Halves(nn.Module):
 @COUPLED
 def test_one_of_several_outputs_coupled():
     assert_exact(Halves().double(), torch.randn(5, 4, 3).double())
-
-
-@pytest.fixture
-def table():
-    before = dict(rules._TABLE)
-    yield
-    rules._TABLE.clear()
-    rules._TABLE.update(before)
 
 
 @pytest.mark.usefixtures("table")
