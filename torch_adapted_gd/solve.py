@@ -191,11 +191,9 @@ def _by_cholesky(matrix: Tensor, right: Tensor, shift: float, rtol: float) -> Ke
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
         return None
-    psi: Tensor | None = None
-    start = torch.randn(len(right), 4, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu").to(
-        right
-    )
-    start[:, 0] = right
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(len(right), 4, generator=generator, dtype=torch.float64, device="cpu").to(right)
+    start[:, 0] = right  # its image is ψ
 
     def inverse(block: Tensor) -> Tensor:
         return torch.cholesky_solve(block, factor)

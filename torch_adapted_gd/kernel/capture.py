@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..calls import Call
+from ..jacobian import dtype_and_device
 from ..replay import Replay, precision
 from .module_calls import Layout, ModuleCall
 from .products import OuterProducts
@@ -43,7 +43,7 @@ class Capture:
     def __init__(self, model: nn.Module, call: Call, names: list[str]) -> None:
         self.replay = replay = Replay(model, call, names)
         parameters = dict(model.named_parameters())
-        self._dtype = functools.reduce(torch.promote_types, [parameters[name].dtype for name in names])
+        self._dtype, _ = dtype_and_device([parameters[name] for name in names])
         self.coupled: ModuleCall | None = None
         # Backward hooks should see tensors that they can keep.
         self._vectorized = not any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())

@@ -32,15 +32,24 @@ def gram(first: Tensor, second: Tensor | None = None) -> Tensor:
     """
     other = first if second is None else second
     shape = (first.shape[0], other.shape[0])
-    require_memory(
-        8 * shape[0] * shape[1],
-        first.device,
-        f"A kernel of {shape[0]:,} by {shape[1]:,} outputs in float64",
-        "Use fewer samples at a time: it grows with the square of their outputs.",
-    )
-    theta = torch.zeros(shape, dtype=torch.float64, device=first.device)
+    theta = new_kernel(*shape, first.device, torch.float64).zero_()
     add_gram(theta, first, second)
     return theta if second is not None else theta.triu_().add_(theta.triu(1).T)
+
+
+def new_kernel(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Memory for a kernel, not initialized.
+
+    Raises:
+        MemoryError: It would not fit.
+    """
+    require_memory(
+        dtype.itemsize * rows * columns,
+        device,
+        f"A kernel of {rows:,} by {columns:,} outputs in {str(dtype).removeprefix('torch.')}",
+        "Use fewer samples at a time: it grows with the square of their outputs.",
+    )
+    return torch.empty(rows, columns, dtype=dtype, device=device)
 
 
 def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None:

@@ -98,18 +98,19 @@ def register_rule(*module_types: type[nn.Module], sample_dims: SampleDims = "fir
     ):
         raise ValueError(f"`sample_dims` should be 'first', 'any' or a whole number of at least 0, but got {sample_dims!r}.")
 
-    def register(function: RuleFunction) -> RuleFunction:
-        _TABLE.update(dict.fromkeys(module_types, Rule(function, sample_dims)))
-        return function
-
-    return register
+    return _adding(module_types, sample_dims, runs_module=True)
 
 
 def _of_factors(*module_types: type[nn.Module], sample_dims: SampleDims = "first") -> Callable[[RuleFunction], RuleFunction]:
     """The same for a rule that needs the module's settings and the factors alone."""
+    return _adding(module_types, sample_dims, runs_module=False)
 
+
+def _adding(
+    module_types: tuple[type[nn.Module], ...], sample_dims: SampleDims, *, runs_module: bool
+) -> Callable[[RuleFunction], RuleFunction]:
     def register(function: RuleFunction) -> RuleFunction:
-        _TABLE.update(dict.fromkeys(module_types, Rule(function, sample_dims, runs_module=False)))
+        _TABLE.update(dict.fromkeys(module_types, Rule(function, sample_dims, runs_module=runs_module)))
         return function
 
     return register

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import Call, underlying
-from ..jacobian import call_jacobian, transpose_product
-from ..memory import require_memory
+from ..jacobian import call_jacobian, dtype_and_device, transpose_product
 from ..replay import precision
 from .blocks import BLOCK_ELEMENTS, KernelBlock, Parts, Terms
 from .capture import Capture, exactly
+from .dense import new_kernel
 from .module_calls import ModuleCall
 from .verify import verify_rules
 
@@ -82,7 +82,7 @@ class StructuredKernel:
         model = underlying(model)
         parameters = {name: p for name, p in model.named_parameters() if name in set(names)}
         self._numels = {name: parameters[name].numel() for name in names}
-        self._dtype, self._device = parameters[names[0]].dtype, parameters[names[0]].device
+        self._dtype, self._device = dtype_and_device(list(parameters.values()))
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
         self._captures = [Capture(model, call, names) for call in calls]
@@ -146,7 +146,7 @@ class StructuredKernel:
             MismatchError: uᵀΘu differs from what a backward pass gives for |Dᵀu|², u random.
         """
         size = sum(capture.replay.n * capture.replay.q for capture in self._captures)
-        theta = _new_kernel(size, size, self._device, dtype)
+        theta = new_kernel(size, size, self._device, dtype)
         with exactly(self._device):
             for i, first in enumerate(self._chunks):
                 row_calls = first.module_calls()
@@ -165,13 +165,13 @@ class StructuredKernel:
             MismatchError: uᵀΘv differs from what backward passes give for ⟨D₁ᵀu, D₂ᵀv⟩, u and v random.
         """
         rows, columns = (capture.replay.n * capture.replay.q for capture in self._captures)
-        theta = _new_kernel(rows, columns, self._device, dtype)
+        theta = new_kernel(rows, columns, self._device, dtype)
         with exactly(self._device):
-            for first in self._chunks:
-                row_calls = first.module_calls() if first.number == 0 else []
-                for second in self._chunks if first.number == 0 else []:
-                    if second.number == 1:
-                        self._fill(theta, first, second, row_calls, second.module_calls(), columns_from=rows)
+            firsts, seconds = ([chunk for chunk in self._chunks if chunk.number == number] for number in (0, 1))
+            for first in firsts:
+                row_calls = first.module_calls()
+                for second in seconds:
+                    self._fill(theta, first, second, row_calls, second.module_calls(), columns_from=rows)
             u, v = (capture.replay.probe.to(dtype) for capture in self._captures)
             self._check(float(u @ (theta @ v)), self._captures[:1], self._captures[1:], dtype)
         return theta
@@ -331,13 +331,3 @@ def _view(theta: Tensor, first: _Chunk, second: _Chunk, columns_from: int = 0) -
     columns = first.of(theta[:, start : start + m * r]).unflatten(2, (m, r))
     view: Tensor = columns[..., second.outputs.start : second.outputs.stop]
     return view
-
-
-def _new_kernel(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    require_memory(
-        dtype.itemsize * rows * columns,
-        device,
-        f"A kernel of {rows:,} by {columns:,} outputs in {dtype}",
-        "Use fewer samples at a time: it grows with the square of their outputs.",
-    )
-    return torch.empty(rows, columns, dtype=dtype, device=device)
