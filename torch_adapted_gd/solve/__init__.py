@@ -1,0 +1,18 @@
+"""The tangent-kernel system Θψ = Pg (2.22), solved with its rank revealed."""
+
+from .choice import factorize
+from .factorization import Factorization, Status
+from .solution import METHODS, KernelSolution
+from .spectrum import default_rtol
+from .system import solve_kernel, solve_symmetric
+
+__all__ = [
+    "METHODS",
+    "Factorization",
+    "KernelSolution",
+    "Status",
+    "default_rtol",
+    "factorize",
+    "solve_kernel",
+    "solve_symmetric",
+]

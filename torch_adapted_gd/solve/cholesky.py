@@ -1,0 +1,55 @@
+"""Cholesky's factorization, for a Θ whose rank is full by a wide margin."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .factorization import Factorization
+from .spectrum import EPS, MARGIN, largest_eigenvalue, random_block
+
+
+class CholeskyFactorization(Factorization):
+    """Θ = CCᵀ, with an estimate of its condition."""
+
+    method = "cholesky"
+
+    def __init__(self, matrix: Tensor, factor: Tensor, condition: float) -> None:
+        super().__init__(len(matrix), len(matrix), condition)
+        self._matrix, self._factor = matrix, factor
+        self._shift, self._shifted = 0.0, factor
+
+    def solve(self, g: Tensor, shift: float = 0.0) -> Tensor:
+        """ψ = (Θ + λ1)⁻¹g by the Cholesky factor of Θ + λ1."""
+        if shift != self._shift:
+            factor, info = (self._factor, 0) if shift == 0 else shifted_cholesky(self._matrix, shift)
+            self._shift, self._shifted = shift, factor if not int(info) else torch.full_like(factor, math.nan)
+        columns = g if g.ndim == 2 else g[:, None]
+        return torch.cholesky_solve(columns, self._shifted).reshape(g.shape)
+
+    def project(self, g: Tensor) -> Tensor:
+        """The same g: every direction can be reached."""
+        return g
+
+
+def shifted_cholesky(matrix: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of Θ + λ1, and 0 or where it failed."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    return factor, info
+
+
+def by_cholesky(matrix: Tensor, rtol: float) -> CholeskyFactorization | None:
+    """Θ by Cholesky's factor if its rank is full by a wide margin; None for any other."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        return None
+    start = random_block(matrix)
+    largest = largest_eigenvalue(lambda block: matrix @ block, start)
+    smallest = 1 / largest_eigenvalue(lambda block: torch.cholesky_solve(block, factor), start)
+    # The factor is that of Θ with an error near n·ε·λ_max, which also is what the default of rtol² stands for.
+    noise = max(rtol**2, len(matrix) * EPS)
+    if not smallest > MARGIN * noise * largest:
+        return None
+    return CholeskyFactorization(matrix, factor, math.sqrt(largest / smallest))
