@@ -7,17 +7,25 @@ from ..checks import all_finite
 from .cholesky import by_cholesky
 from .eigen import by_eigenvalues
 from .factorization import Factorization, NoFactorization
+from .pivoted import by_pivots
 
-_EIGH_IS_CHEAP = 128  # up to this n the eigenvalue decomposition takes a millisecond or so
+# Up to these n the eigenvalue decomposition is as fast as the factorization and the estimates that make it trustworthy.
+_CHOLESKY_PAYS = 128
+_PIVOTS_PAY = 512
 
 
-def factorize(matrix: Tensor, *, rtol: float, method: str = "auto", eps: float | None = None) -> Factorization:
+@torch.no_grad()
+def factorize(
+    matrix: Tensor, *, rtol: float, method: str = "auto", eps: float | None = None, least_shift: float = 0.0
+) -> Factorization:
     """Factor Θ with its rank revealed, for many shifts and right-hand sides.
 
     Args:
         matrix: Θ ``[n, n]``, symmetric and positive semi-definite, float64; kept, not copied, so it has to stay as it is.
         rtol: Singular values of D up to ``rtol``·σ_max count as zero, that is, eigenvalues of Θ up to its square.
         method: ``"auto"`` or ``"eigh"``, see `solve_kernel`.
+        least_shift: The smallest shift that will be solved with. A large one spares the eigenvalue decomposition of a Θ whose
+            rank is ambiguous; the rank is then an estimate.
         eps: Relative rounding of the entries of Θ; a more negative eigenvalue than that explains is an error.
 
     Returns:
@@ -28,9 +36,11 @@ def factorize(matrix: Tensor, *, rtol: float, method: str = "auto", eps: float |
     """
     if not all_finite(matrix):
         return NoFactorization(len(matrix), "not_finite")
-    if method == "auto" and len(matrix) > _EIGH_IS_CHEAP:
+    if method == "auto" and len(matrix) > _CHOLESKY_PAYS:
         try:
-            factorization = by_cholesky(matrix, rtol)
+            factorization: Factorization | None = by_cholesky(matrix, rtol)
+            if factorization is None and len(matrix) > _PIVOTS_PAY:
+                factorization = by_pivots(matrix, rtol, least_shift)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of numbers near the ends of float64's range
             factorization = None
         if factorization is not None:

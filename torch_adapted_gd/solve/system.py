@@ -93,7 +93,7 @@ def solve_symmetric(
     shift = damping * float(matrix.diagonal().mean())
     if not all_finite(right):
         return KernelSolution.failure("not_finite", right)
-    factorization = factorize(matrix, rtol=rtol, method=method, eps=eps)
+    factorization = factorize(matrix, rtol=rtol, method=method, eps=eps, least_shift=shift)
     psi = factorization.solve(right, shift)
     if not all_finite(psi) and method != "eigh":  # entries near the ends of float64's range
         factorization = factorize(matrix, rtol=rtol, method="eigh", eps=eps)
