@@ -12,7 +12,7 @@ from .loss import HalfSquaredLoss
 from .optimizer import AdaptedGD
 from .report import StepReport
 from .schedule import LinearInterpolationLR
-from .solve import KernelSolution, solve_kernel
+from .solve import KernelSolution, LeastSquares, rank_revealing_lstsq, solve_kernel
 
 try:
     __version__ = version("torch_adapted_gd")
@@ -23,12 +23,14 @@ __all__ = [
     "AdaptedGD",
     "HalfSquaredLoss",
     "KernelSolution",
+    "LeastSquares",
     "LinearInterpolationLR",
     "ModuleCall",
     "OuterProducts",
     "StepReport",
     "ntk",
     "output_jacobian",
+    "rank_revealing_lstsq",
     "register_rule",
     "solve_kernel",
 ]

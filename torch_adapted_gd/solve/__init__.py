@@ -2,6 +2,7 @@
 
 from .choice import factorize
 from .factorization import Factorization, Status
+from .lstsq import LeastSquares, rank_revealing_lstsq
 from .solution import METHODS, KernelSolution
 from .spectrum import default_rtol
 from .system import solve_kernel, solve_symmetric
@@ -10,9 +11,11 @@ __all__ = [
     "METHODS",
     "Factorization",
     "KernelSolution",
+    "LeastSquares",
     "Status",
     "default_rtol",
     "factorize",
+    "rank_revealing_lstsq",
     "solve_kernel",
     "solve_symmetric",
 ]
