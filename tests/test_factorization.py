@@ -95,6 +95,16 @@ def test_small_matrices_are_served_or_declined(kind):
     assert served >= 100
 
 
+@pytest.mark.parametrize(("rank", "condition"), [(300, 10.0), (300, 1e2), (560, 1e3)])
+def test_refinement_pays(rank, condition):
+    matrix = Matrix.with_values(600, spread(rank, condition))
+    found = by_pivots(matrix.d @ matrix.d.T, default_rtol(600), 0.0)
+    g = torch.randn(600, 10, dtype=torch.float64)
+    step, solutions = matrix.step(g, 0.0), (found.solve(g), found.rough_solve(found.project(g)))
+    refined, rough = ((matrix.in_coordinates(psi) - step).norm() for psi in solutions)
+    assert refined < 0.7 * rough
+
+
 @pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
 def test_a_large_shift_spares_the_eigenvalues_of_an_ambiguous_rank(damping):
     matrix = Matrix.with_values(600, spread(600, 1e12))
