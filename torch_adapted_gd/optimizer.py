@@ -48,10 +48,10 @@ class AdaptedGD(Optimizer):
       neither parameters nor state have changed.
 
     It costs a forward pass, three backward passes and Q more that stop at the layers' outputs, the kernel, (N·Q)² numbers
-    in float64 summed over the layers without the Jacobian (see `ntk`), and its Cholesky factorization, or an eigenvalue
-    decomposition where its condition asks for one. In every step the layers' rules are checked against a backward pass, and
-    the kernel against |Dᵀu|² for a random u; a model for which either is wrong is served by its Jacobian, and a warning says
-    so once.
+    in float64 summed over the layers without the Jacobian (see `ntk`), and its Cholesky factorization, pivoted where the rank
+    is short, or an eigenvalue decomposition where that is not clear. In every step the layers' rules are checked against a
+    backward pass, and the kernel against |Dᵀu|² for a random u; a model for which either is wrong is served by its Jacobian,
+    and a warning says so once.
 
     Args:
         model: The module whose outputs the loss is computed from.
@@ -70,8 +70,9 @@ class AdaptedGD(Optimizer):
         weight_decay: At least 0, decoupled. Default 0.
         kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the layers and raises for a model that this does
             not fit, ``"jacobian"`` builds it from D, ``"auto"`` (default) is structured where that is right.
-        solver: ``"auto"`` (default) is Cholesky where an estimate of the condition allows it, else ``"eigh"``, the eigenvalue
-            decomposition, which may be had always, with the exact condition.
+        solver: ``"auto"`` (default) is Cholesky where an estimate of the condition allows it, pivoted Cholesky where the rank
+            is short and unambiguous, else ``"eigh"``, the eigenvalue decomposition, which may be had always, with the exact
+            condition; see `solve_kernel`.
         chunk_size: Samples' worth of rows of D that are differentiated at a time, see `ntk`.
 
     Attributes:

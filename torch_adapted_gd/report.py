@@ -12,7 +12,7 @@ class StepReport:
         num_outputs: QN, the outputs of all calls that the loss went through.
         num_params: K, the parameters stepped.
         rank: Rank of D: singular values above ``rtol``·σ_max.
-        condition: σ_max/σ_min of D over those, by ``"cholesky"`` an estimate from below; NaN when the rank is 0.
+        condition: σ_max/σ_min of D over those, but by ``"eigh"`` an estimate from below; NaN when the rank is 0.
         projected_fraction: |Pg|/|g|, the part of the output gradient within reach of the parameters.
         identity_gap: |ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², zero but for rounding when kernel and Jacobian belong together.
         off_output_fraction: |∇_θC − Dᵀg| / |∇_θC|, the part of the loss's gradient that did not come through the
@@ -22,7 +22,7 @@ class StepReport:
         num_calls: Calls of the model whose rows were stacked.
         kernel: How Θ came about: ``"structured"``, ``"jacobian"``, or both for different parameters, with the method of the
             Jacobian.
-        solver: What solved Θψ = Pg: ``"cholesky"`` or ``"eigh"``.
+        solver: What solved Θψ = Pg: ``"cholesky"``, ``"pivoted_cholesky"`` or ``"eigh"``.
         status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output); or ``"skipped"``, when
             a GradScaler found scaled gradients that are not finite: nothing was changed.
     """

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128  # candidates per block: the products are large enough to be fast, and few columns are looked at in vain
-_RELATIVE = 0.3  # pivots below this part of the largest wait for a later block; errors are within twice those of strict order
+_LEAST = 16  # as few as this after blocks of which little was of use, as where the spectrum decays fast
+_RELATIVE = 0.3  # pivots below this part of the largest wait; errors stay within about four times those of strict order
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
     order = torch.arange(n, device=matrix.device)
     left = matrix.diagonal().clone()  # the diagonal of the remainder, in this order
     rows = matrix.new_zeros(min(n, 4 * _BLOCK), n)
-    rank = 0
+    rank, width = 0, _BLOCK
     while rank < n:
         largest = float(left[rank:].max())
         if largest <= floor:
@@ -50,7 +51,7 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
             return None
         if len(rows) < min(n, rank + _BLOCK):
             rows = torch.cat([rows, rows.new_zeros(min(n - len(rows), len(rows)), n)])
-        candidates = rank + left[rank:].topk(min(_BLOCK, n - rank)).indices
+        candidates = rank + left[rank:].topk(min(width, n - rank)).indices
         chosen = candidates[_independent(_remainder(matrix, order, rows[:rank], candidates), max(_RELATIVE * largest, floor))]
         _to_front(chosen, rank, order, left, rows)
         stop = rank + len(chosen)
@@ -62,7 +63,7 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
         rows[rank:stop, rank:stop] = factor.mT
         rows[rank:stop, stop:] = torch.linalg.solve_triangular(factor, part[:, len(chosen) :], upper=False)
         left[stop:] -= rows[rank:stop, stop:].square().sum(0)
-        rank = stop
+        rank, width = stop, min(_BLOCK, max(_LEAST, 4 * len(chosen)))
     return Pivots(order, rows[:rank])
 
 
@@ -80,7 +81,7 @@ def _independent(block: Tensor, floor: float) -> Tensor:
     """
     factor, _ = torch.linalg.cholesky_ex(block + 1e-3 * floor * torch.eye(len(block), dtype=block.dtype, device=block.device))
     keep: Tensor = factor.diagonal().square() > floor  # false for NaN, too
-    keep[0] = True
+    keep[0] = True  # whatever overflow does, so that each block takes a step
     return keep
 
 

@@ -17,14 +17,15 @@ class KernelSolution:
 
     Attributes:
         psi: ψ in float64, in the shape of g: the one of least norm, in ran Θ.
-        rank: Number of singular values of D counted as nonzero.
+        rank: Number of singular values of D counted as nonzero; an estimate where ``"pivoted_cholesky"`` served with a damping
+            that makes it of little consequence.
         condition: σ_max/σ_min of D over those (Θ's own is the square); NaN when the rank is 0. By ``"eigh"`` it is computed, by
-            ``"cholesky"`` estimated, from below and mostly within a third.
+            ``"cholesky"`` and ``"pivoted_cholesky"`` estimated, from below and mostly within a third.
         projected_fraction: |Pg|/|g|, the part of the gradient within reach of the parameters; 1 for g = 0.
         damping: The λ that was added, in the units of Θ.
         status: ``"full_rank"``, ``"rank_deficient"``, ``"zero"`` (Θ = 0), ``"not_finite"`` (Θ, g or ψ has NaN or infinite
             entries) or ``"not_converged"`` (the eigenvalue routine gave up).
-        method: ``"cholesky"`` or ``"eigh"``, what served.
+        method: ``"cholesky"``, ``"pivoted_cholesky"`` or ``"eigh"``, what served.
     """
 
     psi: Tensor

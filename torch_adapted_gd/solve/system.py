@@ -20,9 +20,12 @@ def solve_kernel(
 
     The rank is that of D (Θ = DDᵀ): with singular values σ = √eigenvalues of Θ, those with σ ≤ ``rtol``·σ_max count as
     zero and their directions are left out of ψ, damped or not. A float64 Cholesky factorization serves where an estimate of
-    the condition from its factor says that the rank is full by a wide margin; if not, an eigenvalue decomposition of the
-    symmetric Θ reveals the rank, on CPU and CUDA alike. (``torch.linalg.lstsq`` on CUDA assumes full rank and is wrong
-    without it.) Gradients are not tracked through the solution.
+    the condition from its factor says that the rank is full by a wide margin. If not, pivoted Cholesky, Θ ≈ LLᵀ with r
+    columns, reveals a rank r that the spectrum has a gap at; where it has none, the eigenvalue decomposition of the symmetric
+    Θ does, unless λ is 10⁶ times what counts as zero: the rank is an estimate then, and Dᵀψ within 0.002·|g|/(2√λ) of what
+    eigenvalues give. Matrices for which these are no faster (n ≤ 128, or 512 where the rank is short) are left to them. All of
+    it is the same on CPU and CUDA. (``torch.linalg.lstsq`` on CUDA assumes full rank and is wrong without it.) Gradients are
+    not tracked through the solution.
 
     Args:
         theta: Θ, ``[n, n]`` or ``[N, Q, N, Q]`` (as `ntk` returns it), symmetric and positive semi-definite, float32 or
@@ -30,7 +33,7 @@ def solve_kernel(
         g: The output gradient ∇ₓC with n entries, in any shape.
         damping: λ relative to the mean of diag Θ; 0 gives the pseudoinverse Θ⁺g.
         rtol: The relative cut on the singular values of D; by default √(n·ε) with ε of Θ's dtype.
-        method: ``"auto"`` as described, or ``"eigh"``: always the eigenvalue decomposition, 10 to 20 times the time of
+        method: ``"auto"`` as described, or ``"eigh"``: always the eigenvalue decomposition, some ten times the time of
             Cholesky's, with the exact condition.
 
     Returns:
