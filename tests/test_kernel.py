@@ -46,7 +46,10 @@ def test_gram_in_tiles_and_blocks(rows, monkeypatch):
 
 def test_stacked_jacobian_is_one_matrix_in_blocks():
     blocks = [torch.randn(n, 9, dtype=torch.float64) for n in (2, 5, 1)]
-    whole, stacked = torch.cat(blocks), StackedJacobian([CallJacobian(b, "per_sample", b[0]) for b in blocks], {"a": 4, "b": 5})
+    whole, stacked = (
+        torch.cat(blocks),
+        StackedJacobian.of([CallJacobian(b, "per_sample", b[0]) for b in blocks], {"a": 4, "b": 5}),
+    )
     u = torch.randn(8, dtype=torch.float64)
     torch.testing.assert_close(stacked.gram(), whole @ whole.T)
     torch.testing.assert_close(torch.cat(list(stacked.transpose_product(u).values())), whole.T @ u)

@@ -5,9 +5,12 @@ import torch
 
 from torch_adapted_gd import ntk
 from torch_adapted_gd.jacobian import recorded
-from torch_adapted_gd.kernel import tangent_kernel
+from torch_adapted_gd.kernel import tangent_gram, tangent_kernel
+from torch_adapted_gd.kernel.blocks import Parts
+from torch_adapted_gd.kernel.dense import StackedJacobian
+from torch_adapted_gd.kernel.structured import StructuredKernel
 
-from .cases import dense_jacobian
+from .cases import dense_jacobian, mlp
 from .layers import LAYERS, draw
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -50,9 +53,19 @@ def test_kernel_and_products_are_those_of_the_dense_jacobian(name, dtype):
         assert kernel.factors.description == description
         u = torch.randn(5 * q, dtype=torch.float64)
         assert error(torch.cat(list(kernel.factors.transpose_product(u).values())), first.T @ u) <= TOLERANCE[dtype]
+        v = torch.randn(first.shape[1], dtype=torch.float64)
+        parts = dict(zip(names, v.split([model.get_parameter(name).numel() for name in names]), strict=True))
+        typical = first.norm() * v.norm() / len(v) ** 0.5  # |Dv|, but for chance
+        assert (kernel.factors.product(parts) - first @ v).norm() <= TOLERANCE[dtype] * typical
+        if isinstance(kernel.factors, StructuredKernel):
+            assert error(torch.cat(list(kernel.factors.rows(limit=1))), first) <= TOLERANCE[dtype]
+        gram = tangent_gram(model, [call], names, torch.stack([u, -u], 1), **options)
+        assert error(gram.gram, first.T @ first) <= TOLERANCE[dtype]
+        assert error(gram.products, torch.stack([first.T @ u, -first.T @ u], 1)) <= TOLERANCE[dtype]
     both = tangent_kernel(model, [recorded(model, x)[0] for x in (x1, x2)], names, method="structured")
     stacked = torch.cat([first, second])
     assert error(both.theta, stacked @ stacked.T) <= TOLERANCE[dtype]
+    assert (both.factors.product(parts) - stacked @ v).norm() <= 2 * TOLERANCE[dtype] * typical
     u = torch.randn(8 * q, dtype=torch.float64)
     assert error(torch.cat(list(both.factors.transpose_product(u).values())), stacked.T @ u) <= TOLERANCE[dtype]
     assert error(ntk(model, x1, dtype=torch.float32).reshape(5 * q, 5 * q), first @ first.T) <= 2e-6
@@ -62,3 +75,41 @@ def test_kernel_and_products_are_those_of_the_dense_jacobian(name, dtype):
     assert all(p.grad is None and p.is_leaf for p in model.parameters())
     assert not torch.equal(state, torch.get_rng_state())  # u was drawn above, and nothing else
     torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian"])
+def test_gram_of_several_calls_in_blocks_and_weighed(method, monkeypatch):
+    model = mlp().double()
+    names = [name for name, _ in model.named_parameters()]
+    x1, x2 = torch.randn(5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    d = torch.cat([dense_jacobian(model, x) for x in (x1, x2)])  # [24, K]
+    root = torch.block_diag(*torch.randn(8, 3, 3, dtype=torch.float64))
+    seen = []
+
+    def weigh(rows, first):
+        seen.append((first, len(rows)))
+        part = slice(first, first + len(rows))
+        return root[part, part].T @ rows
+
+    for limit, blocks in ((2**22, [(0, 15), (15, 9)]), (1, [(3 * i, 3) for i in range(8)])):
+        monkeypatch.setattr("torch_adapted_gd.kernel.tangent.ROWS_ELEMENTS", limit)  # D is kept or not
+        monkeypatch.setattr(StackedJacobian.rows, "__defaults__", (limit, ()))
+        monkeypatch.setattr(StructuredKernel.rows, "__defaults__", (limit,))
+        calls = [recorded(model, x)[0] for x in (x1, x2)]
+        seen.clear()
+        v = torch.randn(24, 1, dtype=torch.float64)
+        found = tangent_gram(model, calls, names, v, weigh=weigh, method=method)
+        weighed = root.T @ d
+        torch.testing.assert_close(found.gram, weighed.T @ weighed)
+        torch.testing.assert_close(found.products, d.T @ v)
+        torch.testing.assert_close(torch.cat(list(found.factors.transpose_product(v[:, 0]).values())), d.T @ v[:, 0])
+        assert seen == blocks
+
+
+def test_a_gram_of_wrong_rows_is_found_out(monkeypatch):
+    model = mlp().double()
+    call, names = recorded(model, torch.randn(5, 4, dtype=torch.float64))
+    rows = Parts.rows
+    monkeypatch.setattr(Parts, "rows", lambda self, samples: [(name, 1.01 * part) for name, part in rows(self, samples)])
+    with pytest.raises(RuntimeError, match=r"structured kernel is not right for this model: Dᵀu differs by"):
+        tangent_gram(model, [call], names, torch.zeros(15, 1, dtype=torch.float64), method="structured")

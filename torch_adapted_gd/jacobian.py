@@ -277,6 +277,15 @@ def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
     return product
 
 
+def product(matrix: Tensor, v: Tensor) -> Tensor:
+    """Dv in float64, ``[R, K]`` and ``[K]`` → ``[R]``, cast block by block."""
+    total = torch.zeros(matrix.shape[0], dtype=torch.float64, device=matrix.device)
+    width = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[0]))
+    for column in range(0, matrix.shape[1], width):
+        total += matrix[:, column : column + width].double() @ v[column : column + width]
+    return total
+
+
 def dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:
     """The dtype that holds all parameters, and their one device.
 

@@ -1,6 +1,7 @@
 """A recorded call repeated: with copies of the parameters to differentiate by, and its outputs held against the call's."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -25,7 +26,6 @@ class Replay:
         names: The parameters to differentiate by.
         n: N, the batch size of the outputs that the loss saw.
         q: Q, their number for each sample.
-        probe: u, ``[NQ]`` in float64: the random output gradient that derivatives are checked with.
         given: The tensors that stand for the parameters while `plain_outputs` runs the model.
     """
 
@@ -36,9 +36,13 @@ class Replay:
         self.n, self.q = batch_and_outputs(call)
         self.given: State = {}
         self.forward = call.function(model)
+
+    @functools.cached_property
+    def probe(self) -> Tensor:
+        """u, ``[NQ]`` in float64: the random output gradient that derivatives are checked with."""
         # Random numbers of its own: the user's stream is not touched.
         draw = torch.randn(self.n * self.q, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
-        self.probe = draw.to(next(iter(call.outputs.values())).device)
+        return draw.to(next(iter(self.call.outputs.values())).device)
 
     @contextlib.contextmanager
     def conditions(self) -> Iterator[None]:
@@ -76,6 +80,13 @@ class Replay:
             # It hides its parameters from torch.autograd.grad, which would return zeros for them.
             raise DisagreementError("the model uses torch.utils.checkpoint, of which only use_reentrant=False works")
         return moving, x
+
+    def outputs_with(self, values: State) -> Tensor:
+        """Outputs ``[NQ]`` for other values of parameters, by name; no graph of these is made."""
+        with self.conditions(), torch.enable_grad():  # grad mode is as in the call, for models that differentiate within
+            inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
+            given = {name: value.detach().clone() for name, value in values.items()}
+            return stacked(self.forward({**self.state(), **given}, *inputs)).detach()
 
     def output_gradients(self) -> Tensor:
         """The gradients g that the call's outputs received, ``[NQ]`` in float64; zero if they received none."""

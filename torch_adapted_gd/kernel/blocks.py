@@ -1,6 +1,6 @@
 """A block of Θ made of the parts of its parameters, each contracted in its own way."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,14 @@ class Parts:
             mine.append(joined)
             theirs.append(joined if second is None else OuterProducts.joined(products[len(terms) :]))
         return cls(first, [(names, Family(mine, theirs)) for names, mine, theirs in outer.values()], written)
+
+    def rows(self, samples: slice) -> Iterator[tuple[str, Tensor]]:
+        """The Jacobians of some samples written out in float64, ``[n, Q, numel]``, by parameter."""
+        for name, (jacobian, _) in self.written.items():
+            yield name, jacobian[samples].double()
+        for names, family in self.families:
+            for name, term in zip(names, family.first, strict=True):
+                yield name, term.of_samples(samples, torch.float64).explicit()
 
     @property
     def nbytes(self) -> int:

@@ -1,20 +1,28 @@
 """Θ = DDᵀ from Jacobians that are held, accumulated in float64."""
 
 import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from ..jacobian import BLOCK_ELEMENTS, CallJacobian, transpose_product
+from ..jacobian import BLOCK_ELEMENTS, CallJacobian, product, transpose_product
 from ..memory import require_memory
 
 _LEAST_WIDTH = 1024  # columns multiplied at a time: fewer would read and write Θ too often
+ROWS_ELEMENTS = 2**22  # entries of D that are written out at a time for DᵀD
 TILE_ROWS = 128  # the least number of rows of a symmetric product that are computed at a time
 
 
 def summed(vectors: list[Tensor]) -> Tensor:
     """Their sum, in float64 if there are several."""
     return vectors[0] if len(vectors) == 1 else torch.stack([vector.double() for vector in vectors]).sum(0)
+
+
+def norm(parts: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of a vector that is in parts by parameter."""
+    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts.values()))
 
 
 def gram(first: Tensor, second: Tensor | None = None) -> Tensor:
@@ -71,31 +79,66 @@ def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None
             theta[row : row + tile, row:].addmm_(left[row : row + tile], left[row:].T)
 
 
-class StackedJacobian:
-    """D of several calls, one block of rows ``[R_i, K]`` a call, never copied into one matrix.
+def parameter_gram(
+    blocks: Iterable[Tensor], size: int, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """DᵀD, DᵀV and |D|² in float64, added up over blocks of D's rows, so that D need never be held.
 
     Args:
-        parts: The calls' Jacobians.
+        blocks: Rows ``[r, K]``, in their order.
+        size: K.
+        vectors: V, ``[R, v]`` in float64.
+        weigh: Makes SᵀD of rows of D, given these and the number of the first; then DᵀSSᵀD it is.
+
+    Returns:
+        DᵀD ``[K, K]``, DᵀV ``[K, v]`` and |D|².
+
+    Raises:
+        MemoryError: The result would not fit.
+    """
+    require_memory(
+        2 * 8 * size**2,
+        vectors.device,
+        f"DᵀD of {size:,} parameters",
+        'Use space="sample", or a smaller batch, which will choose it.',
+    )
+    total = torch.zeros(size, size, dtype=torch.float64, device=vectors.device)
+    products = vectors.new_zeros(size, vectors.shape[1])
+    start, square = 0, 0.0
+    for block in blocks:
+        rows = block.double()
+        products.addmm_(rows.T, vectors[start : start + len(rows)])
+        add_gram(total, (rows if weigh is None else weigh(rows, start)).T)
+        square += float(rows.square().sum())
+        start += len(rows)
+    return total.triu_().add_(total.triu(1).T), products, square
+
+
+class StackedJacobian:
+    """D held in blocks of rows, never copied into one matrix.
+
+    Args:
+        blocks: Rows ``[R_i, K]``, in their order.
         numels: Entries of each parameter, by name, in the order of the columns.
+        gradient: Dᵀg by plain backward passes, by parameter, flat.
+        description: How D came about, for the report.
     """
 
-    def __init__(self, parts: list[CallJacobian], numels: dict[str, int]) -> None:
-        self.parts = parts
-        self.blocks = [part.matrix for part in parts]
+    def __init__(self, blocks: list[Tensor], numels: dict[str, int], gradient: dict[str, Tensor], description: str) -> None:
+        self.blocks = blocks
         self.numels = numels
+        self.gradient = gradient
+        self.description = description
 
-    @property
-    def gradient(self) -> dict[str, Tensor]:
-        """Dᵀg by plain backward passes, by parameter, flat."""
-        return self._by_name(summed([part.gradient for part in self.parts]))
-
-    @property
-    def description(self) -> str:
-        """How Θ comes about, for the report."""
-        return f"jacobian ({', '.join(sorted({part.method for part in self.parts}))})"
+    @classmethod
+    def of(cls, parts: list[CallJacobian], numels: dict[str, int]) -> "StackedJacobian":
+        """That of the Jacobians of several calls."""
+        gradient = _by_name(summed([part.gradient for part in parts]), numels)
+        description = f"jacobian ({', '.join(sorted({part.method for part in parts}))})"
+        return cls([part.matrix for part in parts], numels, gradient, description)
 
     def gram(self) -> Tensor:
-        """Θ = DDᵀ in float64, ``[QN, QN]``."""
+        """Θ = DDᵀ in float64, ``[R, R]``."""
         if len(self.blocks) == 1:
             return gram(self.blocks[0])
         spans = self._spans()
@@ -108,15 +151,31 @@ class StackedJacobian:
                 theta[second, first] = theta[first, second].T
         return theta
 
-    def transpose_product(self, u: Tensor) -> dict[str, Tensor]:
-        """Dᵀu in float64 for u of shape ``[QN]``, by parameter, flat."""
-        return self._by_name(
-            summed([transpose_product(block, u[span]) for block, span in zip(self.blocks, self._spans(), strict=True)])
-        )
+    def rows(self, limit: int = ROWS_ELEMENTS, groups: tuple[int, ...] = ()) -> Iterator[Tensor]:
+        """D in pieces of at most ``limit`` entries, or one group.
 
-    def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.numels, vector.split(list(self.numels.values())), strict=True))
+        Args:
+            limit: Entries of a piece.
+            groups: How many rows belong together in each block of D: Q; by default 1.
+        """
+        for number, block in enumerate(self.blocks):
+            together = groups[number] if groups else 1
+            yield from block.split(together * max(1, limit // max(1, together * block.shape[1])))
+
+    def transpose_product(self, u: Tensor) -> dict[str, Tensor]:
+        """Dᵀu in float64 for u of shape ``[R]``, by parameter, flat."""
+        products = [transpose_product(block, u[span]) for block, span in zip(self.blocks, self._spans(), strict=True)]
+        return _by_name(summed(products), self.numels)
+
+    def product(self, v: dict[str, Tensor]) -> Tensor:
+        """Dv in float64, ``[R]``, for v by parameter, flat."""
+        vector = torch.cat([v[name] for name in self.numels])
+        return torch.cat([product(block, vector) for block in self.blocks])
 
     def _spans(self) -> list[slice]:
         ends = list(itertools.accumulate(block.shape[0] for block in self.blocks))
         return [slice(end - block.shape[0], end) for end, block in zip(ends, self.blocks, strict=True)]
+
+
+def _by_name(vector: Tensor, numels: dict[str, int]) -> dict[str, Tensor]:
+    return dict(zip(numels, vector.split(list(numels.values())), strict=True))

@@ -54,6 +54,8 @@ class OuterProducts:
             index = self.right.index[:, None, None, :].expand(n, q, o, t)
             part = left.new_zeros(n, q, o, self.width).scatter_add_(3, index, left.reshape(n, q, o, t))
             jacobian = part.reshape(n, q, 1, o, self.width)
+        elif t == 1:
+            jacobian = left * self.right.squeeze(3)[:, None, :, None, :]
         else:
             flat = left.transpose(1, 2).reshape(n * g, q * o, t)
             jacobian = (flat @ self.right.reshape(n * g, -1, t).transpose(1, 2)).reshape(n, g, q, o, -1).transpose(1, 2)
@@ -81,6 +83,25 @@ class OuterProducts:
             by_group = left.permute(1, 2, 0, 3).reshape(g, o, n * t)
             total = by_group @ self.right.to(dtype).permute(1, 0, 3, 2).reshape(g, n * t, -1)
         return (total.transpose(1, 2) if self.flipped else total).reshape(-1)
+
+    def product(self, v: Tensor) -> Tensor:
+        """Σ_k D[n, q, k] v[k] in the dtype of ``v``, which is flat in the parameter's layout: ``[N, Q]``."""
+        n, q, g, o, _ = self.left.shape
+        matrix = v.reshape(g, self.width, o).transpose(1, 2) if self.flipped else v.reshape(g, o, self.width)
+        if isinstance(self.right, OneHot):
+            image = matrix[0].T[self.right.index].transpose(1, 2)  # [N, O, T]
+        else:
+            image = matrix @ self.right.to(v.dtype)  # [N, G, O, T]
+        return (self.left.to(v.dtype).reshape(n, q, -1) @ image.reshape(n, -1, 1)).squeeze(2)
+
+    def of_samples(self, samples: slice, dtype: torch.dtype) -> "OuterProducts":
+        """Those of some of the samples, in ``dtype``."""
+        right: Tensor | OneHot
+        if isinstance(self.right, OneHot):
+            right = OneHot(self.right.index[samples], self.right.size)
+        else:
+            right = self.right[samples].to(dtype)
+        return OuterProducts(self.left[samples].to(dtype), right, self.flipped)
 
     @staticmethod
     def joined(terms: Sequence["OuterProducts"]) -> "OuterProducts":
@@ -177,6 +198,26 @@ class Family:
                     block.reshape(g, term.width, -1).transpose(1, 2) if term.flipped else block.reshape(g, -1, term.width)
                 )
             yield (total.transpose(1, 2) if term.flipped else total).reshape(-1)
+
+    def product(self, vectors: list[Tensor], written: bool, limit: int) -> Tensor:
+        """Σ over parameters of Σ_k D[n, q, k] v[k] for a flat vector v of each, ``[N, Q]`` in their dtype.
+
+        Args:
+            vectors: v by parameter.
+            written: See `weighted_sums`.
+            limit: See `blocks`.
+        """
+        n, q, g, o, _ = self._left1.shape
+        total = vectors[0].new_zeros(n, q)
+        for term, v in zip(self.first, vectors, strict=True):
+            if not written:
+                total += term.product(v)
+                continue
+            by_row = v.reshape(g, term.width, o).transpose(1, 2) if term.flipped else v.reshape(g, o, term.width)
+            for part in term.column_blocks(limit):
+                piece = by_row[:, part].transpose(1, 2) if term.flipped else by_row[:, part]
+                total += term.explicit(part).to(v.dtype) @ piece.reshape(-1)
+        return total
 
     def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice], Tensor]:
         """A function of ranges of samples that returns their tile of Θ's part, ``[n·Q, m·R]``, good until its next call."""

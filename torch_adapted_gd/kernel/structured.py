@@ -1,5 +1,6 @@
 """Θ summed over layers, each by its own rule, and Dᵀu from the same factors: D itself is never held."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import Call, underlying
-from ..jacobian import call_jacobian, dtype_and_device, transpose_product
+from ..jacobian import call_jacobian, dtype_and_device, product, transpose_product
 from ..replay import precision
 from .blocks import BLOCK_ELEMENTS, KernelBlock, Parts, Terms
 from .capture import Capture, exactly
-from .dense import new_kernel
+from .dense import ROWS_ELEMENTS, new_kernel, norm
 from .module_calls import ModuleCall
 from .verify import verify_rules
 
@@ -71,6 +72,7 @@ class StructuredKernel:
         calls: Its calls.
         names: The parameters θ.
         chunk_size: See `ntk`.
+        verified: Whether each rule is checked first. Without that, what `rows` finds wrong cannot be told apart.
 
     Attributes:
         unserved: Parameters that have to be served by their Jacobian, and why.
@@ -78,7 +80,9 @@ class StructuredKernel:
         methods: How their Jacobians were computed.
     """
 
-    def __init__(self, model: nn.Module, calls: list[Call], names: list[str], *, chunk_size: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, calls: list[Call], names: list[str], *, chunk_size: int | None, verified: bool = True
+    ) -> None:
         model = underlying(model)
         parameters = {name: p for name, p in model.named_parameters() if name in set(names)}
         self._numels = {name: parameters[name].numel() for name in names}
@@ -87,7 +91,7 @@ class StructuredKernel:
         self.remarks: list[str] = []
         self._captures = [Capture(model, call, names) for call in calls]
         for capture in self._captures:
-            unserved, remarks = verify_rules(capture, self._dtype)
+            unserved, remarks = verify_rules(capture, self._dtype) if verified else ({}, [])
             self.unserved |= capture.unserved | unserved
             self.remarks += remarks
         self._size = max(c.replay.n for c in self._captures), max(c.replay.q for c in self._captures)
@@ -197,6 +201,64 @@ class StructuredKernel:
         total = _added(sums)
         return {name: total[name] if name in total else u.new_zeros(numel) for name, numel in self._numels.items()}
 
+    def product(self, v: dict[str, Tensor]) -> Tensor:
+        """Dv in float64, ``[R]``, for v by parameter, flat, from the factors that Θ was made of."""
+        total = torch.zeros(sum(c.replay.n * c.replay.q for c in self._captures), dtype=torch.float64, device=self._device)
+        with exactly(self._device):
+            for chunk in self._chunks:
+                part = chunk.of(total)
+                for place, (_, calls) in enumerate(self._components(chunk.module_calls())):
+                    parts = self._parts(chunk, place, calls)
+                    for name, (jacobian, _) in parts.written.items():
+                        part += product(jacobian.flatten(0, 1), v[name]).view_as(part)
+                    for names, family in parts.families:
+                        written = family.explicit_is_cheaper(self._size)
+                        part += family.product([v[name] for name in names], written, BLOCK_ELEMENTS)
+            if self._dense:
+                vector = torch.cat([v[name] for name in self._left])
+                total += torch.cat([product(matrix, vector) for matrix in self._dense])
+        return total
+
+    def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
+        """D written out in float64, in blocks of whole samples and at most ``limit`` entries, or one sample.
+
+        Args:
+            limit: Entries of a block.
+
+        Raises:
+            MismatchError: Dᵀu differs from what a backward pass gives, u random.
+        """
+        ends = dict(zip(self._numels, itertools.accumulate(self._numels.values()), strict=True))
+        columns = {name: slice(end - self._numels[name], end) for name, end in ends.items()}
+        size = sum(self._numels.values())
+        found = torch.zeros(size, dtype=torch.float64, device=self._device)
+        for number, capture in enumerate(self._captures):
+            n, q = capture.replay.n, capture.replay.q
+            step = max(1, limit // max(1, q * size))
+            for first in range(0, n, step):
+                samples = slice(first, min(first + step, n))
+                block = torch.zeros(samples.stop - first, q, size, dtype=torch.float64, device=self._device)
+                with exactly(self._device):
+                    for chunk in (chunk for chunk in self._chunks if chunk.number == number):
+                        part = block[:, chunk.outputs.start : chunk.outputs.stop]
+                        for place, (_, calls) in enumerate(self._components(chunk.module_calls())):
+                            for name, jacobian in self._parts(chunk, place, calls).rows(samples):
+                                part[..., columns[name]] = jacobian
+                    start = 0
+                    for name, numel in self._left.items() if self._dense else ():
+                        dense = self._dense[number].view(n, q, -1)[samples, :, start : start + numel]
+                        block[..., columns[name]] = dense
+                        start += numel
+                    rows = block.flatten(0, 1)
+                    found.addmv_(rows.T, capture.replay.probe[first * q : samples.stop * q])
+                yield rows
+        u = _added([capture.probe_product for capture in self._captures])
+        difference = math.sqrt(
+            sum(float((found[columns[n]] - u[n].reshape(-1) if n in u else found[columns[n]]).norm()) ** 2 for n in columns)
+        )
+        if not difference <= min(1e3 * self._precision(torch.float64), 0.05) * norm(u):
+            raise MismatchError(f"Dᵀu differs by {difference:.6g} for random u from that of backward passes, {norm(u):.6g}")
+
     def _products(self, parts: Parts, u: Tensor) -> dict[str, Tensor]:
         """Σ_nq u[n, q] D[n, q] of some parameters."""
         sums = {name: transpose_product(jacobian.flatten(0, 1), u.reshape(-1)) for name, (jacobian, _) in parts.written.items()}
@@ -302,13 +364,17 @@ class StructuredKernel:
         """Compare uᵀΘv for the probes with ⟨Dᵀu, Dᵀv⟩ of plain backward passes."""
         u = _added([capture.probe_product for capture in first])
         v = u if second is first else _added([capture.probe_product for capture in second])
-        size = _size(u) * (_size(u) if second is first else _size(v))
-        eps = max(torch.finfo(dtype).eps, *(precision(capture.replay.call, self._dtype) for capture in self._captures))
+        size = norm(u) * (norm(u) if second is first else norm(v))
+        eps = self._precision(dtype)
         expected = (
             size if second is first else sum(float(u[name].reshape(-1) @ v[name].reshape(-1)) for name in u.keys() & v.keys())
         )
         if not abs(value - expected) <= min(1e3 * eps, 0.05) * size:
             raise MismatchError(f"uᵀΘv is {value:.6g} for random u and v where backward passes give {expected:.6g}")
+
+    def _precision(self, dtype: torch.dtype) -> float:
+        """Machine epsilon of the coarsest arithmetic that products went through, ``dtype`` being the last."""
+        return max(torch.finfo(dtype).eps, *(precision(capture.replay.call, self._dtype) for capture in self._captures))
 
 
 def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -318,10 +384,6 @@ def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, tensor in part.items():
             sums[name] = sums[name] + tensor if name in sums else tensor
     return sums
-
-
-def _size(parts: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts.values()))
 
 
 def _view(theta: Tensor, first: _Chunk, second: _Chunk, columns_from: int = 0) -> Tensor:

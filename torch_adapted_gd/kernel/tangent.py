@@ -1,8 +1,10 @@
 """The empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15): summed over layers where it can be, from D where it must."""
 
+import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from ..checks import one_of, positive_integer
 from ..jacobian import call_jacobian, recorded
 from ..memory import keep_pages
 from ..replay import DisagreementError, batch_and_outputs
-from .dense import StackedJacobian, gram
+from .dense import ROWS_ELEMENTS, StackedJacobian, gram, parameter_gram
 from .structured import StructuredKernel
 
 METHODS = ("auto", "structured", "jacobian")
@@ -77,18 +79,40 @@ def ntk(
     return kernel.theta.to(dtype).reshape(n1, q1, n2, q2)
 
 
+Factors = StructuredKernel | StackedJacobian
+
+
 @dataclass(frozen=True)
 class TangentKernel:
     """Θ of the outputs of one or more calls.
 
     Attributes:
         theta: Θ, ``[R1, R2]``.
-        factors: What it was made of, for Dᵀu and Dᵀg.
+        factors: What it was made of, for Dᵀu, Dv and Dᵀg.
         remark: What the user should be told of, or None.
     """
 
     theta: Tensor
-    factors: StructuredKernel | StackedJacobian
+    factors: Factors
+    remark: str | None
+
+
+@dataclass(frozen=True)
+class ParameterGram:
+    """DᵀD of the outputs of one or more calls: the tangent kernel's counterpart in parameter space.
+
+    Attributes:
+        gram: DᵀD, ``[K, K]``, or DᵀHD if the outputs were weighed.
+        products: DᵀV for the vectors V that were asked for, ``[K, v]``, not weighed.
+        square: |D|², the trace of DᵀD, not weighed.
+        factors: What it was made of, for Dᵀu, Dv and Dᵀg.
+        remark: What the user should be told of, or None.
+    """
+
+    gram: Tensor
+    products: Tensor
+    square: float
+    factors: Factors
     remark: str | None
 
 
@@ -118,13 +142,84 @@ def tangent_kernel(
         ValueError: The outputs do not have the batch first.
         MemoryError: Θ or what it is made of would not fit.
     """
+    products = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+    def theta(factors: Factors) -> Tensor:
+        if isinstance(factors, StructuredKernel):
+            return factors.cross(products) if cross else factors.gram(products)
+        return gram(*factors.blocks) if cross else factors.gram()
+
+    return TangentKernel(*_served(theta, model, calls, names, method, chunk_size))
+
+
+def tangent_gram(
+    model: nn.Module,
+    calls: list[Call],
+    names: list[str],
+    vectors: Tensor,
+    *,
+    weigh: Callable[[Tensor, int], Tensor] | None = None,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> ParameterGram:
+    """DᵀD of recorded calls, added up over blocks of samples; D is kept where it is one small block.
+
+    Args:
+        model: The network.
+        calls: Its calls; their rows are stacked.
+        names: The parameters θ.
+        vectors: V, ``[R, v]`` in float64.
+        weigh: Makes SᵀD of rows of D, given these and the number of the first.
+        method: One of `METHODS`.
+        chunk_size: See `ntk`.
+
+    Raises:
+        RuntimeError: A call cannot be repeated, or ``method="structured"`` is not right for the model.
+        ValueError: The outputs do not have the batch first.
+        MemoryError: DᵀD or what it is made of would not fit.
+    """
+    parameters = dict(underlying(model).named_parameters())
+    size = sum(parameters[name].numel() for name in names)
+    outputs = tuple(q for _, q in map(batch_and_outputs, calls))
+
+    def grams(factors: Factors) -> tuple[Tensor, Tensor, float, Factors]:
+        if isinstance(factors, StructuredKernel) and len(vectors) * size <= ROWS_ELEMENTS:
+            numels = {name: parameters[name].numel() for name in names}
+            factors = StackedJacobian(list(factors.rows()), numels, factors.gradient, factors.description)
+        blocks = factors.rows(groups=outputs) if isinstance(factors, StackedJacobian) else factors.rows()
+        return *parameter_gram(blocks, size, vectors, weigh), factors
+
+    (total, products, square, factors), _, remark = _served(grams, model, calls, names, method, chunk_size, by_rows=True)
+    return ParameterGram(total, products, square, factors, remark)
+
+
+_Result = TypeVar("_Result")
+
+
+def _served(
+    compute: Callable[[Factors], _Result],
+    model: nn.Module,
+    calls: list[Call],
+    names: list[str],
+    method: str,
+    chunk_size: int | None,
+    *,
+    by_rows: bool = False,
+) -> tuple[_Result, Factors, str | None]:
+    """What ``compute`` makes of the layers' factors where these are right for the model, else of D; these; and a remark.
+
+    With ``by_rows`` it reads all rows of D, which are held against a backward pass themselves: the rules are then checked one
+    by one only if that fails.
+    """
     keep_pages()
     remark = None
-    products = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     empty = any(0 in batch_and_outputs(call) for call in calls)
     if method != "jacobian" and not empty:
         try:
-            return _by_rules(model, calls, names, method == "structured", chunk_size, products, cross)
+            if by_rows:
+                with contextlib.suppress(Exception):
+                    return _by_rules(compute, model, calls, names, method == "structured", chunk_size, verified=False)
+            return _by_rules(compute, model, calls, names, method == "structured", chunk_size)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -136,26 +231,24 @@ def tangent_kernel(
                 remark = _advice(model, calls, [str(error)])
     parameters = dict(underlying(model).named_parameters())
     parts = [call_jacobian(model, call, names, chunk_size=chunk_size) for call in calls]
-    jacobian = StackedJacobian(parts, {name: parameters[name].numel() for name in names})
-    theta = gram(*jacobian.blocks) if cross else jacobian.gram()
-    return TangentKernel(theta, jacobian, remark)
+    jacobian = StackedJacobian.of(parts, {name: parameters[name].numel() for name in names})
+    return compute(jacobian), jacobian, remark
 
 
 def _by_rules(
+    compute: Callable[[Factors], _Result],
     model: nn.Module,
     calls: list[Call],
     names: list[str],
     strict: bool,
     chunk_size: int | None,
-    dtype: torch.dtype,
-    cross: bool,
-) -> TangentKernel:
-    """The structured kernel. A function of its own, so that nothing of a failure is held when the Jacobian's turn comes."""
-    structured = StructuredKernel(model, calls, names, chunk_size=chunk_size)
+    verified: bool = True,
+) -> tuple[_Result, Factors, str | None]:
+    """The same by the layers' rules. A function of its own, so that nothing of a failure is held in the Jacobian's turn."""
+    structured = StructuredKernel(model, calls, names, chunk_size=chunk_size, verified=verified)
     if strict:
         structured.require_rules()
-    theta = structured.cross(dtype) if cross else structured.gram(dtype)
-    return TangentKernel(theta, structured, _advice(model, calls, structured.remarks))
+    return compute(structured), structured, _advice(model, calls, structured.remarks)
 
 
 def _advice(model: nn.Module, calls: list[Call], reasons: list[str]) -> str | None:
