@@ -82,7 +82,7 @@ def test_small_matrices_are_served_or_declined(kind):
         rank = n if kind is by_cholesky or seed % 5 == 0 else int(torch.randint(1, n + 1, ()))
         matrix = Matrix.with_values(n, spread(rank, 10 ** (8 * float(torch.rand(())))))
         theta, rtol = matrix.d @ matrix.d.T, default_rtol(n)
-        found = kind(theta, rtol) if kind is by_cholesky else kind(theta, rtol, 0.0)
+        found = kind(theta, rtol) if kind is by_cholesky else kind(theta, rtol, 0.0, firm=True)
         if found is None:
             continue
         served += 1
@@ -98,7 +98,7 @@ def test_small_matrices_are_served_or_declined(kind):
 @pytest.mark.parametrize(("rank", "condition"), [(300, 10.0), (300, 1e2), (560, 1e3)])
 def test_refinement_pays(rank, condition):
     matrix = Matrix.with_values(600, spread(rank, condition))
-    found = by_pivots(matrix.d @ matrix.d.T, default_rtol(600), 0.0)
+    found = by_pivots(matrix.d @ matrix.d.T, default_rtol(600), 0.0, firm=True)
     g = torch.randn(600, 10, dtype=torch.float64)
     step, solutions = matrix.step(g, 0.0), (found.solve(g), found.rough_solve(found.project(g)))
     refined, rough = ((matrix.in_coordinates(psi) - step).norm() for psi in solutions)

@@ -16,7 +16,13 @@ _PIVOTS_PAY = 512
 
 @torch.no_grad()
 def factorize(
-    matrix: Tensor, *, rtol: float, method: str = "auto", eps: float | None = None, least_shift: float = 0.0
+    matrix: Tensor,
+    *,
+    rtol: float,
+    method: str = "auto",
+    eps: float | None = None,
+    least_shift: float = 0.0,
+    firm: bool = True,
 ) -> Factorization:
     """Factor Θ with its rank revealed, for many shifts and right-hand sides.
 
@@ -26,6 +32,8 @@ def factorize(
         method: ``"auto"`` or ``"eigh"``, see `solve_kernel`.
         least_shift: The smallest shift that will be solved with. A large one spares the eigenvalue decomposition of a Θ whose
             rank is ambiguous; the rank is then an estimate.
+        firm: Directions below the cut are left out whatever the shift. Else they are for the sake of rounding alone: where a
+            shift is far above that, they count.
         eps: Relative rounding of the entries of Θ; a more negative eigenvalue than that explains is an error.
 
     Returns:
@@ -40,9 +48,9 @@ def factorize(
         try:
             factorization: Factorization | None = by_cholesky(matrix, rtol)
             if factorization is None and len(matrix) > _PIVOTS_PAY:
-                factorization = by_pivots(matrix, rtol, least_shift)
+                factorization = by_pivots(matrix, rtol, least_shift, firm)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of numbers near the ends of float64's range
             factorization = None
         if factorization is not None:
             return factorization
-    return by_eigenvalues(matrix, rtol, eps)
+    return by_eigenvalues(matrix, rtol, eps, firm)

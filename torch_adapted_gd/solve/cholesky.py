@@ -19,7 +19,7 @@ class CholeskyFactorization(Factorization):
         self._matrix, self._factor = matrix, factor
         self._shift, self._shifted = 0.0, factor
 
-    def solve(self, g: Tensor, shift: float = 0.0) -> Tensor:
+    def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
         """ψ = (Θ + λ1)⁻¹g by the Cholesky factor of Θ + λ1."""
         if shift != self._shift:
             factor, info = (self._factor, 0) if shift == 0 else shifted_cholesky(self._matrix, shift)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .factorization import Factorization, NoFactorization
-from .spectrum import EPS
+from .spectrum import EPS, MARGIN
 
 
 class EighFactorization(Factorization):
@@ -14,22 +14,29 @@ class EighFactorization(Factorization):
 
     method = "eigh"
 
-    def __init__(self, size: int, kept: Tensor, basis: Tensor) -> None:
-        rank = len(kept)  # kept [r] ascending, basis [n, r]
-        super().__init__(size, rank, math.sqrt(float(kept[-1]) / float(kept[0])) if rank else math.nan)
-        self._kept, self._basis = kept, basis
+    def __init__(self, eigenvalues: Tensor, vectors: Tensor, rank: int, plain_from: float) -> None:
+        kept = eigenvalues[len(eigenvalues) - rank :]  # [r] ascending
+        condition = math.sqrt(float(kept[-1]) / float(kept[0])) if rank else math.nan
+        super().__init__(len(eigenvalues), rank, condition, plain_from=plain_from)
+        self._eigenvalues, self._vectors = eigenvalues, vectors
+        self._kept, self._basis = kept, vectors[:, len(eigenvalues) - rank :]  # basis [n, r]
 
-    def solve(self, g: Tensor, shift: float = 0.0) -> Tensor:
+    def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
         """ψ = Σ v(vᵀg)/(σ² + λ)."""
         scale = self._kept + shift
         return self._basis @ ((self._basis.T @ g) / (scale if g.ndim == 1 else scale[:, None]))
+
+    def _solve_plainly(self, g: Tensor, shift: float) -> Tensor:
+        """The same over all eigenvalues."""
+        scale = self._eigenvalues.clamp(min=0) + shift
+        return self._vectors @ ((self._vectors.T @ g) / (scale if g.ndim == 1 else scale[:, None]))
 
     def project(self, g: Tensor) -> Tensor:
         """Σ v(vᵀg)."""
         return self._basis @ (self._basis.T @ g)
 
 
-def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None) -> Factorization:
+def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None, firm: bool) -> Factorization:
     """Θ by its eigenvalues; see `factorize` for the arguments.
 
     Raises:
@@ -44,4 +51,5 @@ def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None) -> Factorizat
     if smallest < -1e2 * n * (eps or EPS) * max(largest, -smallest):
         raise ValueError(f"`theta` should be positive semi-definite, but has the eigenvalue {smallest:.3g}.")
     rank = int((eigenvalues > rtol**2 * largest).sum()) if largest > 0 else 0
-    return EighFactorization(n, eigenvalues[n - rank :], vectors[:, n - rank :])
+    plain_from = math.inf if firm or not rank else MARGIN * n * EPS * largest
+    return EighFactorization(eigenvalues, vectors, rank, plain_from)

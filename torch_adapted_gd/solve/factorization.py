@@ -19,17 +19,25 @@ class Factorization(ABC):
         condition: σ_max/σ_min of D over those; NaN when the rank is 0.
         status: See `KernelSolution`.
         method: Which factorization it is.
+
+    Args:
+        size: n.
+        rank: The rank.
+        condition: The condition.
+        status: The status, by default the one that the rank tells.
+        plain_from: λ so far above the rounding of Θ that directions of small σ need not be left out for its sake.
     """
 
     method: str
 
-    def __init__(self, size: int, rank: int, condition: float, status: Status | None = None) -> None:
-        self.size, self.rank, self.condition = size, rank, condition
+    def __init__(
+        self, size: int, rank: int, condition: float, status: Status | None = None, plain_from: float = math.inf
+    ) -> None:
+        self.size, self.rank, self.condition, self._plain_from = size, rank, condition, plain_from
         self.status: Status = status or ("full_rank" if rank == size else "rank_deficient" if rank else "zero")
 
-    @abstractmethod
     def solve(self, g: Tensor, shift: float = 0.0) -> Tensor:
-        """ψ = (Θ + λ1)⁻¹Pg, which is in ran Θ: the one of least norm.
+        """ψ = (Θ + λ1)⁻¹Pg, which is in ran Θ: the one of least norm; and (Θ + λ1)⁻¹g from a λ of ``plain_from`` on.
 
         Entries that are not finite mean that the numbers are near the ends of float64's range.
 
@@ -37,6 +45,15 @@ class Factorization(ABC):
             g: One right-hand side ``[n]`` or several ``[n, k]``, float64.
             shift: λ ≥ 0 in the units of Θ. What is made for it is kept until another one comes.
         """
+        return self._solve_plainly(g, shift) if shift >= self._plain_from else self._solve_on_range(g, shift)
+
+    @abstractmethod
+    def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
+        """(Θ + λ1)⁻¹Pg."""
+
+    def _solve_plainly(self, g: Tensor, shift: float) -> Tensor:
+        """(Θ + λ1)⁻¹g."""
+        return self._solve_on_range(g, shift)
 
     @abstractmethod
     def project(self, g: Tensor) -> Tensor:
@@ -55,7 +72,7 @@ class NoFactorization(Factorization):
     def __init__(self, size: int, status: Status) -> None:
         super().__init__(size, 0, math.nan, status)
 
-    def solve(self, g: Tensor, shift: float = 0.0) -> Tensor:  # noqa: ARG002
+    def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:  # noqa: ARG002
         """Zero."""
         return torch.zeros_like(g)
 

@@ -27,9 +27,9 @@ class PivotedFactorization(Factorization):
 
     method = "pivoted_cholesky"
 
-    def __init__(self, matrix: Tensor, pivots: Pivots, largest: float) -> None:
+    def __init__(self, matrix: Tensor, pivots: Pivots, largest: float, firm: bool) -> None:
         rank, n = pivots.rows.shape
-        super().__init__(n, rank, math.nan)
+        super().__init__(n, rank, math.nan, plain_from=math.inf if firm else MARGIN * n * EPS * largest)
         self._matrix, self._order, self._largest = matrix, pivots.order, largest
         self._triangle = pivots.rows[:, :rank].contiguous()  # R [r, r]; a slice would be copied by each triangular solve
         self._rest = pivots.rows[:, rank:].contiguous()  # RX [r, n - r]
@@ -40,14 +40,23 @@ class PivotedFactorization(Factorization):
         self._gram = torch.linalg.cholesky_ex(gram)[0]
         self._shift = 0.0
         self._shifted: Tensor | None = None
+        self._plain_shift = 0.0
+        self._plain: Tensor | None = None
         self._small: Tensor | None = None  # WWᵀ [r, r], whose eigenvalues are those of Θ
 
-    def solve(self, g: Tensor, shift: float = 0.0) -> Tensor:
+    def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
         """ψ, refined once with Θ itself in place of its factor: a third to a sixth of the error where λ is small."""
         right = self.project(g[:, None] if g.ndim == 1 else g)
         psi = self.rough_solve(right, shift)
         residual = right - self._matrix @ psi - shift * psi
         return (psi + self.rough_solve(self.project(residual), shift)).reshape(g.shape)
+
+    def _solve_plainly(self, g: Tensor, shift: float) -> Tensor:
+        """By the Cholesky factor of Θ + λ1, which no rounding of Θ makes singular."""
+        if shift != self._plain_shift or self._plain is None:
+            factor, info = shifted_cholesky(self._matrix, shift)
+            self._plain_shift, self._plain = shift, factor if not int(info) else torch.full_like(factor, math.nan)
+        return apply_inverse(self._plain, g if g.ndim == 2 else g[:, None]).reshape(g.shape)
 
     def project(self, g: Tensor) -> Tensor:
         """Pg by least squares in the basis of ran Θ or of its complement."""
@@ -101,7 +110,7 @@ class PivotedFactorization(Factorization):
         return block[self.rank :] - self._mixing.mT @ block[: self.rank]
 
 
-def by_pivots(matrix: Tensor, rtol: float, shift: float) -> PivotedFactorization | None:
+def by_pivots(matrix: Tensor, rtol: float, shift: float, firm: bool) -> PivotedFactorization | None:
     """Θ by pivoted Cholesky, if its rank is unambiguous or ``shift`` makes that of little consequence; None for any other.
 
     With a remainder S = Θ − LLᵀ, at most r eigenvalues of Θ are above |S|, and at least r are as large as λ_min(LᵀL). Where
@@ -116,7 +125,7 @@ def by_pivots(matrix: Tensor, rtol: float, shift: float) -> PivotedFactorization
     pivots = pivoted_cholesky(matrix, noise, 0.0 if smooth else MARGIN * noise)
     if pivots is None or not len(pivots.rows):
         return None
-    factorization = PivotedFactorization(matrix, pivots, largest)
+    factorization = PivotedFactorization(matrix, pivots, largest, firm)
     remainder = largest_eigenvalue(factorization.remainder, start)
     smallest = 1 / largest_eigenvalue(lambda block: factorization.rough_solve(factorization.project(block)), start)
     unambiguous = smallest >= MARGIN * noise and remainder <= max(rtol**2 * largest, _ROUNDINGS * rounding)
