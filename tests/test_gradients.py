@@ -16,7 +16,7 @@ def test_a_penalty_takes_a_plain_gradient_step():
     model, x, y = problem()
     start = flat(model)
     expected = pinv_step(model, x, y, 0.5 / (2 / 18)) - 0.5 * 0.02 * start
-    optimizer = AdaptedGD(model, lr=0.5, criterion=MSE)
+    optimizer = AdaptedGD(model, lr=0.5, criterion=MSE, damping=0.0)
     loss = MSE(model(x), y) + 0.01 * sum(p.square().sum() for p in model.parameters())
     loss.backward()
     with pytest.warns(UserWarning, match=r"of the loss's gradient did not come through (.|\n)* use `weight_decay`") as caught:
@@ -85,7 +85,7 @@ def test_a_physics_informed_network_whose_outputs_are_residuals():
     model = Residual().double()
     x = torch.linspace(0, 1, 8, dtype=torch.float64).unsqueeze(1)
     target = torch.ones(8, 1, dtype=torch.float64)
-    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss())
+    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()

@@ -55,7 +55,7 @@ def test_five_steps_equal_hand_written_gauss_newton(model_name, loss_name, alpha
     c = curvature(len(x))
     eta = 0.3 / c if alpha == 1 else 0.02
     lr = eta * c if with_criterion else eta
-    optimizer = AdaptedGD(model, lr=lr, criterion=criterion if with_criterion else None, alpha=alpha)
+    optimizer = AdaptedGD(model, lr=lr, criterion=criterion if with_criterion else None, alpha=alpha, damping=0.0)
     mean = criterion.reduction == "mean"
     for step_number in range(5):
         optimizer.zero_grad()
@@ -158,7 +158,7 @@ def test_float32_follows_float64(activation):
         torch.manual_seed(5)
         model = mlp(activation, sizes=(4, 40, 40, 3)).to(dtype)
         x, y = torch.randn(12, 4).to(dtype), torch.randn(12, 3).to(dtype)
-        optimizer = AdaptedGD(model, lr=0.25, criterion=nn.MSELoss())
+        optimizer = AdaptedGD(model, lr=0.25, criterion=nn.MSELoss(), damping=0.0)
         for _ in range(5):
             optimizer.zero_grad()
             nn.MSELoss()(model(x), y).backward()
@@ -185,7 +185,7 @@ def test_one_full_step_of_many_models_is_the_pseudoinverse(name):
 
 def test_the_report_names_how():
     model, x, y = problem("tanh, K > QN", "mse mean")
-    optimizer = AdaptedGD(model, criterion=nn.MSELoss())
+    optimizer = AdaptedGD(model, criterion=nn.MSELoss(), damping=0.0)
     assert optimizer.last_step is None
     nn.MSELoss()(model(x), y).backward()
     optimizer.step()

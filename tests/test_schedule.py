@@ -12,7 +12,7 @@ def run(steps, criterion, lr=1.0, scale=1.0, after=0):
     torch.manual_seed(1)
     model = mlp(sizes=(4, 40, 40, 2)).double()
     x, y = torch.randn(10, 4).double(), 0.5 * torch.randn(10, 2).double()
-    optimizer = AdaptedGD(model, lr=lr, criterion=criterion)
+    optimizer = AdaptedGD(model, lr=lr, criterion=criterion, damping=0.0)
     scheduler = LinearInterpolationLR(optimizer, steps)
     loss_function = criterion or nn.MSELoss()
     x0 = model(x).detach()
@@ -50,14 +50,14 @@ def test_after_the_last_step_full_steps_hold_the_targets():
 
 def test_state_dict_resumes():
     model = mlp()
-    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss())
+    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
     scheduler = LinearInterpolationLR(optimizer, 5)
     for _ in range(2):
         optimizer.zero_grad()
         HalfSquaredLoss()(model(torch.ones(2, 4)), torch.ones(2, 3)).backward()
         optimizer.step()
         scheduler.step()
-    other = AdaptedGD(model, criterion=HalfSquaredLoss())
+    other = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
     resumed = LinearInterpolationLR(other, 7)
     resumed.load_state_dict(scheduler.state_dict())
     other.load_state_dict(optimizer.state_dict())
@@ -79,3 +79,8 @@ def test_bad_arguments():
         LinearInterpolationLR(optimizer, 2.5)
     with pytest.raises(TypeError, match="Optimizer"):
         LinearInterpolationLR("optimizer", 5)
+
+
+def test_damping_by_a_policy_is_warned_about():
+    with pytest.warns(UserWarning, match="Give AdaptedGD damping=0.0 to follow it"):
+        LinearInterpolationLR(AdaptedGD(mlp(), criterion=nn.MSELoss()), 5)

@@ -6,6 +6,7 @@ output space" (2024); equation numbers in this package are the paper's.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .damping import LevenbergMarquardt
 from .jacobian import output_jacobian
 from .kernel import ModuleCall, OuterProducts, ntk, register_rule
 from .loss import HalfSquaredLoss
@@ -24,6 +25,7 @@ __all__ = [
     "HalfSquaredLoss",
     "KernelSolution",
     "LeastSquares",
+    "LevenbergMarquardt",
     "LinearInterpolationLR",
     "ModuleCall",
     "OuterProducts",

@@ -180,6 +180,26 @@ class Call:
                     "changes the model; for parts of one model use one AdaptedGD with parameter groups."
                 )
 
+    def check_finite(self, which: str) -> None:
+        """Make sure that outputs and the loss's gradients in them are finite.
+
+        Args:
+            which: What to call this call in the message.
+
+        Raises:
+            RuntimeError: One is not.
+        """
+        for what, tensors in (("output", self.outputs), ("gradient of the loss in output", self.gradients)):
+            for place in self.places:
+                bad = int((~torch.isfinite(tensors[place])).sum())
+                if bad:
+                    advice = "Look at its inputs and the parameters" if what == "output" else "Look at the loss and its targets"
+                    raise RuntimeError(
+                        f"In {which} of the model, the {what} {place} of shape {list(tensors[place].shape)} has {bad} entries "
+                        f"that are not finite, so nothing was changed. {advice}; a smaller `lr` or more `damping` keeps "
+                        "outputs bounded. zero_grad drops the call."
+                    )
+
     def release(self) -> None:
         """Give back all that a replay needs: the call was stepped on, and the user's graph may live on for long."""
         self.inputs = Inputs((), {})

@@ -56,6 +56,17 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
+def true_or_false(name: str, value: Any) -> bool:
+    """Return ``value`` if it is a bool.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` should be True or False, but got {value!r} of type {type(value).__name__}.")
+    return value
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite. The sum tells without a temporary, unless it overflows."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

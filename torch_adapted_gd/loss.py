@@ -65,6 +65,19 @@ def check_criterion(criterion: object) -> Criterion | None:
     return criterion
 
 
+def require_reduced(criterion: Criterion | None) -> None:
+    """Make sure that the criterion says how its terms add up to the loss.
+
+    Raises:
+        ValueError: Its reduction is left to the user.
+    """
+    if criterion is not None and criterion.reduction == "none":
+        raise ValueError(
+            '`criterion` should have reduction "mean" or "sum" for metric="ggn", LevenbergMarquardt() and `line_search`, which '
+            'need the loss itself, but has "none".'
+        )
+
+
 def output_curvature(criterion: Criterion, gradients: list[Tensor]) -> float:
     """Largest curvature c of a loss in its outputs: no eigenvalue of its Hessian ∇²ₓC exceeds c.
 
@@ -88,13 +101,13 @@ def output_curvature(criterion: Criterion, gradients: list[Tensor]) -> float:
         gradients: Its gradient in one output of the model, ``[N_i, ...]`` for each call.
     """
     if isinstance(criterion, nn.MSELoss):
-        curvature, divisor = 2.0, float(sum(g.numel() for g in gradients))
+        curvature, divisor = 2.0, float(counted_entries(criterion, gradients))
     elif isinstance(criterion, HalfSquaredLoss):
         curvature, divisor = 1.0, float(sum(g.shape[0] for g in gradients))
     elif isinstance(criterion, nn.BCEWithLogitsLoss):
         largest = 1.0 if criterion.weight is None else float(criterion.weight.max())
         positive = 1.0 if criterion.pos_weight is None else max(1.0, float(criterion.pos_weight.max()))
-        curvature, divisor = 0.25 * largest * positive, float(sum(g.numel() for g in gradients))
+        curvature, divisor = 0.25 * largest * positive, float(counted_entries(criterion, gradients))
     else:
         weight = torch.ones(1) if criterion.weight is None else criterion.weight
         curvature = 0.5 * float(weight.max())
@@ -102,3 +115,17 @@ def output_curvature(criterion: Criterion, gradients: list[Tensor]) -> float:
         targets = sum(int((g != 0).any(dim=min(1, g.ndim - 1)).sum()) for g in gradients)
         divisor = max(1, targets) * min(1.0, float(weight[weight > 0].min()))
     return curvature / divisor if criterion.reduction == "mean" else curvature
+
+
+def counted_entries(criterion: Criterion, gradients: list[Tensor]) -> int:
+    """How many entries of an output a criterion's mean is over: those that it was given, in whose place a gradient came back.
+
+    Args:
+        criterion: The loss, entry by entry.
+        gradients: Its gradient in the output, ``[N_i, ...]`` for each call.
+    """
+    if getattr(criterion, "weight", None) is not None:  # a weight may be zero, and its entry counts
+        return sum(g.numel() for g in gradients)
+    reached = torch.stack([(g != 0).any(0) for g in gradients]).any(0)
+    samples = sum(g.shape[0] for g in gradients)
+    return samples * (int(reached.sum()) or reached.numel())

@@ -9,7 +9,7 @@ import contextlib
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, cast
 
@@ -114,6 +114,17 @@ class CallRecorder:
         self.calls = []
         self.gradients = {}
         self._forget_pending()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let a trial's calls and ``zero_grad`` go by: what was taken down before is there again afterwards."""
+        names = ("calls", "gradients", "dropped_by", "unusable_output", "_pending", "_incoming", "_pass")
+        kept = {name: getattr(self, name) for name in names}
+        self.calls, self.gradients, self._pending, self._incoming = [], {}, [], {}
+        try:
+            yield
+        finally:
+            self.__dict__.update(kept)
 
     def why_no_call(self) -> str:
         """What to tell a user whose step finds no call."""

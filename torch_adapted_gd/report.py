@@ -2,6 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .linearization import Linearization
+    from .search import Outcome
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,16 @@ class StepReport:
             outputs; 0 when it is within rounding.
         curvature: c, the output curvature that ``lr`` was divided by; 1 without a ``criterion``.
         damping: λ added to Θ, in its units.
+        space: Where the system was solved: ``"sample"`` (Θ, QN×QN) or ``"parameter"`` (DᵀD, K×K).
+        trials: Steps that were tried, the last one included: more than 1 with `LevenbergMarquardt` or a line search.
+        gain_ratio: Actual over predicted decrease of the loss; None where nobody looked.
         num_calls: Calls of the model whose rows were stacked.
         kernel: How Θ came about: ``"structured"``, ``"jacobian"``, or both for different parameters, with the method of the
             Jacobian.
         solver: What solved Θψ = Pg: ``"cholesky"``, ``"pivoted_cholesky"`` or ``"eigh"``.
-        status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output); or ``"skipped"``, when
-            a GradScaler found scaled gradients that are not finite: nothing was changed.
+        status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output). Or, nothing
+            having been changed, ``"rejected"``, when no trial lowered the loss enough, and ``"skipped"``, when a GradScaler
+            found scaled gradients that are not finite.
     """
 
     num_outputs: int
@@ -36,6 +45,9 @@ class StepReport:
     off_output_fraction: float
     curvature: float
     damping: float
+    space: str
+    trials: int
+    gain_ratio: float | None
     num_calls: int
     kernel: str
     solver: str
@@ -50,4 +62,27 @@ class StepReport:
     def skipped(cls, num_calls: int) -> "StepReport":
         """Report of a step that a GradScaler had skipped."""
         nan = math.nan
-        return cls(0, 0, 0, nan, nan, nan, nan, nan, nan, num_calls, "none", "none", "skipped")
+        return cls(0, 0, 0, nan, nan, nan, nan, nan, nan, "none", 0, None, num_calls, "none", "none", "skipped")
+
+    @classmethod
+    def of(cls, linearization: "Linearization", outcome: "Outcome") -> "StepReport":
+        """Report of a step."""
+        system = linearization.system
+        return cls(
+            num_outputs=linearization.num_outputs,
+            num_params=linearization.num_params,
+            rank=system.factorization.rank,
+            condition=system.factorization.condition,
+            projected_fraction=system.projected_fraction,
+            identity_gap=linearization.identity_gap(outcome.direction),
+            off_output_fraction=linearization.off_output_fraction,
+            curvature=linearization.curvature,
+            damping=outcome.direction.damping,
+            space=system.space,
+            trials=outcome.trials,
+            gain_ratio=outcome.gain_ratio,
+            num_calls=linearization.num_calls,
+            kernel=system.factors.description,
+            solver=system.factorization.method,
+            status=linearization.status if outcome.trial else "rejected",
+        )

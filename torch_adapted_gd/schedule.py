@@ -1,5 +1,7 @@
 """The change of time that makes the adapted flow a straight line (2.52)-(2.57), as a learning-rate scheduler."""
 
+import warnings
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -19,7 +21,8 @@ class LinearInterpolationLR(LRScheduler):
     the optimizer; after T of them the learning rate stays at ``lr``: full steps, which hold the outputs at the targets.
 
     Args:
-        optimizer: The optimizer, usually `AdaptedGD` with ``lr=1.0`` and ``criterion=``.
+        optimizer: The optimizer, usually `AdaptedGD` with ``lr=1.0``, ``criterion=`` and ``damping=0.0``: a damped step is
+            shorter than the line asks, and one whose damping is `LevenbergMarquardt` is warned about.
         total_steps: T, at least 1.
         last_epoch: Index of the last step made, when resuming without a state_dict; −1 at the start.
 
@@ -31,7 +34,7 @@ class LinearInterpolationLR(LRScheduler):
         >>> import torch
         >>> from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
         >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = AdaptedGD(model, criterion=HalfSquaredLoss())
+        >>> optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
         >>> scheduler = LinearInterpolationLR(optimizer, total_steps=4)
         >>> scheduler.get_last_lr(), scheduler.t
         ([0.25], 0.0)
@@ -39,6 +42,12 @@ class LinearInterpolationLR(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, total_steps: int, last_epoch: int = -1) -> None:
         self.total_steps = positive_integer("total_steps", total_steps)
+        if getattr(optimizer, "_policy", None) is not None:
+            warnings.warn(
+                "Damped steps leave the straight line. Give AdaptedGD damping=0.0 to follow it: with a criterion, its default "
+                "is LevenbergMarquardt().",
+                stacklevel=2,
+            )
         super().__init__(optimizer, last_epoch)
 
     @property

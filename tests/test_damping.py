@@ -1,0 +1,172 @@
+"""The policy that chooses the damping, and what it remembers."""
+
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD, LevenbergMarquardt
+from torch_adapted_gd.damping import CarryOver
+
+from .cases import MSE, flat, mlp
+from .trials import closure_of, wave
+
+
+def test_damping_and_momentum_are_resumed_to_the_same_bits():
+    torch.manual_seed(3)
+    model, x, y = wave()
+    optimizer = AdaptedGD(model, criterion=MSE, damping=LevenbergMarquardt(), momentum=0.5)
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            closure_of(model, optimizer, x, y)()
+            optimizer.step()
+
+    train(model, optimizer, 4)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)  # plain numbers and tensors alone
+    assert saved["optimizer"]["param_groups"][0]["damping"] == optimizer.param_groups[0]["damping"] != 1e-2
+    other, _, _ = wave()
+    resumed = AdaptedGD(other, criterion=MSE, damping=LevenbergMarquardt(), momentum=0.5)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    copied, copied_model = pickle.loads(pickle.dumps((optimizer, model)))
+    for m, o in ((model, optimizer), (other, resumed), (copied_model, copied)):
+        train(m, o, 4)
+    assert torch.equal(flat(model), flat(other))
+    assert torch.equal(flat(model), flat(copied_model))
+    assert optimizer.param_groups[0]["damping"] == resumed.param_groups[0]["damping"]
+
+
+def test_policy():
+    policy = LevenbergMarquardt(initial=1.0, increase=3.0, decrease=0.5, good=0.8, poor=0.2, smallest=0.4)
+    assert [policy.after(1.0, ratio) for ratio in (0.9, 0.5, 0.1)] == [0.5, 1.0, 3.0]
+    assert policy.after(0.5, 1.0) == 0.4
+    assert [policy.raised(1.0, n) for n in (1, 2, 3)] == [3.0, 6.0, 12.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "match"),
+    [
+        ("initial", 0.0, ValueError, "`initial` should be at least 1e-300"),
+        ("initial", math.nan, ValueError, "`initial` should be"),
+        ("increase", 1.0, ValueError, "`increase` should be at least 1"),
+        ("decrease", 1.0, ValueError, "`decrease` should be at least 1e-300 and below 1, but got 1.0"),
+        ("good", 0.1, ValueError, "`good` should be at least 0.25"),
+        ("poor", 1.0, ValueError, "`poor` should be at least 0.0001 and below 1"),
+        ("accept", -0.1, ValueError, "`accept` should be at least 0"),
+        ("smallest", 0.0, ValueError, "`smallest` should be at least 1e-300"),
+        ("attempts", 0, ValueError, "`attempts` should be at least 1"),
+        ("attempts", 2.0, TypeError, "`attempts` should be a whole number"),
+        ("second_order", 1, TypeError, "`second_order` should be True or False, but got 1"),
+    ],
+)
+def test_options_of_the_policy_are_checked(name, value, error, match):
+    with pytest.raises(error, match=match):
+        LevenbergMarquardt(**{name: value})
+
+
+def test_options_of_the_optimizer_are_checked():
+    model = mlp()
+    with pytest.raises(TypeError, match=r"`damping` should be a number or a LevenbergMarquardt\(\), but got 'auto'"):
+        AdaptedGD(model, damping="auto")
+    with pytest.raises(TypeError, match=r"but got the class. Write LevenbergMarquardt\(\)"):
+        AdaptedGD(model, damping=LevenbergMarquardt)
+    with pytest.raises(TypeError, match="`line_search` should be True or False, but got 'armijo'"):
+        AdaptedGD(model, line_search="armijo")
+    with pytest.raises(ValueError, match="`line_search` should be left out with LevenbergMarquardt"):
+        AdaptedGD(model, line_search=True, damping=LevenbergMarquardt())
+
+
+def test_a_number_is_the_default_where_the_loss_is_not_known():
+    model = mlp()
+    assert AdaptedGD(model).param_groups[0]["damping"] == 0.0
+    assert AdaptedGD(model, criterion=nn.MSELoss(reduction="none")).param_groups[0]["damping"] == 0.0
+    assert AdaptedGD(model, criterion=MSE, line_search=True).param_groups[0]["damping"] == 0.0
+    assert AdaptedGD(model, criterion=MSE).param_groups[0]["damping"] == LevenbergMarquardt().initial
+
+
+@pytest.mark.filterwarnings("ignore:Batches are found much worse")
+def test_damping_is_lowered_only_where_gains_carry_over():
+    """The whole data again and again, and batches that have nothing to do with each other."""
+    for carried in (True, False):
+        torch.manual_seed(0)
+        model = mlp(sizes=(30, 40, 1)).double()
+        optimizer = AdaptedGD(model, criterion=MSE)
+        dampings = []
+        x, y = torch.randn(5, 30, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+        for _ in range(12):
+            if not carried:
+                x, y = torch.randn(5, 30, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+            closure_of(model, optimizer, x, y)()
+            optimizer.step()
+            dampings.append(optimizer.param_groups[0]["damping"])
+        carry = CarryOver(*optimizer.param_groups[0]["carry_over"])
+        if carried:
+            assert carry.share == pytest.approx(1.0, abs=1e-6)
+            assert dampings[-1] < 1e-4
+        else:
+            assert carry.share < 0.5
+            assert min(dampings[2:]) >= dampings[1]
+
+
+def test_carry_over_is_what_the_next_batch_sees():
+    carry = CarryOver()
+    assert carry.met(3.0).share is None
+    carry = carry.met(3.0).stepped(3.0, -2.0)  # 3 → 1
+    assert carry.met(1.0).share == 1.0
+    assert carry.met(3.0).share == 0.0
+    assert carry.met(2.0).share == 0.5
+    carry = carry.met(2.0).stepped(2.0, -1.0)
+    assert carry.met(2.0).share == pytest.approx(1 - (0.9 * 1 + 1) / (0.9 * 2 + 1))
+    policy = LevenbergMarquardt()
+    assert policy.after(1.0, 1.0, 0.6) == policy.after(1.0, 1.0) == 1 / 3
+    assert policy.after(1.0, 1.0, 0.4) == 1.0
+    assert LevenbergMarquardt(carry_over=0.0).after(1.0, 1.0, -5.0) == 1 / 3
+
+
+def test_carry_over_of_losses_below_zero():
+    carry = CarryOver().met(-4.0).stepped(-4.0, 0.0)
+    assert carry.met(-4.0).share is None
+    assert CarryOver().met(-4.0).stepped(-4.0, -2.0).met(-6.0).share == 1.0
+
+
+def test_damping_is_raised_while_the_next_batch_is_worse_by_far():
+    policy = LevenbergMarquardt()
+    assert policy.after(1.0, 1.0, -1.5) == 2.0
+    carry = CarryOver().met(1.0).stepped(1.0, -1.0)
+    assert carry.met(100.0).share == -3.0  # an outlier counts for no more than that
+
+
+def test_no_damping_is_not_the_end():
+    """Of a state that was saved without the policy, too."""
+    model, x, y = wave()
+    state = AdaptedGD(model, criterion=MSE, damping=0.0).state_dict()
+    for name in ("momentum", "carry_over"):  # options that earlier states do not have
+        del state["param_groups"][0][name]
+    optimizer = AdaptedGD(model, criterion=MSE)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["damping"] == 0.0
+    before = MSE(model(x), y).item()
+    closure_of(model, optimizer, x, y)()
+    optimizer.step()
+    assert MSE(model(x), y).item() < before
+    assert optimizer.param_groups[0]["damping"] > 0
+
+
+def test_a_group_that_is_added_later_takes_the_present_damping():
+    model, x, y = wave()
+    optimizer = AdaptedGD(model, params=model[0].parameters(), criterion=MSE)
+    for _ in range(3):
+        closure_of(model, optimizer, x, y)()
+        optimizer.step()
+    assert optimizer.param_groups[0]["damping"] != LevenbergMarquardt().initial
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.5})
+    assert optimizer.param_groups[1]["damping"] == optimizer.param_groups[0]["damping"]
+    closure_of(model, optimizer, x, y)()
+    optimizer.step()

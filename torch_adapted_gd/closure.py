@@ -1,0 +1,97 @@
+"""The user's closure, evaluated at trial parameters and without a trace."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Conditions, underlying
+from .recorder import CallRecorder
+
+
+class Closure:
+    """A closure that clears gradients, computes the loss, calls ``backward`` and returns the loss.
+
+    Args:
+        function: The user's.
+        model: The network, whose random numbers and buffers every evaluation starts from alike.
+        recorder: Who watches it.
+    """
+
+    def __init__(self, function: Callable[[], Any], model: nn.Module, recorder: CallRecorder) -> None:
+        self._function, self._model, self._recorder = function, model, recorder
+        self._start = Conditions.now(model)
+        self.returned: Any = None
+
+    def __call__(self) -> Any:
+        """Evaluate it for the step: random numbers, buffers and ``.grad`` move on as they would."""
+        with torch.enable_grad():
+            self.returned = self._function()
+        return self.returned
+
+    @property
+    def value(self) -> float:
+        """What that returned, as a number.
+
+        Raises:
+            TypeError: It is none.
+        """
+        return _number(self.returned)
+
+    def at(self, values: dict[str, Tensor]) -> float:
+        """The loss at other values of parameters, by name; then everything is as it was, whatever happens.
+
+        Raises:
+            TypeError: The closure returns something else than a number.
+        """
+        with self._restored(values), torch.enable_grad():
+            return _number(self._function())
+
+    @contextlib.contextmanager
+    def _restored(self, values: dict[str, Tensor]) -> Iterator[None]:
+        model = underlying(self._model)
+        parameters = dict(model.named_parameters())
+        modules = list(model.modules())
+        tensors = [(t, t.detach().clone()) for t in (*parameters.values(), *model.buffers())]
+        # A forward pass may set attributes, and put other tensors in the place of buffers.
+        kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in modules]
+        gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters.values()]
+        now = Conditions.now(model)
+        try:
+            with torch.no_grad():
+                for name, value in values.items():
+                    parameters[name].copy_(value)
+                for name, b in model.named_buffers():
+                    b.copy_(self._start.buffers.get(name, b))
+            self._start.rewind()
+            with self._recorder.aside():
+                yield
+        finally:
+            now.rewind()
+            for module, attributes, buffers, own in kept:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                module._buffers.update(buffers)
+                module._parameters.update(own)
+            with torch.no_grad():
+                for tensor, value in tensors:
+                    tensor.copy_(value)
+                for p, gradient, entries in gradients:
+                    if gradient is not None and entries is not None:
+                        gradient.copy_(entries)
+                    p.grad = gradient
+
+
+def _number(returned: Any) -> float:
+    if isinstance(returned, Tensor) and returned.numel() == 1 and not returned.is_complex():
+        return float(returned.detach())
+    if isinstance(returned, Real) and returned is not True and returned is not False:
+        return float(returned)
+    shape = f" of shape {list(returned.shape)}" if isinstance(returned, Tensor) else ""
+    raise TypeError(
+        f"`closure` should return the loss as one number, but returned a {type(returned).__name__}{shape}. Parameters and "
+        "state are as they were. Return what you called backward on."
+    )

@@ -1,0 +1,399 @@
+"""The loss around the present parameters: calls → kernel → solve → Dᵀψ. Tensors in, tensors out; nothing is changed."""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call, stacked, underlying
+from .checks import all_finite
+from .curvature import OutputLoss, largest_curvature
+from .kernel import Factors, norm, tangent_gram, tangent_kernel
+from .loss import Criterion
+from .memory import require_memory
+from .replay import Replay, batch_and_outputs, precision
+from .solve import Factorization, default_rtol, factorize
+
+METRICS = ("euclidean", "ggn")
+SPACES = ("auto", "sample", "parameter")
+Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat, float64
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where a step goes, for one damping.
+
+    Attributes:
+        adapted: φ = D⁺g, damped and with momentum: the step is −η φ at α = 1.
+        weights: ψ̃ in sample space, for the identity gap; None in parameter space.
+        damping: λ that was added, in the units of the kernel.
+    """
+
+    adapted: Parts
+    weights: Tensor | None
+    damping: float
+
+
+@dataclass(frozen=True)
+class System:
+    """The linear system of a step: Θ̃ψ̃ = Pg̃ in sample space, M δ = Dᵀg in parameter space.
+
+    With the metric H = SSᵀ of the outputs, Θ̃ = SᵀΘS, g̃ = S⁺g and M = DᵀHD; S = 1 in the Euclidean one.
+
+    Attributes:
+        space: ``"sample"`` or ``"parameter"``.
+        matrix: Θ̃ ``[R, R]`` or M ``[K, K]``.
+        factorization: Its factorization.
+        right: g̃ ``[R]`` or Dᵀg ``[K]``.
+        size: |g̃|.
+        scale: The mean of diag Θ̃.
+        factors: What it was made of, for Dᵀu and Dv.
+        remark: What the user should be told of that, or None.
+    """
+
+    space: Literal["sample", "parameter"]
+    matrix: Tensor
+    factorization: Factorization
+    right: Tensor
+    size: float
+    scale: float
+    factors: Factors
+    remark: str | None
+
+    @property
+    def projected_fraction(self) -> float:
+        """|Pg̃|/|g̃|."""
+        if not self.size:
+            return 1.0
+        if self.space == "sample":
+            part = self.factorization.projected_norm(self.right)
+        else:
+            part = math.sqrt(max(0.0, float(self.right @ self.factorization.solve(self.right))))
+        return min(1.0, part / self.size)
+
+
+class Linearization:
+    """C(θ + δ) ≈ C + ∇_θC·δ + ½ (Dδ)ᵀH(Dδ), and the steps that minimize it, damped or not.
+
+    Args:
+        model: The network.
+        calls: Its calls that the loss went through, at least one; their rows of D are stacked.
+        trained: The parameters θ by name.
+        arrived: ∇_θC of each of these, as backward delivered it.
+        loss_scale: What a GradScaler multiplied the loss by.
+        criterion: The loss whose output curvature is wanted.
+        metric: One of `METRICS`.
+        rtol: Relative cut on the singular values of D, or None for the default.
+        space: One of `SPACES`: where to solve; ``"auto"``: in parameter space if K < QN.
+        kernel_method: How to come by the kernel, see `ntk`.
+        solver: How to solve, see `solve_kernel`.
+        chunk_size: See `ntk`.
+
+    Attributes:
+        trained: θ.
+        gradient: ∇_θC by parameter's name, in the parameters' dtype.
+        off_output: r = ∇_θC − Dᵀg, flat in float64; None where it is rounding.
+        off_output_fraction: |r|/|∇_θC|.
+        curvature: c that η = lr/c divides by, see `output_curvature`; 1 without a criterion and in the GGN metric.
+        system: What is solved.
+        num_calls: Calls stacked.
+        num_outputs: QN.
+        num_params: K.
+
+    Raises:
+        RuntimeError: Something is not finite, empty, changed since the call, or cannot be repeated.
+        ValueError: The outputs do not have the batch first, or do not suit the criterion.
+        MemoryError: The Jacobian or the kernel would not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: list[Call],
+        trained: dict[str, nn.Parameter],
+        arrived: dict[str, Tensor],
+        *,
+        loss_scale: float,
+        criterion: Criterion | None,
+        metric: str,
+        rtol: float | None,
+        space: str,
+        kernel_method: str,
+        solver: str,
+        chunk_size: int | None,
+    ) -> None:
+        dtype = next(iter(trained.values())).dtype
+        for number, call in enumerate(calls, start=1):
+            call.check_unchanged(model)
+            call.check_finite(f"call {number} of {len(calls)}")
+        self.num_outputs = rows = sum(n * q for n, q in map(batch_and_outputs, calls))
+        if rows == 0:
+            raise RuntimeError("The model's outputs that reached the loss are empty. Leave out empty batches.")
+        self._model, self._calls, self._criterion, self._loss_scale = model, calls, criterion, loss_scale
+        self.trained = trained
+        self.num_calls = len(calls)
+        self._numels = {name: p.numel() for name, p in trained.items()}
+        self.num_params = sum(self._numels.values())
+        self._g = torch.cat([stacked([call.gradients[place] for place in call.places]) for call in calls]) / loss_scale  # [R]
+        self._loss: OutputLoss | None = None
+        self._metric = self.output_loss if metric == "ggn" else None
+        self.curvature = 1.0 if criterion is None or self._metric else largest_curvature(criterion, calls)
+        if space == "auto":
+            space = "parameter" if self.num_params < rows else "sample"
+        self._eps = eps = max(precision(call, dtype) for call in calls)
+        self._solving: dict[str, Any] = {
+            "rtol": default_rtol(rows, eps) if rtol is None else rtol,
+            "method": solver,
+            "firm": rtol is not None,
+        }
+        build = self._in_parameter_space if space == "parameter" else self._in_sample_space
+        self.system, square = build(kernel_method, chunk_size)
+        self._check_solved()
+        self.gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}
+        self._find_off_output(square, dtype, eps)
+
+    @functools.cached_property
+    def _replays(self) -> list[Replay]:
+        return [Replay(underlying(self._model), call, list(self.trained)) for call in self._calls]
+
+    @functools.cached_property
+    def _outputs(self) -> Tensor:
+        """x, ``[R]``."""
+        return torch.cat([stacked([call.outputs[place] for place in call.places]) for call in self._calls]).double()
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """What rounding of the outputs can do to the loss."""
+        return self._eps * float(self._g.abs() @ self._outputs.abs())
+
+    @property
+    def num_passes(self) -> int:
+        """Backward passes that went through the calls."""
+        return len({call.backward_pass for call in self._calls})
+
+    @property
+    def has_criterion(self) -> bool:
+        """Whether it is known which loss this is."""
+        return self._criterion is not None
+
+    @property
+    def output_loss(self) -> OutputLoss:
+        """The criterion's loss as a function of the outputs; only with a criterion."""
+        if self._loss is None:
+            assert self._criterion is not None
+            self._loss = OutputLoss(self._criterion, self._calls, self._loss_scale)
+        return self._loss
+
+    @property
+    def status(self) -> str:
+        """What the rank of D is: ``"full_rank"`` (QN), ``"rank_deficient"`` or ``"zero"``."""
+        rank = self.system.factorization.rank
+        return "full_rank" if rank == self.num_outputs else "rank_deficient" if rank else "zero"
+
+    def direction(self, damping: float, momentum: Parts | None = None, decay: float = 0.0) -> Direction:
+        """φ = D⁺g, damped: φ = Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹Dᵀg; with S where a metric asks for it.
+
+        With a momentum φ₋ it is that of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190): what φ₋ leaves to be
+        corrected on this batch is solved for, φ = D⁺(g − μ c Dφ₋) + μ c φ₋.
+
+        Args:
+            damping: λ relative to the mean of diag Θ.
+            momentum: φ₋, divided by the curvature c of its step, or None.
+            decay: μ.
+        """
+        shift = damping * self.system.scale
+        right = self.system.right
+        if momentum is not None and decay:
+            momentum = {name: decay * part for name, part in momentum.items()}
+            if self.system.space == "sample":
+                right = right - self._weigh(self.curvature * self.system.factors.product(momentum))
+            else:
+                right = right - self.curvature * (self.system.matrix @ self._flat(momentum))
+        adapted, weights = self._solved(right, shift)
+        if momentum is not None and decay:
+            adapted = {name: part + self.curvature * momentum[name] for name, part in adapted.items()}
+        return Direction(adapted, weights, shift)
+
+    def correction(self, bend: Tensor, direction: Direction) -> Parts:
+        """−D⁺ of what outputs moved by beside Dδ, with the damping of a direction: the second-order part of a step.
+
+        Args:
+            bend: x(θ + δ) − x(θ) − Dδ, ``[R]``.
+            direction: The direction whose damping to take.
+        """
+        right = self._weigh(bend)
+        if self.system.space == "parameter":
+            right = self._flat(self.system.factors.transpose_product(self._unweigh(right)))
+        parts, _ = self._solved(right, direction.damping)
+        return {name: -part for name, part in parts.items()}
+
+    def linear(self, change: Parts) -> Tensor:
+        """Dδ, ``[R]``."""
+        return self.system.factors.product(change)
+
+    def slope(self, change: Parts) -> float:
+        """∇_θC·δ."""
+        return sum(float(self.gradient[name].double().reshape(-1) @ part) for name, part in change.items())
+
+    def outputs_moved(self, values: dict[str, Tensor]) -> Tensor | None:
+        """x(θ') − x(θ), ``[R]``, by a replay with other values of the parameters; None if that fails or is not finite.
+
+        Args:
+            values: θ' by name.
+        """
+        try:
+            with torch.no_grad():
+                moved = torch.cat([replay.outputs_with(values) for replay in self._replays]).double() - self._outputs
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # it worked at the present parameters: a model that checks its values
+            return None
+        return moved if all_finite(moved) else None
+
+    def loss_change(self, moved: Tensor, change: Parts) -> float:
+        """C(θ + δ) − C(θ) for outputs that moved by Δx; what did not come through these to first order.
+
+        Args:
+            moved: Δx.
+            change: δ.
+        """
+        beside = 0.0
+        if self.off_output is not None:
+            beside = sum(float(part @ change[name]) for name, part in self.off_output.items())
+        return self.output_loss.change(moved) + beside
+
+    def identity_gap(self, direction: Direction) -> float:
+        """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if matrix and products belong together."""
+        if direction.weights is not None:
+            psi = direction.weights
+            size = norm(self.system.factors.transpose_product(self._unweigh(psi)))
+        else:
+            psi = self._flat(direction.adapted)
+            size = float(torch.linalg.vector_norm(self._weigh(self.linear(direction.adapted))))
+        square = size * size
+        return abs(float(psi @ (self.system.matrix @ psi)) - square) / square if square else 0.0
+
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        """What the user should be told of, once for each word that it is about."""
+        if self.off_output_fraction:
+            yield (
+                "off-output",
+                f"{self.off_output_fraction:.2g} of the loss's gradient did not come through the model's outputs: the loss has "
+                "a penalty on parameters, uses derivatives of the outputs, was partly computed from a submodule's call, or a "
+                "hook edits gradients. That part takes a plain gradient step, lr times itself; only the outputs' part is "
+                "preconditioned. For an L2 penalty use `weight_decay`.",
+            )
+        if self.system.remark:
+            yield "kernel", self.system.remark
+
+    def _in_sample_space(self, kernel_method: str, chunk_size: int | None) -> tuple[System, float]:
+        """The system, and |D|²."""
+        rows = len(self._g)
+        require_memory(
+            5 * 8 * rows**2,  # Θ, its eigenvectors and LAPACK's workspace
+            self._g.device,
+            f"A step on {rows:,} outputs (kernel {8 * rows**2 / 1e9:.3g} GB, and its eigenvectors)",
+            "Use a smaller batch.",
+        )
+        kernel = tangent_kernel(self._model, self._calls, list(self.trained), method=kernel_method, chunk_size=chunk_size)
+        theta = kernel.theta  # [R, R]
+        square = float(theta.diagonal().sum())
+        right = self._g
+        if self._metric is not None:  # SᵀΘS, Θ symmetric
+            theta = self._metric.hessian_root_transpose(self._metric.hessian_root_transpose(theta).T.contiguous())
+            right = self._metric.hessian_root_inverse(right)
+        system = System(
+            space="sample",
+            matrix=theta,
+            factorization=factorize(theta, **self._solving),
+            right=right,
+            size=float(torch.linalg.vector_norm(right)),
+            scale=float(theta.diagonal().mean()),
+            factors=kernel.factors,
+            remark=kernel.remark,
+        )
+        return system, square
+
+    def _in_parameter_space(self, kernel_method: str, chunk_size: int | None) -> tuple[System, float]:
+        """The same."""
+        gram = tangent_gram(
+            self._model,
+            self._calls,
+            list(self.trained),
+            self._g[:, None],
+            weigh=self._metric.hessian_root_transpose if self._metric else None,
+            method=kernel_method,
+            chunk_size=chunk_size,
+        )
+        g = self._g if self._metric is None else self._metric.hessian_root_inverse(self._g)
+        system = System(
+            space="parameter",
+            matrix=gram.gram,
+            factorization=factorize(gram.gram, **self._solving),
+            right=gram.products[:, 0],
+            size=float(torch.linalg.vector_norm(g)),
+            scale=float(gram.gram.diagonal().sum()) / len(g),
+            factors=gram.factors,
+            remark=gram.remark,
+        )
+        return system, gram.square
+
+    def _find_off_output(self, square: float, dtype: torch.dtype, eps: float) -> None:
+        for name, tensor in self.gradient.items():
+            if not all_finite(tensor):
+                raise RuntimeError(
+                    f"The loss's gradient in parameter '{name}' is not finite although that in the outputs is, so nothing was "
+                    "changed. Look at penalties and other terms that do not come through the outputs, and at their derivatives."
+                )
+        # Zero by (2.16) for a loss of the outputs alone. Dᵀg by the same arithmetic as the gradient's: under autocast, only
+        # that leaves nothing but the rounding of sums.
+        plain = self.system.factors.gradient
+        off_output = {
+            name: tensor - plain[name].reshape(tensor.shape) / self._loss_scale if name in plain else tensor
+            for name, tensor in self.gradient.items()
+        }
+        size, whole = norm(off_output), norm(self.gradient)
+        # |D|_F |g| bounds the sums of products in Dᵀg. Under autocast, gradients of a weight that is used more than once add
+        # up in low precision.
+        rounding = 16 * torch.finfo(dtype).eps * math.sqrt(square) * float(torch.linalg.vector_norm(self._g))
+        if eps > torch.finfo(dtype).eps:
+            rounding += eps * whole
+        negligible = size <= rounding
+        self.off_output = None if negligible else {name: tensor.double().reshape(-1) for name, tensor in off_output.items()}
+        self.off_output_fraction = 0.0 if negligible else size / max(whole, size)
+
+    def _check_solved(self) -> None:
+        if self.system.factorization.status in ("not_finite", "not_converged"):
+            bad = int((~torch.isfinite(self.system.matrix)).sum())
+            raise RuntimeError(
+                f"The kernel Θ of {len(self._g)} outputs could not be solved ({bad} entries are not finite), so nothing was "
+                "changed. A derivative that is infinite where the output is not (sqrt or norm at 0) does this; look at the "
+                "inputs, then lower `lr`."
+            )
+
+    def _solved(self, right: Tensor, shift: float) -> tuple[Parts, Tensor | None]:
+        """The step for a right-hand side of the system, and ψ̃ if there is one."""
+        solution = self.system.factorization.solve(right, shift)
+        if not all_finite(solution):
+            raise RuntimeError(
+                f"The system of {len(self._g)} outputs has no finite solution in float64, so nothing was changed. Its entries "
+                "are near the ends of the range: look at the scale of outputs and inputs."
+            )
+        if self.system.space == "parameter":
+            return dict(zip(self._numels, solution.split(list(self._numels.values())), strict=True)), None
+        return self.system.factors.transpose_product(self._unweigh(solution)), solution
+
+    def _weigh(self, v: Tensor) -> Tensor:
+        """Sᵀv."""
+        return v if self._metric is None else self._metric.hessian_root_transpose(v)
+
+    def _unweigh(self, v: Tensor) -> Tensor:
+        """Sv."""
+        return v if self._metric is None else self._metric.hessian_root(v)
+
+    def _flat(self, parts: Parts) -> Tensor:
+        return torch.cat([parts[name] for name in self._numels])
