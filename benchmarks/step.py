@@ -68,7 +68,7 @@ def main() -> None:
     x = torch.randn(options.batch, *case.shape)
     y = torch.randn(options.batch, 10)
     criterion = HalfSquaredLoss()
-    optimizer = AdaptedGD(model, lr=1e-3, criterion=criterion)
+    optimizer = AdaptedGD(model, lr=1e-3, criterion=criterion, damping=0.0)
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in tqdm(range(options.steps), leave=False, disable=None):
         twin.zero_grad()
