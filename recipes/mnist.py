@@ -7,19 +7,19 @@ The table says how nearly, and what the rank of the Jacobian was.
 """
 
 import argparse
-import csv
 import json
 import math
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import race
 import torch
 from digits import SOURCES, Digits, load_digits
+from race import above_zero, positive
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,21 +52,19 @@ class Job:
 
 
 @dataclass
-class Run:
+class Run(race.Run):
     """What was recorded: one row a step, and the outputs ``[N, 10]`` at each."""
 
-    name: str
-    rows: list[dict[str, float]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     diverged: bool = False
     accuracy: tuple[float, float] = (math.nan, math.nan)
 
-    def column(self, key: str) -> list[float]:
-        """One quantity of all rows."""
-        return [row[key] for row in self.rows]
+    def observe(self, job: Job, model: nn.Module, step: int, t: float, rank: float, outputs: float) -> str:
+        """Take down the present state of the network, while the clock stands; returns the row to print."""
+        with self.paused() as seconds:
+            return self._observe(job, model, step, t, rank, outputs, seconds)
 
-    def record(self, job: Job, model: nn.Module, step: int, t: float, seconds: float, rank: float, outputs: float) -> str:
-        """Take down the present state of the network; returns the row to print."""
+    def _observe(self, job: Job, model: nn.Module, step: int, t: float, rank: float, outputs: float, seconds: float) -> str:
         with torch.no_grad():
             x = model(job.images).double().cpu()
         y = job.targets.double().cpu()
@@ -114,32 +112,29 @@ def class_figures(x: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, T
 
 def run_adapted(job: Job, steps: int) -> tuple[Run, nn.Module]:
     """Train by AdaptedGD, ``steps`` equal steps of t from 0 to 1."""
-    run, model = Run("AdaptedGD"), job.build()
-    optimizer = AdaptedGD(model, criterion=job.criterion)
+    model = job.build()
+    optimizer = AdaptedGD(model, criterion=job.criterion, damping=0.0)
     scheduler = LinearInterpolationLR(optimizer, total_steps=steps)
+    run = Run("AdaptedGD")
     print(HEADER)
-    print(run.record(job, model, 0, 0.0, 0.0, math.nan, math.nan))
-    begin = time.perf_counter()
-    with tqdm(range(1, steps + 1), desc=run.name, unit="step", leave=False, disable=None) as bar:
-        for step in bar:
-            optimizer.zero_grad()
-            loss = job.criterion(model(job.images), job.targets)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            report = optimizer.last_step
-            assert report is not None
-            seconds = time.perf_counter() - begin
-            row = run.record(job, model, step, scheduler.t, seconds, report.rank, report.num_outputs)
-            bar.write(row, file=sys.stdout)
-            bar.set_postfix(loss=f"{run.rows[-1]['loss']:.1e}")
+    print(run.observe(job, model, 0, 0.0, math.nan, math.nan))
+    for step in run.times(steps):
+        optimizer.zero_grad()
+        loss = job.criterion(model(job.images), job.targets)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        report = optimizer.last_step
+        assert report is not None
+        row = run.observe(job, model, step, scheduler.t, report.rank, report.num_outputs)
+        tqdm.write(row, file=sys.stdout)
     run.accuracy = job.accuracy(model)
     return run, model
 
 
 def run_torch(job: Job, name: str, seconds: float, lr: float | None) -> tuple[Run, nn.Module]:
     """Train by an optimizer of torch's on the whole batch, for as long as AdaptedGD took."""
-    run, model = Run(f"torch.optim.{name}"), job.build()
+    model = job.build()
     optimizer: torch.optim.Optimizer
     if name == "SGD":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02 if lr is None else lr, momentum=0.9)
@@ -148,32 +143,32 @@ def run_torch(job: Job, name: str, seconds: float, lr: float | None) -> tuple[Ru
     else:
         optimizer = torch.optim.LBFGS(model.parameters(), lr=1.0 if lr is None else lr, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = job.criterion(model(job.images), job.targets)
-        loss.backward()
-        return loss
+    closure = race.gradient_of(optimizer, lambda: job.criterion(model(job.images), job.targets))
+    run, step, shown = Run(f"torch.optim.{name}"), 0, 1.0
+
+    def goes_on() -> bool:
+        tqdm.write(run.observe(job, model, step, math.nan, math.nan, math.nan), file=sys.stdout)
+        if not run.rows[-1]["loss"] < 1e3 * run.rows[0]["loss"]:
+            print(f"{run.name} diverged and was stopped: use a smaller --lr.")
+            run.diverged = True
+            del run.rows[-1], run.outputs[-1]  # figures and files hold what was finite
+        elif len({row["loss"] for row in run.rows[-4:]}) == 1 < len(run.rows) - 3:
+            print(f"{run.name} makes no more progress and was stopped.")
+        else:
+            return True
+        return False
 
     print(f"\n{run.name}, as long as AdaptedGD took; t is the nearest point of the line\n{HEADER}")
-    print(run.record(job, model, 0, math.nan, 0.0, math.nan, math.nan))
-    begin, step, spent, shown = time.perf_counter(), 0, 0.0, 1.0
-    with tqdm(total=round(seconds, 1), desc=run.name, unit="s", leave=False, disable=None) as bar:
-        while spent < seconds:
-            optimizer.step(closure)  # type: ignore[no-untyped-call, unused-ignore]
-            step += 1
-            bar.update(time.perf_counter() - begin - spent)
-            spent = time.perf_counter() - begin
-            if step >= shown or spent >= seconds:  # a row for each half as many steps again: most happens early
-                shown = max(step + 1, 1.5 * step)
-                bar.write(run.record(job, model, step, math.nan, spent, math.nan, math.nan), file=sys.stdout)
-                if not run.rows[-1]["loss"] < 1e3 * run.rows[0]["loss"]:
-                    print(f"{run.name} diverged and was stopped: use a smaller --lr.")
-                    run.diverged = True
-                    del run.rows[-1], run.outputs[-1]  # figures and files hold what was finite
-                    break
-                if len({row["loss"] for row in run.rows[-4:]}) == 1 < len(run.rows) - 3:
-                    print(f"{run.name} makes no more progress and was stopped.")
-                    break
+    goes_on()
+    for step in run.until(seconds):
+        optimizer.step(closure)  # type: ignore[no-untyped-call, unused-ignore]
+        if step >= shown:  # a row for each half as many steps again: most happens early
+            shown = max(step + 1, 1.5 * step)
+            if not goes_on():
+                break
+    else:
+        if step > run.rows[-1]["step"]:
+            goes_on()
     run.accuracy = job.accuracy(model)
     return run, model
 
@@ -207,10 +202,7 @@ def draw(job: Job, runs: Sequence[Run], spectra: dict[str, Tensor], rtol: float,
 
 def write(runs: Sequence[Run], options: argparse.Namespace, num_params: int, rtol: float, out: Path) -> None:
     """Write ``metrics.csv`` (all rows) and ``summary.json`` (the figures that a reader asks for first)."""
-    with (out / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["optimizer", *runs[0].rows[0]])
-        writer.writeheader()
-        writer.writerows({"optimizer": run.name, **row} for run in runs for row in run.rows)
+    race.write_rows(out / "metrics.csv", "optimizer", runs)
     adapted = runs[0].rows
     summary: dict[str, Any] = {
         "torch_adapted_gd": __version__,
@@ -241,31 +233,12 @@ def write(runs: Sequence[Run], options: argparse.Namespace, num_params: int, rto
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
 
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"should be a whole number above 0, but got {text!r}")
-        return int(text)
-
-    def seed(text: str) -> int:
-        if not text.isdecimal() or int(text) >= 2**63:
-            raise argparse.ArgumentTypeError(f"should be a whole number from 0 to 2^63 - 1, but got {text!r}")
-        return int(text)
-
-    def rate(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"should be a number above 0, but got {text!r}")
-        return value
-
     def device(text: str) -> str:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
             raise argparse.ArgumentTypeError(f"should be cpu, cuda or cuda:N, but got {text!r}")
         return text
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = race.new_parser(__doc__, "results", "metrics.csv, summary.json and figures", "20 samples, width 32, 10 steps")
     add = parser.add_argument
     add("--data", choices=SOURCES, default="mnist5k", help="mnist5k needs no download (default)")
     add("--root", type=Path, default=Path("data"), help="where mnist and fashion-mnist are, or are downloaded to (data)")
@@ -273,13 +246,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=positive, default=256, help="units of each of the two hidden layers (256)")
     add("--activation", choices=("tanh", "relu"), default="tanh", help="of the hidden layers (tanh)")
     add("--steps", type=positive, default=60, help="steps from t = 0 to t = 1, T (60)")
-    add("--seed", type=seed, default=0, help="of the images and the starting network (0)")
     add("--device", type=device, default="cpu", help="cpu or cuda (cpu)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of the network (float32)")
     add("--optimizer", choices=("adapted", "sgd", "adam", "lbfgs"), default="adapted", help="run torch's beside it, as long")
-    add("--lr", type=rate, help="learning rate of torch's optimizer (sgd 0.02 with momentum 0.9, adam 1e-3, lbfgs 1)")
-    add("--out", type=Path, default=Path("results"), help="folder for metrics.csv, summary.json and figures (results)")
-    add("--smoke", action="store_true", help="a run of seconds: 20 samples, width 32, 10 steps")
+    add("--lr", type=above_zero, help="learning rate of torch's optimizer (sgd 0.02 with momentum 0.9, adam 1e-3, lbfgs 1)")
     return parser
 
 
@@ -312,17 +282,12 @@ def prepare(options: argparse.Namespace) -> Job:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        parser.set_defaults(samples=20, width=32, steps=10)
-        options = parser.parse_args(arguments)
+    options = race.parse(parser, arguments, {"samples": 20, "width": 32, "steps": 10})
     if options.lr is not None and options.optimizer == "adapted":
         parser.error("argument --lr: is for torch's optimizers: add --optimizer sgd, adam or lbfgs")
-    try:
+    with race.errors_in_one_line(parser):
         job = prepare(options)
-        if options.out.exists() and not options.out.is_dir():
-            raise NotADirectoryError(f"--out {options.out} is a file: name a folder.")
-        options.out.mkdir(parents=True, exist_ok=True)
+        race.make_folder(options.out)
         start = job.build()
         num_params, num_outputs = sum(p.numel() for p in start.parameters()), CLASSES * len(job.images)
         print(
@@ -341,8 +306,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         write(runs, options, num_params, rtol, options.out)
         figures = draw(job, runs, spectra, rtol, options.out)
-    except (OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     print()
     for run in runs:
         first, last = run.rows[0], run.rows[-1]

@@ -9,16 +9,19 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.func import jacrev, vmap
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def load(name):
+    """One recipe file as a module; files that it imports come before it."""
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up, and one recipe file the other
@@ -32,14 +35,29 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def mnist(digits):
+def race():
+    return load("race")
+
+
+@pytest.fixture(scope="module")
+def mnist(digits, race):
     return load("mnist")
 
 
-def refused(mnist, capsys, *arguments):
+@pytest.fixture(scope="module")
+def pinn(race):
+    return load("pinn")
+
+
+@pytest.fixture(scope="module")
+def regression(race):
+    return load("regression")
+
+
+def refused(recipe, capsys, *arguments):
     """What a run that has to fail writes last."""
     with pytest.raises(SystemExit) as caught:
-        mnist.main([str(argument) for argument in arguments])
+        recipe.main([str(argument) for argument in arguments])
     assert caught.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -61,14 +79,24 @@ def test_odd_sizes(mnist, capsys, tmp_path, arguments):
     assert len(list(tmp_path.iterdir())) == 6
 
 
+def smoke(name, out, *arguments):
+    """A run of seconds in a process of its own: the rows it wrote and what it said; its figures are checked."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests use the cores too
+    command = [sys.executable, RECIPES / f"{name}.py", "--smoke", "--out", out, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(out.glob("*.png"))
+    for figure in out.glob("*.png"):
+        assert figure.read_bytes().startswith(b"\x89PNG")
+        assert figure.name in result.stdout
+    return list(csv.DictReader((out / "metrics.csv").read_text().splitlines())), result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adapted", "lbfgs"])
 def test_smoke(tmp_path, optimizer):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests use the cores too
-    command = [sys.executable, RECIPES / "mnist.py", "--smoke", "--out", tmp_path, "--optimizer", optimizer]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert result.returncode == 0, result.stderr
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    rows, result = smoke("mnist", tmp_path, "--optimizer", optimizer)
     adapted = [row for row in rows if row["optimizer"] == "AdaptedGD"]
     assert len(adapted) == 11
     for k, row in enumerate(adapted):
@@ -88,12 +116,107 @@ def test_smoke(tmp_path, optimizer):
     for run in summary["runs"].values():
         assert run["diverged"] is False
         assert 0 < run["largest_distance_from_line"] < (0.05 if run is summary["runs"]["AdaptedGD"] else 2)
-    for name in ("loss.png", "collapse.png", "paths.png", "spectrum.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert name in result.stdout
+    assert {path.name for path in tmp_path.glob("*.png")} == {"loss.png", "collapse.png", "paths.png", "spectrum.png"}
     assert "rank/QN" in result.stdout
     assert "200/200" in result.stdout
-    assert "Traceback" not in result.stderr
+
+
+def last_rows(rows):
+    """The last row of each method; times and counts of each rise."""
+    methods = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    for own in methods.values():
+        seconds = [float(row["seconds"]) for row in own]
+        assert seconds == sorted(seconds)
+        assert len(own) > 1
+    return {method: own[-1] for method, own in methods.items()}
+
+
+@pytest.mark.slow
+def test_pinn_smoke(tmp_path):
+    rows, result = smoke("pinn", tmp_path)
+    last = last_rows(rows)
+    assert list(last) == ["AdaptedGD", "Adam", "LBFGS"]
+    assert last["AdaptedGD"]["gradients"] == "20"
+    assert float(last["AdaptedGD"]["error"]) < 1e-2
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "error.png", "solution.png"}
+    assert f"{float(last['AdaptedGD']['error']):.2e}" in result.stdout
+
+
+@pytest.mark.slow
+def test_regression_smoke(tmp_path):
+    rows, result = smoke("regression", tmp_path)
+    last = last_rows(rows)
+    installed = importlib.util.find_spec("torch_levenberg_marquardt") is not None
+    assert list(last) == ["AdaptedGD", "Adam", "LBFGS", *["torch-levenberg-marquardt"] * installed]
+    assert ("pip install torch-levenberg-marquardt" in result.stdout) is not installed
+    assert len({row["loss"] for row in rows if row["epochs"] == "0"}) == 1  # the same weights to begin with
+    assert float(last["AdaptedGD"]["epochs"]) == 2
+    assert float(last["AdaptedGD"]["loss"]) < 1e-2
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "loss.png", "fit.png"}
+
+
+@pytest.mark.slow
+def test_regression_says_how_to_get_the_peer_that_is_not_installed(regression, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(regression.importlib.util, "find_spec", lambda name: None)
+    assert regression.main(["--smoke", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert "torch-levenberg-marquardt is not installed and was left out: pip install" in capsys.readouterr().out
+
+
+def test_laplacian_and_values_go_through_the_network_together(pinn):
+    torch.manual_seed(0)
+    model = pinn.PoissonResidual(7).double()
+    points, on_boundary = pinn.collocation_points(3)
+    u, laplacian = model.solve(points)
+    torch.testing.assert_close(u, model.u(points))
+    hessians = vmap(jacrev(jacrev(lambda point: model.u(point[None])[0])))(points)
+    torch.testing.assert_close(laplacian, hessians.diagonal(dim1=1, dim2=2).sum(1))
+    residuals = model(points, on_boundary)[:, 0]
+    torch.testing.assert_close(residuals[on_boundary], 50 * u[on_boundary])
+    torch.testing.assert_close(residuals[~on_boundary], (-laplacian - pinn.source(points))[~on_boundary])
+    assert int(on_boundary.sum()) == 12
+    edges = points[on_boundary]
+    assert ((edges == 0) | (edges == 1)).any(1).all()
+
+
+def test_time_of_recording_does_not_count(race):
+    run = race.Run("method")
+    for _ in range(2):
+        run.record(lambda: time.sleep(0.2) or {"loss": 1.0})
+    assert run.rows[1]["seconds"] < 0.1
+    assert run.seconds < 0.2
+    assert not run.due(0.15)
+    assert run.column("loss") == [1.0, 1.0]
+    assert list(run.until(-1.0)) == []
+
+
+@pytest.mark.parametrize("name", ["pinn", "regression"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--lr", "0"), "argument --lr: should be a number above 0, but got '0'"),
+        (("--lr", "fast"), "argument --lr: should be a number above 0, but got 'fast'"),
+        (("--seed", "-1"), "--seed"),
+        (("--seed", "9" * 30), "argument --seed: should be a whole number from 0 to 2^63 - 1"),
+        (("--steps", "0"), "argument --steps: should be a whole number above 0, but got '0'"),
+        (("--points", "x"), "argument --points: should be a whole number above 0, but got 'x'"),
+        (("--width", "1.5"), "argument --width: should be a whole number above 0, but got '1.5'"),
+        (("--epochs", "0"), "argument --epochs: should be a whole number above 0, but got '0'"),
+        (("--out", "/dev/null"), "--out /dev/null is a file: name a folder"),
+        (("--out", "/dev/null/x"), "Not a directory"),
+    ],
+)
+def test_wrong_options_of_races_give_one_clear_line(request, capsys, tmp_path, monkeypatch, name, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    if (name == "pinn" and "--epochs" in arguments) or (
+        name == "regression" and {"--steps", "--points", "--width"} & {*arguments}
+    ):
+        words = "unrecognized arguments"
+    line = refused(request.getfixturevalue(name), capsys, *arguments)
+    assert re.match(r"[\w.-]+: error: ", line)
+    assert words in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""What the recipes share: methods on one clock, the loop of torch's optimizers, the command line, rows on file."""
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass
+class Run:
+    """One method: what was recorded of it, and a clock that starts with the object and stands while that is done.
+
+    Attributes:
+        name: Of the method.
+        rows: What was recorded, ``"seconds"`` and ``"loss"`` among it.
+    """
+
+    name: str
+    rows: list[dict[str, float]] = field(default_factory=list)
+    _began: float = field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[float]:
+        """Stop the clock; gives what it shows."""
+        seconds = self.seconds
+        yield seconds
+        self._began = time.perf_counter() - seconds
+
+    def record(self, measure: Callable[[], dict[str, float]], **counts: float) -> None:
+        """Add a row: seconds, counts and what ``measure`` finds, which takes no time."""
+        with self.paused() as seconds:
+            self.rows.append({"seconds": seconds, **counts, **measure()})
+
+    def column(self, key: str) -> list[float]:
+        """One quantity of all rows."""
+        return [row[key] for row in self.rows]
+
+    def due(self, interval: float) -> bool:
+        """Whether the last row is older than ``interval`` seconds."""
+        return self.seconds > self.rows[-1]["seconds"] + interval
+
+    def times(self, count: int, unit: str = "step") -> Iterator[int]:
+        """Count from 1 to ``count``, with a progress bar."""
+        with tqdm(range(1, count + 1), desc=self.name, unit=unit, leave=False, disable=None) as bar:
+            for k in bar:
+                yield k
+                bar.set_postfix(loss=f"{self.rows[-1]['loss']:.1e}")
+
+    def until(self, seconds: float) -> Iterator[int]:
+        """Count from 1 until the clock shows ``seconds``, with a progress bar."""
+        k = 0
+        with tqdm(total=round(seconds, 1), desc=self.name, unit="s", leave=False, disable=None) as bar:
+            while self.seconds < seconds:
+                k += 1
+                yield k
+                bar.update(min(self.seconds, seconds) - bar.n)
+                bar.set_postfix(loss=f"{self.rows[-1]['loss']:.1e}")
+
+
+def gradient_of(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The closure that torch's optimizers evaluate: gradients of ``loss()``, and its value."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        return value
+
+    return closure
+
+
+def adam(parameters: Iterator[Tensor], lr: float) -> torch.optim.Optimizer:
+    """Adam, whose learning rate `train` lets fall."""
+    return torch.optim.Adam(parameters, lr=lr)
+
+
+def lbfgs(parameters: Iterator[Tensor]) -> torch.optim.Optimizer:
+    """LBFGS that goes on until it is stopped, five iterations in each call of ``step``."""
+    return torch.optim.LBFGS(parameters, max_iter=5, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+
+
+def train(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+    seconds: float,
+    measure: Callable[[], dict[str, float]],
+    count: str,
+    per_gradient: float = 1.0,
+) -> Run:
+    """Train by an optimizer of torch's until the time is up; Adam's learning rate falls to zero with it, like a cosine.
+
+    Args:
+        name: Of the method.
+        optimizer: Any of torch's that takes a closure.
+        loss: The loss of the next batch.
+        seconds: How long.
+        measure: What to record beside the time.
+        count: Name of a column that counts gradients.
+        per_gradient: What one gradient counts.
+    """
+    gradients = 0
+
+    def counted() -> Tensor:
+        nonlocal gradients
+        gradients += 1
+        return loss()
+
+    closure = gradient_of(optimizer, counted)
+    first_rates = [group["lr"] for group in optimizer.param_groups]
+    run = Run(name)
+    run.record(measure, **{count: 0})
+    for _ in run.until(seconds):
+        if isinstance(optimizer, torch.optim.Adam):
+            for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * min(1.0, run.seconds / seconds))) / 2
+        optimizer.step(closure)  # type: ignore[arg-type]
+        if run.due(seconds / 100):
+            run.record(measure, **{count: gradients * per_gradient})
+    run.record(measure, **{count: gradients * per_gradient})
+    return run
+
+
+def write_rows(path: Path, key: str, runs: Sequence[Run]) -> Path:
+    """Write the rows of all runs as CSV, the first column, ``key``, being the run's name."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [key, *runs[0].rows[0]])
+        writer.writeheader()
+        writer.writerows({key: run.name, **row} for run in runs for row in run.rows)
+    return path
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a whole number above 0, but got {text!r}")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"should be a number above 0, but got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed that torch takes."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"should be a whole number from 0 to 2^63 - 1, but got {text!r}")
+    return int(text)
+
+
+def new_parser(doc: str | None, out: str, files: str, smoke: str) -> argparse.ArgumentParser:
+    """A command line with the options of every recipe.
+
+    Args:
+        doc: The recipe's docstring.
+        out: Where it writes by default.
+        files: What it writes there.
+        smoke: What a run of seconds is.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=seed, default=0, help="of everything random (0)")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for {files} ({out})")
+    parser.add_argument("--smoke", action="store_true", help=f"a run of seconds: {smoke}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, smoke: Mapping[str, Any]) -> argparse.Namespace:
+    """The options; with ``--smoke``, those of ``smoke`` are the defaults."""
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        parser.set_defaults(**smoke)
+        options = parser.parse_args(arguments)
+    return options
+
+
+@contextmanager
+def errors_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End the program with status 2 and one line where something that a user can change goes wrong."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, MemoryError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of ``--out``.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder.")
+    out.mkdir(parents=True, exist_ok=True)
