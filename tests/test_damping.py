@@ -170,3 +170,17 @@ def test_a_group_that_is_added_later_takes_the_present_damping():
     assert optimizer.param_groups[1]["damping"] == optimizer.param_groups[0]["damping"]
     closure_of(model, optimizer, x, y)()
     optimizer.step()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_batches_of_different_sizes_compare(reduction):
+    torch.manual_seed(0)
+    model, criterion = mlp(sizes=(5, 8, 1)).double(), nn.MSELoss(reduction=reduction)
+    optimizer = AdaptedGD(model, criterion=criterion)
+    for step in range(20):
+        x = torch.randn(8 if step % 5 else 64, 5, dtype=torch.float64)
+        optimizer.zero_grad()
+        criterion(model(x), x.sum(1, keepdim=True).sin()).backward()
+        optimizer.step()
+    after = CarryOver(*optimizer.param_groups[0]["carry_over"]).after
+    assert after == pytest.approx(nn.functional.mse_loss(model(x), x.sum(1, keepdim=True).sin()).item(), rel=1e-6)

@@ -89,9 +89,9 @@ class Linearization:
         metric: One of `METRICS`.
         rtol: Relative cut on the singular values of D, or None for the default.
         space: One of `SPACES`: where to solve; ``"auto"``: in parameter space if K < QN.
-        kernel_method: How to come by the kernel, see `ntk`.
+        kernel_method: How to come by the kernel; like ``chunk_size``, see `ntk`.
         solver: How to solve, see `solve_kernel`.
-        chunk_size: See `ntk`.
+        chunk_size: See there.
 
     Attributes:
         trained: θ.
@@ -100,9 +100,7 @@ class Linearization:
         off_output_fraction: |r|/|∇_θC|.
         curvature: c that η = lr/c divides by, see `output_curvature`; 1 without a criterion and in the GGN metric.
         system: What is solved.
-        num_calls: Calls stacked.
-        num_outputs: QN.
-        num_params: K.
+        num_calls, num_outputs, num_params: Calls stacked, QN and K.
 
     Raises:
         RuntimeError: Something is not finite, empty, changed since the call, or cannot be repeated.
@@ -174,6 +172,11 @@ class Linearization:
     def num_passes(self) -> int:
         """Backward passes that went through the calls."""
         return len({call.backward_pass for call in self._calls})
+
+    @property
+    def loss_unit(self) -> int:
+        """What to divide losses by for batches of different sizes to compare."""
+        return self.num_outputs if self._criterion is not None and self._criterion.reduction == "sum" else 1
 
     @property
     def has_criterion(self) -> bool:
@@ -261,15 +264,12 @@ class Linearization:
             moved: Δx.
             change: δ.
         """
-        beside = 0.0
-        if self.off_output is not None:
-            beside = sum(float(part @ change[name]) for name, part in self.off_output.items())
+        beside = sum(float(part @ change[name]) for name, part in (self.off_output or {}).items())
         return self.output_loss.change(moved) + beside
 
     def identity_gap(self, direction: Direction) -> float:
         """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if matrix and products belong together."""
-        if direction.weights is not None:
-            psi = direction.weights
+        if (psi := direction.weights) is not None:
             size = norm(self.system.factors.transpose_product(self._unweigh(psi)))
         else:
             psi = self._flat(direction.adapted)

@@ -307,11 +307,12 @@ class AdaptedGD(Optimizer):
         search = Search(linearization, propose, judge)
         if self._policy is None:
             return search.backtracking(damping, momentum, decay), CarryOver()
-        carry = CarryOver(*self.param_groups[0]["carry_over"]).met(judge.before)
+        unit = linearization.loss_unit
+        carry = CarryOver(*self.param_groups[0]["carry_over"]).met(judge.before / unit)
         if carry.remark:
             self._warn_once("carry-over", carry.remark)
         outcome = search.levenberg_marquardt(self._policy, damping, momentum, decay, carry.share)
-        return outcome, carry.stepped(judge.before, outcome.change)
+        return outcome, carry.stepped(judge.before / unit, None if outcome.change is None else outcome.change / unit)
 
     def _take(self, linearization: Linearization, trial: Trial, values: dict[str, Tensor]) -> None:
         """Move the parameters, and keep what the next step builds on."""
