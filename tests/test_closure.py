@@ -50,10 +50,18 @@ def test_a_step_of_rejected_trials_changes_nothing(search, worse):
     model = nn.Sequential(nn.Linear(3, 10), nn.BatchNorm1d(10), nn.Dropout(0.2), nn.Tanh(), nn.Linear(10, 2)).double()
     x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
     optimizer = AdaptedGD(model, criterion=MSE, momentum=0.5, trials="closure", **SEARCHES[search])
-    good = closure_of(model, optimizer, x, y)
+    in_place = worse == "larger"
+    good = closure_of(model, optimizer, x, y, set_to_none=not in_place)
     optimizer.step(good)
     value = {"larger": 1e3, "nan": math.nan, "infinite": math.inf}[worse]
-    bad = closure_of(model, optimizer, x, y, change=lambda loss, number: loss if number == 1 else value * loss.detach())
+    bad = closure_of(
+        model,
+        optimizer,
+        x,
+        y,
+        change=lambda loss, number: loss if number == 1 else value * loss.detach(),
+        set_to_none=not in_place,
+    )
 
     before, state = snapshot(model, optimizer), torch.get_rng_state()
     torch.manual_seed(1)

@@ -16,13 +16,13 @@ def wave(n=40):
     return mlp(sizes=(1, 12, 1)).double(), x, torch.sin(4 * x)
 
 
-def closure_of(model, optimizer, x, y, criterion=MSE, change=None):
+def closure_of(model, optimizer, x, y, criterion=MSE, change=None, set_to_none=True):
     """The usual closure; ``change(loss, number of the call)`` makes of the loss what is returned."""
     calls = []
 
     def closure():
         calls.append(flat(model))
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=set_to_none)
         loss = criterion(model(x), y)
         loss.backward()
         return loss if change is None else change(loss, len(calls))
