@@ -78,6 +78,22 @@ def failing(call):
 
 
 @pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("rule", [wrong, failing])
+def test_a_wrong_rule_is_told_apart_in_parameter_space(rule):
+    """Where all rows of D are checked together at first: the other parameters keep their rules."""
+    register_rule(Scale)(rule)
+    model, x, y = scaled(), torch.randn(40, 4).double(), torch.randn(40, 2).double()
+    expected = pinv_step(model, x, y, 0.3 * 40)
+    optimizer = AdaptedGD(model, lr=0.3, criterion=MSE, damping=0.0)
+    MSE(model(x), y).backward()
+    with pytest.warns(UserWarning, match=r"'1' \(Scale\): its rule"):
+        optimizer.step()
+    assert_at(model, expected, 1e-6)  # κ² ε, in parameter space
+    assert optimizer.last_step.space == "parameter"
+    assert optimizer.last_step.kernel == "structured, and 1 of 5 parameters by jacobian (per_sample)"
+
+
+@pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
