@@ -13,7 +13,7 @@ from torch_adapted_gd import AdaptedGD, LinearInterpolationLR
 from .cases import flat, mlp
 
 pl = pytest.importorskip("pytorch_lightning")
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("default", "ignore:Damped steps leave the straight line")
 MSE = nn.MSELoss()
 
 
