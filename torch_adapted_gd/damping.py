@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from .checks import positive_integer, real_number, true_or_false
 
+_LOSING = -1.0  # share of the gain below which damping is raised: more than twice the gain is missing on the next batch
+
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
@@ -26,7 +28,9 @@ class LevenbergMarquardt:
     So each batch judges its own step. A small batch of a large network can be fitted however large the step, which undoes
     what others have learned; what gives this away is that the next batch sees nothing of the gain. Therefore λ is lowered
     only while at least ``carry_over`` of the gain on one batch is found again when the next one arrives, on average over ten
-    steps or so. For a batch that is the whole data, all of it is. This costs nothing.
+    steps or so; where steps gain less than a tenth of the loss, batches differ by more than that and it is not asked. And λ is
+    raised while the next batch is missing more than twice the gain. For a batch that is the whole data nothing is missing.
+    This costs nothing.
 
     ``second_order`` adds to each trial what the bending of the outputs asks for, −D⁺(x(θ + δ) − x(θ) − Dδ) with the same λ,
     where it is at most ⅜ of δ in length and lowers the loss further; known as geodesic acceleration (Transtrum & Sethna,
@@ -86,7 +90,7 @@ class LevenbergMarquardt:
             gain_ratio: Actual over predicted decrease.
             share: How much of the gain carries over to the next batch; None if that is not known yet.
         """
-        if share is not None and self.carry_over and share < -1:
+        if share is not None and self.carry_over and share < _LOSING:
             return damping * self.increase
         if gain_ratio > self.good:
             carried = share is None or not self.carry_over or share >= self.carry_over

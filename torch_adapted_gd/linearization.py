@@ -137,7 +137,6 @@ class Linearization:
         self._numels = {name: p.numel() for name, p in trained.items()}
         self.num_params = sum(self._numels.values())
         self._g = torch.cat([stacked([call.gradients[place] for place in call.places]) for call in calls]) / loss_scale  # [R]
-        self._loss: OutputLoss | None = None
         self._metric = self.output_loss if metric == "ggn" else None
         self.curvature = 1.0 if criterion is None or self._metric else largest_curvature(criterion, calls)
         if space == "auto":
@@ -183,13 +182,11 @@ class Linearization:
         """Whether it is known which loss this is."""
         return self._criterion is not None
 
-    @property
+    @functools.cached_property
     def output_loss(self) -> OutputLoss:
         """The criterion's loss as a function of the outputs; only with a criterion."""
-        if self._loss is None:
-            assert self._criterion is not None
-            self._loss = OutputLoss(self._criterion, self._calls, self._loss_scale)
-        return self._loss
+        assert self._criterion is not None
+        return OutputLoss(self._criterion, self._calls, self._loss_scale)
 
     @property
     def status(self) -> str:

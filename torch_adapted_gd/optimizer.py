@@ -272,9 +272,10 @@ class AdaptedGD(Optimizer):
             solver=self._solver,
             chunk_size=self._chunk_size,
         )
-        outcome, carry = self._search(linearization, closure)
+        propose = TrialMaker(linearization, self._groups())
+        outcome, carry = self._search(linearization, propose, closure)
         report = StepReport.of(linearization, outcome)
-        values = TrialMaker(linearization, self._groups()).finished(outcome.trial) if outcome.trial else {}
+        values = propose.finished(outcome.trial) if outcome.trial else {}
         for name, value in values.items():
             if not all_finite(value):
                 raise RuntimeError(
@@ -290,14 +291,10 @@ class AdaptedGD(Optimizer):
         self.last_step = report
         return loss
 
-    def _search(self, linearization: Linearization, closure: Closure | None) -> tuple[Outcome, CarryOver]:
+    def _search(self, linearization: Linearization, propose: TrialMaker, closure: Closure | None) -> tuple[Outcome, CarryOver]:
         """Choose the step; changes nothing."""
-        damping, decay = (
-            options.shared_option(self.param_groups, "damping"),
-            options.shared_option(self.param_groups, "momentum"),
-        )
+        damping, decay = (options.shared_option(self.param_groups, name) for name in ("damping", "momentum"))
         momentum = kept_momentum(self.state, linearization.trained) if decay else None
-        propose = TrialMaker(linearization, self._groups())
         if not self._policy and not self._line_search:
             return Search(linearization, propose).once(damping, momentum, decay), CarryOver()
         lrs = [float(group["lr"]) for group in self.param_groups]
@@ -316,9 +313,10 @@ class AdaptedGD(Optimizer):
 
     def _take(self, linearization: Linearization, trial: Trial, values: dict[str, Tensor]) -> None:
         """Move the parameters, and keep what the next step builds on."""
+        decay = options.shared_option(self.param_groups, "momentum")
         for name, p in linearization.trained.items():
             p.copy_(values[name])
-            if options.shared_option(self.param_groups, "momentum"):
+            if decay:
                 kept = trial.direction.adapted[name] / linearization.curvature
                 self.state[p]["momentum"] = kept.reshape(p.shape).to(p.dtype)
 

@@ -34,7 +34,7 @@ class Trial:
 
 
 class TrialMaker:
-    """Makes trials of directions: θ ← (1 − ηw) θ − η [α φ + (1−α) Dᵀg], with each parameter group's own lr, α and decay w.
+    """Makes trials of directions: θ ← (1 − lr·w) θ − η [α φ + (1−α) Dᵀg], with each group's own lr, α and decay w.
 
     Args:
         linearization: The loss around the present parameters.

@@ -22,8 +22,7 @@ class CholeskyFactorization(Factorization):
     def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
         """ψ = (Θ + λ1)⁻¹g by the Cholesky factor of Θ + λ1."""
         if shift != self._shift:
-            factor, info = (self._factor, 0) if shift == 0 else shifted_cholesky(self._matrix, shift)
-            self._shift, self._shifted = shift, factor if not int(info) else torch.full_like(factor, math.nan)
+            self._shift, self._shifted = shift, self._factor if shift == 0 else shifted_cholesky(self._matrix, shift)
         columns = g if g.ndim == 2 else g[:, None]
         return apply_inverse(self._shifted, columns).reshape(g.shape)
 
@@ -39,12 +38,12 @@ def apply_inverse(factor: Tensor, block: Tensor) -> Tensor:
     return image
 
 
-def shifted_cholesky(matrix: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of Θ + λ1, and 0 or where it failed."""
+def shifted_cholesky(matrix: Tensor, shift: float) -> Tensor:
+    """The Cholesky factor of Θ + λ1; not finite if there is none."""
     shifted = matrix.clone()
     shifted.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(shifted)
-    return factor, info
+    return torch.full_like(factor, math.nan) if int(info) else factor
 
 
 def by_cholesky(matrix: Tensor, rtol: float) -> CholeskyFactorization | None:

@@ -39,9 +39,7 @@ class PivotedFactorization(Factorization):
         gram.diagonal().add_(1)
         self._gram = torch.linalg.cholesky_ex(gram)[0]
         self._shift = 0.0
-        self._shifted: Tensor | None = None
-        self._plain_shift = 0.0
-        self._plain: Tensor | None = None
+        self._shifted: Tensor | None = None  # for this shift, of Θ or of WWᵀ: which one is a matter of the shift alone
         self._small: Tensor | None = None  # WWᵀ [r, r], whose eigenvalues are those of Θ
 
     def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
@@ -53,10 +51,9 @@ class PivotedFactorization(Factorization):
 
     def _solve_plainly(self, g: Tensor, shift: float) -> Tensor:
         """By the Cholesky factor of Θ + λ1, which no rounding of Θ makes singular."""
-        if shift != self._plain_shift or self._plain is None:
-            factor, info = shifted_cholesky(self._matrix, shift)
-            self._plain_shift, self._plain = shift, factor if not int(info) else torch.full_like(factor, math.nan)
-        return apply_inverse(self._plain, g if g.ndim == 2 else g[:, None]).reshape(g.shape)
+        if shift != self._shift or self._shifted is None:
+            self._shift, self._shifted = shift, shifted_cholesky(self._matrix, shift)
+        return apply_inverse(self._shifted, g if g.ndim == 2 else g[:, None]).reshape(g.shape)
 
     def project(self, g: Tensor) -> Tensor:
         """Pg by least squares in the basis of ran Θ or of its complement."""
@@ -77,8 +74,8 @@ class PivotedFactorization(Factorization):
         if shift != self._shift or self._shifted is None:
             if small and self._small is None:
                 self._small = self._triangle @ self._triangle.mT + self._rest @ self._rest.mT
-            factor, info = shifted_cholesky(self._small if small and self._small is not None else self._matrix, shift)
-            self._shift, self._shifted = shift, factor if not int(info) else torch.full_like(factor, math.nan)
+            base = self._small if small and self._small is not None else self._matrix
+            self._shift, self._shifted = shift, shifted_cholesky(base, shift)
         if small:
             return self._columns(apply_inverse(self._shifted, middle))
         return self.project(apply_inverse(self._shifted, right))
