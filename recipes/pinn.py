@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from race import Run, above_zero, adam, errors_in_one_line, lbfgs, make_folder, new_parser, parse, positive, train, write_rows
+from race import Run, above_zero, adam, errors_in_one_line, lbfgs, make_folder, new_parser, parse, positive, train, write_all
 from torch import Tensor, nn
 
 from torch_adapted_gd import AdaptedGD
@@ -221,10 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = plot_loss({run.name: (run.column("seconds"), run.column("error")) for run in runs}, xlabel="seconds")
         error.axes[0].set(ylabel="relative L2 error", title="Physics-informed network for −Δu = f")
         figures = {"error.png": error, "solution.png": plot_maps(solutions, u.view(side, side))}
-        files = [write_rows(options.out / "metrics.csv", "method", runs)]
-        for name, figure in figures.items():
-            files.append(options.out / name)
-            figure.savefig(files[-1])
+        files = write_all(options.out, runs, figures)
     print(f"wrote {', '.join(map(str, files))}")
     return 0
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -142,6 +145,21 @@ def write_rows(path: Path, key: str, runs: Sequence[Run]) -> Path:
         writer.writeheader()
         writer.writerows({key: run.name, **row} for run in runs for row in run.rows)
     return path
+
+
+def write_all(out: Path, runs: Sequence[Run], figures: Mapping[str, "Figure"]) -> list[Path]:
+    """Write the rows of all methods and the figures, by file name.
+
+    Args:
+        out: The folder.
+        runs: The methods.
+        figures: What to save beside ``metrics.csv``.
+    """
+    files = [write_rows(out / "metrics.csv", "method", runs)]
+    for name, figure in figures.items():
+        files.append(out / name)
+        figure.savefig(files[-1])
+    return files
 
 
 def positive(text: str) -> int:

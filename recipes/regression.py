@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from race import Run, above_zero, adam, errors_in_one_line, lbfgs, make_folder, new_parser, parse, positive, train, write_rows
+from race import Run, above_zero, adam, errors_in_one_line, lbfgs, make_folder, new_parser, parse, positive, train, write_all
 from torch import Tensor, nn
 
 from torch_adapted_gd import AdaptedGD
@@ -183,10 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{PEER} is not installed and was left out: pip install {PEER}")
         loss = plot_loss({run.name: (run.column("seconds"), run.column("loss")) for run in runs}, xlabel="seconds")
         loss.axes[0].set(ylabel="loss over all points", title="sinc(10x) in mini-batches")
-        files = [write_rows(options.out / "metrics.csv", "method", runs)]
-        for name, figure in {"loss.png": loss, "fit.png": plot_fit(fits, x.squeeze(1), job.y.squeeze(1))}.items():
-            files.append(options.out / name)
-            figure.savefig(files[-1])
+        fit = plot_fit(fits, x.squeeze(1), job.y.squeeze(1))
+        files = write_all(options.out, runs, {"loss.png": loss, "fit.png": fit})
     print(f"wrote {', '.join(map(str, files))}")
     return 0
 

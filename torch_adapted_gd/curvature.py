@@ -116,18 +116,13 @@ class OutputLoss:
     """
 
     def __init__(self, criterion: Criterion, calls: list[Call], loss_scale: float = 1.0) -> None:
-        groups: dict[tuple[int, int], list[Tensor]] = {}
-        for call in calls:
-            for place, gradient in call.gradients.items():
-                if isinstance(criterion, nn.CrossEntropyLoss) and gradient.ndim < 2:
-                    raise ValueError(
-                        "The model's output should be [N, classes, ...] for a CrossEntropyLoss, but its shape is "
-                        f"{list(gradient.shape)}."
-                    )
-                groups.setdefault((call.backward_pass, place), []).append(gradient)
-        # One output's rows in all calls of a backward pass belong to one loss. Several passes are gradient accumulation,
-        # each loss divided by their number.
-        share = len({number for number, _ in groups}) if criterion.reduction == "mean" else 1
+        for gradient in (gradient for call in calls for gradient in call.gradients.values()):
+            if isinstance(criterion, nn.CrossEntropyLoss) and gradient.ndim < 2:
+                raise ValueError(
+                    "The model's output should be [N, classes, ...] for a CrossEntropyLoss, but its shape is "
+                    f"{list(gradient.shape)}."
+                )
+        groups, share = _by_loss(criterion, calls)
         divisors = {key: share * _divisor(criterion, gradients) for key, gradients in groups.items()}
         self._pieces: list[_Piece] = []
         start = 0
@@ -184,17 +179,23 @@ class OutputLoss:
 def largest_curvature(criterion: Criterion, calls: list[Call]) -> float:
     """The largest curvature c of a criterion in any of the calls' outputs, see `output_curvature`.
 
-    Several backward passes are gradient accumulation, each loss divided by their number. Where their sizes differ, the
-    smallest has the largest curvature.
+    Where backward passes differ in size, the smallest has the largest curvature.
     """
-    passes = {call.backward_pass for call in calls}
-    of_losses = [
-        [call.gradients[place] for call in calls if call.backward_pass == number and place in call.gradients]
-        for number in passes
-        for place in {place for call in calls for place in call.places}
-    ]
-    share = 1 if criterion.reduction != "mean" else len(passes)
-    return max(output_curvature(criterion, gradients) for gradients in of_losses if gradients) / share
+    groups, share = _by_loss(criterion, calls)
+    return max(output_curvature(criterion, gradients) for gradients in groups.values()) / share
+
+
+def _by_loss(criterion: Criterion, calls: list[Call]) -> tuple[dict[tuple[int, int], list[Tensor]], int]:
+    """The gradients of each loss by backward pass and place of the output, and what each loss is divided by beside its mean.
+
+    One output's rows in all calls of a backward pass belong to one loss. Several passes are gradient accumulation, each loss
+    divided by their number.
+    """
+    groups: dict[tuple[int, int], list[Tensor]] = {}
+    for call in calls:
+        for place, gradient in call.gradients.items():
+            groups.setdefault((call.backward_pass, place), []).append(gradient)
+    return groups, len({number for number, _ in groups}) if criterion.reduction == "mean" else 1
 
 
 def _divisor(criterion: Criterion, gradients: list[Tensor]) -> float:
