@@ -30,11 +30,13 @@ class Direction:
     Attributes:
         adapted: φ = D⁺g, damped and with momentum: the step is −η φ at α = 1.
         weights: ψ̃ in sample space, for the identity gap; None in parameter space.
+        size: |Dᵀψ|, without momentum.
         damping: λ that was added, in the units of the kernel.
     """
 
     adapted: Parts
     weights: Tensor | None
+    size: float
     damping: float
 
 
@@ -214,9 +216,10 @@ class Linearization:
             else:
                 right = right - self.curvature * (self.system.matrix @ self._flat(momentum))
         adapted, weights = self._solved(right, shift)
+        size = norm(adapted)
         if momentum is not None and decay:
             adapted = {name: part + self.curvature * momentum[name] for name, part in adapted.items()}
-        return Direction(adapted, weights, shift)
+        return Direction(adapted, weights, size, shift)
 
     def correction(self, bend: Tensor, direction: Direction) -> Parts:
         """−D⁺ of what outputs moved by beside Dδ, with the damping of a direction: the second-order part of a step.
@@ -267,7 +270,7 @@ class Linearization:
     def identity_gap(self, direction: Direction) -> float:
         """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if matrix and products belong together."""
         if (psi := direction.weights) is not None:
-            size = norm(self.system.factors.transpose_product(self._unweigh(psi)))
+            size = direction.size
         else:
             psi = self._flat(direction.adapted)
             size = float(torch.linalg.vector_norm(self._weigh(self.linear(direction.adapted))))
