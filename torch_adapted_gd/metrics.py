@@ -24,7 +24,7 @@ except Exception as error:  # RuntimeError too: torchmetrics imports torchvision
 
 from .checks import one_of, positive_integer, real_number, true_or_false
 from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, nearest_mean
-from .collapse.labels import ClassTargets, check_settings, read_samples
+from .collapse.labels import ClassTargets, Samples, check_settings, read_samples
 from .collapse.moments import ClassMoments, merge_packed
 from .collapse.outputs import OUTPUT_KEYS, decompose
 
@@ -66,6 +66,8 @@ class _Float64Metric(Metric):
 class _ClassMomentsMetric(_Float64Metric):
     """A metric from the moments of classes, in one state with one merge."""
 
+    values_name = "preds"
+
     def __init__(
         self,
         targets: ClassTargets,
@@ -99,6 +101,15 @@ class _ClassMomentsMetric(_Float64Metric):
         """Of all samples in all processes; each has to call it."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=True):
             return self.moments
+
+    def read(self, values: Tensor, target: Tensor) -> Samples:
+        """Samples of a batch that count.
+
+        Args:
+            values: What `update` takes.
+            target: Their classes.
+        """
+        return read_samples(self.values_name, values, target, self.targets, self.width, self.ignore_index, self.nan_strategy)
 
     def _add(self, values: Tensor, labels: Tensor) -> None:
         state = getattr(self, self._state)
@@ -173,7 +184,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
             TypeError: These are no tensors of numbers.
             ValueError: Shapes do not agree, targets are soft or no classes, or samples are not finite with ``"error"``.
         """
-        kept = read_samples("preds", preds, target, self.targets, self.width, self.ignore_index, self.nan_strategy)
+        kept = self.read(preds, target)
         residuals = kept.rows - self.targets.values.to(kept.rows.device)[kept.labels]
         self._add(residuals, kept.labels)
         self.squares = self.squares + residuals.square().sum().to(self.squares.device)
@@ -214,6 +225,8 @@ class NeuralCollapse(_ClassMomentsMetric):
         >>> float(metric.compute()["nc1_pinv"])
         0.0
     """
+
+    values_name = "features"
 
     def __init__(
         self,
@@ -267,7 +280,7 @@ class NeuralCollapse(_ClassMomentsMetric):
             TypeError: These are no tensors of numbers.
             ValueError: Shapes do not agree, targets are soft or no classes, or samples are not finite with ``"error"``.
         """
-        kept = read_samples("features", features, target, self.targets, self.width, self.ignore_index, self.nan_strategy)
+        kept = self.read(features, target)
         self._add(kept.rows, kept.labels)
 
     def compute(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -342,21 +355,24 @@ class NearestClassMeanAgreement(_Float64Metric):
 
         Args:
             features: h, ``[B, ...]`` with D entries each.
-            logits: What the classifier says, ``[B, K]``.
+            logits: What the classifier says, ``[B, K]``, or the classes that it chooses, integers ``[B]``.
 
         Raises:
-            TypeError: Features are no floating tensor.
             ValueError: Shapes do not fit.
         """
         classes, width = self.means.shape
         if features.ndim == 0 or features.numel() != len(features) * width:
             raise ValueError(f"`features` should have {width} entries a sample, but has shape {list(features.shape)}.")
-        if logits.shape != (len(features), classes):
-            raise ValueError(f"`logits` should have shape {[len(features), classes]}, but has {list(logits.shape)}.")
+        chosen = logits.argmax(1) if logits.shape == (len(features), classes) else logits
+        if chosen.shape != (len(features),) or chosen.is_floating_point():
+            raise ValueError(
+                f"`logits` should have shape {[len(features), classes]}, or be classes {[len(features)]}, but has "
+                f"{list(logits.shape)} and {logits.dtype}."
+            )
         rows = features.detach().reshape(-1, width)
         rows = (rows.cpu() if rows.device.type == "mps" else rows).double()
-        nearest = nearest_mean(rows, self.means.to(rows.device))
-        self.mismatches = self.mismatches + (logits.argmax(1).to(rows.device) != nearest).sum().to(self.mismatches.device)
+        differ = nearest_mean(rows, self.means.to(rows.device)) != chosen.to(rows.device)
+        self.mismatches = self.mismatches + differ.sum().to(self.mismatches.device)
         self.seen = self.seen + len(rows)
 
     def compute(self) -> Tensor:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from .checks import one_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -16,15 +18,15 @@ if TYPE_CHECKING:
 _THEORY: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2, "zorder": 5}
 
 
-def _figure(columns: int = 1, width: float = 6.4) -> tuple[Figure, list[Axes]]:
+def _figure(columns: int = 1, width: float = 6.4, rows: int = 1, height: float = 4.4) -> tuple[Figure, list[Axes]]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'torch_adapted_gd[plot]'.") from error
-    figure = Figure(figsize=(width * columns, 4.4), layout="constrained", dpi=150)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)  # its own canvas: no window, no global state of pyplot
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
@@ -96,6 +98,76 @@ def plot_collapse(t: Sequence[float], averages: Tensor, deviations: Tensor, clas
         ax.set(xlabel="t", title=title, ylim=(0, None))
     axes[0].plot([], [], label="(1 − t) × start", **_THEORY)
     axes[0].legend(frameon=False, ncols=2, fontsize="small", title="class")
+    return figure
+
+
+_PAGE: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, what it is of, its curves and their names
+    ("Class averages: |x̄ⱼ − yⱼ|²", "bias_class", []),
+    ("Deviations within classes: mean |Δxᵢ|²", "within_class", []),
+    ("Squared distance to the class targets", "loss", [("loss", "loss"), ("within", "within"), ("bias", "bias")]),
+    (
+        "NC1: variation within classes",
+        "nc1_trace",
+        [("nc1_pinv", "tr Σ_W Σ_B⁺ / K"), ("nc1_trace", "tr Σ_W / tr Σ_B"), ("nc1_cdnv", "CDNV")],
+    ),
+    (
+        "NC2: distance from a simplex",
+        "nc2_etf_means",
+        [
+            ("nc2_equinorm_means", "norms, means"),
+            ("nc2_maxangle_means", "angles, means"),
+            ("nc2_etf_means", "ETF, means"),
+            ("nc2_equinorm_weights", "norms, weights"),
+            ("nc2_maxangle_weights", "angles, weights"),
+            ("nc2_etf_weights", "ETF, weights"),
+        ],
+    ),
+    (
+        "NC3 and NC4",
+        "nc3",
+        [("nc3", "NC3: W against means"), ("nc3_etf", "NC3: ETF of WMᵀ"), ("nc4_mismatch", "NC4: mismatches")],
+    ),
+]
+
+
+def plot_collapse_page(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, x: str = "epoch") -> Figure:
+    """A page of collapse curves on log axes: a column for each run, a row for each quantity that was recorded.
+
+    Class averages' and deviations' squared distances by class, their sums, and NC1 to NC4 where there are any. Rows of panels
+    share their axes, so that runs can be compared. What is zero has no place on a log axis and is left out.
+
+    Args:
+        histories: Name of a run → its rows, as in `CollapseMonitor.history`.
+        x: The abscissa: ``"epoch"``, ``"step"`` or ``"s"``.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: There is no row, or an unknown abscissa.
+    """
+    one_of("x", x, ("epoch", "step", "s"))
+    runs = {name: rows for name, rows in histories.items() if rows}
+    if not runs:
+        raise ValueError("`histories` should have at least one row, but has none: nothing has been evaluated yet.")
+    panels = [panel for panel in _PAGE if any(panel[1] in rows[-1] for rows in runs.values())]
+    figure, axes = _figure(columns=len(runs), width=5.2, rows=len(panels), height=2.7)
+    for row, (title, key, curves) in enumerate(panels):
+        line = axes[row * len(runs) : (row + 1) * len(runs)]
+        for ax, (name, rows) in zip(line, runs.items(), strict=True):
+            abscissae = [float(r[x]) for r in rows]
+            if not curves:
+                by_class = [r[key] for r in rows]
+                colours = _class_colours(len(by_class[0]))
+                for j, colour in enumerate(colours):
+                    ax.plot(abscissae, _positive([values[j] for values in by_class]), color=colour, linewidth=1.2, label=str(j))
+            for curve, label in curves:
+                if curve in rows[-1]:
+                    ax.plot(
+                        abscissae, _positive([r[curve] for r in rows]), marker=".", markersize=4, linewidth=1.2, label=label
+                    )
+            ax.set(yscale="log", title=f"{title}\n{name}" if row == 0 or not curves else title, xlabel=x)
+            ax.sharey(line[0])
+        if curves or len(by_class[0]) <= 10:
+            line[-1].legend(frameon=False, fontsize="x-small", ncols=1 if curves else 2, loc="best")
     return figure
 
 

@@ -56,7 +56,17 @@ def decompose(
         "num_dropped": dropped.double(),
     }
     if per_class:
-        for j in range(len(count)):
-            result[f"within_class_{j}"] = torch.where(seen[j], scale * scatter[j] / at_least_one[j], nan)
-            result[f"bias_class_{j}"] = torch.where(seen[j], scale * distance[j], nan)
+        for name, values in of_classes(residuals).items():
+            result |= {f"{name}_class_{j}": value for j, value in enumerate((scale * values).unbind())}
     return result
+
+
+def of_classes(residuals: ClassMoments) -> dict[str, Tensor]:
+    """``within``, (1/N_j) Σ |Δx_i|², and ``bias``, |x̄_j − y_j|², of each class, ``[K]``; NaN for a class without samples.
+
+    Args:
+        residuals: Moments of x_i − y_c(i).
+    """
+    seen = residuals.count > 0
+    values = {"within": residuals.scatter / residuals.count, "bias": residuals.mean.square().sum(1)}
+    return {name: torch.where(seen, value, torch.nan) for name, value in values.items()}

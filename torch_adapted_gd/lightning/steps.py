@@ -1,0 +1,73 @@
+"""What each step of AdaptedGD did, logged as Lightning trains."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..optimizer import AdaptedGD
+from ..report import StepReport
+from .frameworks import Callback, LightningModule, Trainer
+
+_NUMBERS = (
+    "rank", "num_outputs", "condition", "projected_fraction", "identity_gap", "off_output_fraction", "curvature", "damping",
+    "trials", "gain_ratio",
+)  # fmt: skip
+
+
+class AdaptedStepMonitor(Callback):
+    """Logs the `StepReport` of each step of `AdaptedGD`.
+
+    Logged as ``{name}/{key}`` every ``log_every_n_steps``: ``rank``, ``num_outputs``, ``condition``, ``projected_fraction``,
+    ``identity_gap``, ``off_output_fraction``, ``curvature``, ``damping``, ``trials``, ``gain_ratio`` (NaN where nobody looked),
+    and ``full_rank`` and ``rejected``, which are 0 or 1. Several such optimizers have their number after the name. Where
+    there is none, there is a warning and nothing is logged, so that an optimizer can be swapped in a configuration.
+
+    Args:
+        name: Root of the keys.
+        sep: What stands between root and key.
+        keep_history: Fill ``history`` with a row for each step: ``step``, ``optimizer``, and all of the report.
+
+    Example:
+        >>> monitor = AdaptedStepMonitor()  # for Trainer(callbacks=[monitor])
+        >>> monitor.history
+        []
+    """
+
+    def __init__(self, name: str = "adapted", sep: str = "/", keep_history: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.sep = sep
+        self.keep_history = keep_history
+        self.history: list[dict[str, Any]] = []
+        self._seen: dict[int, StepReport | None] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for AdaptedGD."""
+        del pl_module
+        self._seen = {i: opt.last_step for i, opt in enumerate(trainer.optimizers) if isinstance(opt, AdaptedGD)}
+        if not self._seen:
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+            warnings.warn(f"AdaptedStepMonitor has nothing to log: the trainer has {kinds} and no AdaptedGD.", stacklevel=2)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the report, if there has been a step."""
+        del outputs, batch, batch_idx
+        for index, before in self._seen.items():
+            report: StepReport | None = trainer.optimizers[index].last_step  # type: ignore[attr-defined]
+            if report is None or report is before:  # gradients accumulate
+                continue
+            self._seen[index] = report
+            row = asdict(report)
+            if self.keep_history:
+                self.history.append({"step": int(trainer.global_step), "optimizer": index, **row})
+            numbers = {key: float("nan") if row[key] is None else row[key] for key in _NUMBERS}
+            numbers |= {"full_rank": report.full_rank, "rejected": report.status == "rejected"}
+            root = self.name if len(self._seen) == 1 else f"{self.name}_{index}"
+            values = {f"{root}{self.sep}{key}": torch.tensor(float(n), dtype=torch.float64) for key, n in numbers.items()}
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)  # tensors: numbers would become float32
