@@ -149,25 +149,29 @@ def plot_collapse_page(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, 
     if not runs:
         raise ValueError("`histories` should have at least one row, but has none: nothing has been evaluated yet.")
     panels = [panel for panel in _PAGE if any(panel[1] in rows[-1] for rows in runs.values())]
-    figure, axes = _figure(columns=len(runs), width=5.2, rows=len(panels), height=2.7)
-    for row, (title, key, curves) in enumerate(panels):
-        line = axes[row * len(runs) : (row + 1) * len(runs)]
-        for ax, (name, rows) in zip(line, runs.items(), strict=True):
+    blocks = 2 if len(panels) > 3 else 1  # two panels beside each other, each with its runs
+    lines, columns = -(-len(panels) // blocks), blocks * len(runs)
+    figure, axes = _figure(columns, 4.4, lines, 3.2)
+    for place, (title, key, curves) in enumerate(panels):
+        line, block = place % lines, place // lines
+        begin = line * columns + block * len(runs)
+        row = axes[begin : begin + len(runs)]
+        for ax, (name, rows) in zip(row, runs.items(), strict=True):
+            if ax is not row[0]:
+                ax.sharey(row[0])
             abscissae = [float(r[x]) for r in rows]
             if not curves:
                 by_class = [r[key] for r in rows]
-                colours = _class_colours(len(by_class[0]))
-                for j, colour in enumerate(colours):
+                for j, colour in enumerate(_class_colours(len(by_class[0]))):
                     ax.plot(abscissae, _positive([values[j] for values in by_class]), color=colour, linewidth=1.2, label=str(j))
             for curve, label in curves:
                 if curve in rows[-1]:
-                    ax.plot(
-                        abscissae, _positive([r[curve] for r in rows]), marker=".", markersize=4, linewidth=1.2, label=label
-                    )
-            ax.set(yscale="log", title=f"{title}\n{name}" if row == 0 or not curves else title, xlabel=x)
-            ax.sharey(line[0])
-        if curves or len(by_class[0]) <= 10:
-            line[-1].legend(frameon=False, fontsize="x-small", ncols=1 if curves else 2, loc="best")
+                    values = [r.get(curve, math.nan) for r in rows]
+                    ax.plot(abscissae, _positive(values), marker=".", markersize=4, linewidth=1.2, label=label)
+            ax.set(yscale="log", xlabel=x)
+            ax.set_title(f"{name}\n{title}" if line == 0 else title, fontsize="medium")
+        if len(row[-1].lines) <= 10:
+            row[-1].legend(frameon=False, fontsize="x-small", ncols=1 if curves else 2)
     return figure
 
 

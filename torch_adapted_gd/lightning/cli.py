@@ -1,0 +1,111 @@
+"""LightningCLI whose configuration can name `AdaptedGD` as well as any optimizer of torch's.
+
+LightningCLI itself gives an optimizer the parameters of the module; `AdaptedGD` is given the module. Needs jsonargparse:
+``pip install 'torch_adapted_gd[lightning]' 'jsonargparse[signatures]'``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..optimizer import AdaptedGD
+from ..schedule import LinearInterpolationLR
+from .frameworks import LightningModule
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+else:
+    LightningCLI = object
+
+__all__ = ["AdaptedCLIMixin"]
+
+
+class AdaptedCLIMixin(LightningCLI):
+    """Adds ``optimizer`` and ``lr_scheduler`` to a LightningCLI's configuration, `AdaptedGD` and any other alike.
+
+    To be put before the LightningCLI of either namespace: ``class CLI(AdaptedCLIMixin, LightningCLI): pass``. The
+    configuration then has
+
+    - ``optimizer``: ``class_path`` and ``init_args``, without ``model`` or ``params``;
+    - ``optimizer_module``: for `AdaptedGD`, the name of the submodule that the loss is computed from, ``net`` where
+      ``training_step`` calls ``self.net(x)``; by default the module itself, for ``self(x)``;
+    - ``lr_scheduler``: ``class_path`` and ``init_args``, without ``optimizer``;
+    - ``lr_scheduler_interval``: ``step`` or ``epoch``; by default ``step`` for `LinearInterpolationLR`, else ``epoch``;
+    - ``lr_scheduler_monitor``: what a scheduler that looks at a metric looks at.
+
+    Where ``optimizer`` is left out, the module's own ``configure_optimizers`` is used.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "auto_configure_optimizers": False})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is described above."""
+        super().add_arguments_to_parser(parser)
+        optimizer, scheduler = Callable[[Any], Optimizer], Callable[[Optimizer], LRScheduler]
+        parser.add_argument("--optimizer", type=optimizer | None, default=None, help="which optimizer")
+        parser.add_argument("--optimizer_module", type=str | None, default=None, help="what AdaptedGD is given, if not all")
+        parser.add_argument("--lr_scheduler", type=scheduler | None, default=None, help="which schedule")
+        parser.add_argument("--lr_scheduler_interval", choices=["step", "epoch"], help="how often it is stepped")
+        parser.add_argument("--lr_scheduler_monitor", type=str | None, default=None, help="the metric that it looks at, if any")
+
+    def instantiate_classes(self) -> None:
+        """Make the classes, and give the module its optimizer."""
+        super().instantiate_classes()
+        nested = self.subcommand is not None
+        written = self.config[str(self.subcommand)] if nested else self.config
+        made = self.config_init[str(self.subcommand)] if nested else self.config_init
+        if made.get("optimizer") is None:
+            for key in ("optimizer_module", "lr_scheduler"):
+                if made.get(key) is not None:
+                    raise ValueError(f"`{key}` should come with an `optimizer`, but there is none in the configuration.")
+            return
+        configure = partial(
+            _configure_optimizers,
+            adapted=_is_adapted(written.optimizer),
+            make=made.optimizer,
+            inner=made.get("optimizer_module"),
+            schedule=made.get("lr_scheduler"),
+            interval=made.get("lr_scheduler_interval"),
+            monitor=made.get("lr_scheduler_monitor"),
+        )
+        configure.__wrapped__ = configure.func  # type: ignore[attr-defined]  # Lightning looks there for the code of an override
+        self.model.configure_optimizers = MethodType(configure, self.model)
+
+
+def _is_adapted(written: Any) -> bool:
+    path = str(getattr(written, "class_path", written))
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None) if module else None
+    return isinstance(found, type) and issubclass(found, AdaptedGD)
+
+
+def _configure_optimizers(
+    module: LightningModule,
+    *,
+    adapted: bool,
+    make: Callable[[Any], Optimizer],
+    inner: str | None,
+    schedule: Callable[[Optimizer], LRScheduler] | None,
+    interval: str | None,
+    monitor: str | None,
+) -> Any:
+    """What the module's method of this name gives."""
+    if inner is not None and not adapted:
+        raise ValueError(f"`optimizer_module` is for AdaptedGD, but got {inner!r} with another optimizer. Leave it out.")
+    network: nn.Module = module if inner is None else module.get_submodule(inner)
+    optimizer = make(network if adapted else module.parameters())
+    if schedule is None:
+        return optimizer
+    scheduler = schedule(optimizer)
+    by_step = isinstance(scheduler, LinearInterpolationLR) if interval is None else interval == "step"
+    settings = {"scheduler": scheduler, "interval": "step" if by_step else "epoch"}
+    return {"optimizer": optimizer, "lr_scheduler": settings if monitor is None else {**settings, "monitor": monitor}}
