@@ -192,7 +192,7 @@ class Evaluation:
         self.reset(device)
         kept: list[Seen] | None = []
         size = 0
-        for outputs, seen in self._pass(batches(), step):
+        for outputs, seen in _joined(self._pass(batches(), step)):
             self.add(outputs, seen.target, seen.features)
             if self.head is not None and kept is not None:
                 size += seen.nbytes
@@ -204,7 +204,7 @@ class Evaluation:
             assert self.features is not None
             agreement = NearestClassMeanAgreement(means).to(device)
             along = WithinScatterAlong(means, directions).to(device)
-            for seen in kept if kept is not None else (seen for _, seen in self._pass(batches(), step)):
+            for seen in kept if kept is not None else (seen for _, seen in _joined(self._pass(batches(), step))):
                 samples = self.features.read(seen.features, seen.target)
                 along.update(samples.rows, samples.labels)
                 agreement.update(samples.rows, seen.chosen[samples.places])
@@ -223,3 +223,29 @@ class Evaluation:
                 else:
                     features, logits = watched.only_call("`head`")
                     yield outputs, Seen(target, features, logits.argmax(1))
+
+
+def _joined(passed: Iterable[tuple[Tensor, Seen]], most: int = 2**25) -> Iterator[tuple[Tensor, Seen]]:
+    """Batches of one shape put together up to ``most`` bytes: an update of a metric costs as much as a small network."""
+    pending: list[tuple[Tensor, Seen]] = []
+    size = 0
+    for outputs, seen in passed:
+        if pending and (size > most or _shapes(*pending[0]) != _shapes(outputs, seen)):
+            yield _join(pending)
+            pending, size = [], 0
+        pending.append((outputs, seen))
+        size += outputs.nbytes + seen.nbytes
+    if pending:
+        yield _join(pending)
+
+
+def _shapes(outputs: Tensor, seen: Seen) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(part.shape[1:], part.dtype) for part in (outputs, seen.target, seen.features)]
+
+
+def _join(pending: list[tuple[Tensor, Seen]]) -> tuple[Tensor, Seen]:
+    if len(pending) == 1:
+        return pending[0]
+    parts = ([outputs for outputs, _ in pending], *zip(*((s.target, s.features, s.chosen) for _, s in pending), strict=True))
+    outputs, target, features, chosen = (torch.cat(list(part)) for part in parts)
+    return outputs, Seen(target, features, chosen)

@@ -57,7 +57,7 @@ class AdaptedStepMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the report, if there has been a step."""
-        del outputs, batch, batch_idx
+        del pl_module, outputs, batch, batch_idx
         for index, before in self._seen.items():
             report: StepReport | None = trainer.optimizers[index].last_step  # type: ignore[attr-defined]
             if report is None or report is before:  # gradients accumulate
@@ -70,4 +70,7 @@ class AdaptedStepMonitor(Callback):
             numbers |= {"full_rank": report.full_rank, "rejected": report.status == "rejected"}
             root = self.name if len(self._seen) == 1 else f"{self.name}_{index}"
             values = {f"{root}{self.sep}{key}": torch.tensor(float(n), dtype=torch.float64) for key, n in numbers.items()}
-            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)  # tensors: numbers would become float32
+            trainer.callback_metrics.update(values)
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                for logger in trainer.loggers:  # `log` would take as long as a small step
+                    logger.log_metrics({k: float(v) for k, v in values.items()}, step=trainer.global_step)
