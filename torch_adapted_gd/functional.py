@@ -77,7 +77,7 @@ def output_collapse(
     kept = read_samples("preds", preds, target, targets, targets.width, ignore_index, nan_strategy)
     residuals = kept.rows - targets.values.to(kept.rows.device)[kept.labels]
     return decompose(
-        ClassMoments.of(residuals, kept.labels, targets.num_classes, pooled=False),
+        ClassMoments.of(kept.rows, kept.labels, targets.num_classes, pooled=False).relative_to(targets.values),
         residuals.square().sum(),
         targets.hits(kept.rows, kept.labels),
         kept.dropped,

@@ -175,14 +175,15 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         """
         kept = read_samples("preds", preds, target, self.targets, self.width, self.ignore_index, self.nan_strategy)
         residuals = kept.rows - self.targets.values.to(kept.rows.device)[kept.labels]
-        self._add(residuals, kept.labels)
+        self._add(kept.rows, kept.labels)
         self.squares = self.squares + residuals.square().sum().to(self.squares.device)
         self.hits = self.hits + self.targets.hits(kept.rows, kept.labels).to(self.hits.device)
         self.dropped = self.dropped + kept.dropped.to(self.dropped.device)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         """The figures of all batches: see `functional.output_collapse`."""
-        result = decompose(self.moments, self.squares, self.hits, self.dropped, scale=self.scale, per_class=self.per_class)
+        residuals = self.moments.relative_to(self.targets.values)
+        result = decompose(residuals, self.squares, self.hits, self.dropped, scale=self.scale, per_class=self.per_class)
         return result if self.output == "dict" else result[self.output]
 
 

@@ -91,6 +91,15 @@ class ClassMoments:
             square = deviation.T @ deviation - (rest / at_least_one[:, None]).T @ rest
         return cls(count, scatter, pivot, offset + rest / at_least_one[:, None], square)
 
+    def relative_to(self, origins: Tensor) -> ClassMoments:
+        """Moments of v_i − o_c(i): the pivots move, and deviations have not seen the rounding of the difference.
+
+        Args:
+            origins: o_j, ``[K, D]``.
+        """
+        moved = torch.where(self.count[:, None] > 0, self.pivot - origins.to(self.pivot), 0.0)
+        return ClassMoments(self.count, self.scatter, moved, self.offset, self.pooled)
+
     def merge(self, other: ClassMoments) -> ClassMoments:
         """Moments of the samples of both."""
         total = self.count + other.count
