@@ -165,7 +165,9 @@ def neural_collapse(
         warnings.warn(means.caveat, stacklevel=2)
 
     def within_along(directions: Tensor) -> Tensor:
-        return ((kept.rows - moments.mean[kept.labels]) @ directions).square().sum(0) / moments.total
+        # The pivot first: that difference is exact, and the mean itself is rounded to its own size.
+        deviations = (kept.rows - moments.pivot[kept.labels]) - moments.offset[kept.labels]
+        return (deviations @ directions).square().sum(0) / moments.total
 
     result = collapse_of_features(moments, means, options, targets, head, within_along)
     if logits is None and head is not None:

@@ -303,7 +303,7 @@ class NeuralCollapse(_ClassMomentsMetric):
 
 def _within_along(pooled: Tensor, total: Tensor, directions: Tensor) -> Tensor:
     """u_kᵀ Σ_W u_k, ``[r]``, from N·Σ_W."""
-    return ((pooled @ directions) * directions).sum(0) / total
+    return ((pooled @ directions) * directions).sum(0).clamp_min(0) / total  # rounding of N·Σ_W may take 0 below
 
 
 class NearestClassMeanAgreement(_Float64Metric):
