@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import real_number
-from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, nearest_mean
+from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
 from .collapse.labels import ClassTargets, check_settings, read_samples
 from .collapse.moments import ClassMoments
 from .collapse.outputs import decompose
@@ -178,7 +178,8 @@ def neural_collapse(
                 f"`logits` should have shape {[len(features), targets.num_classes]}, but has {list(logits.shape)}."
             )
         chosen = logits.argmax(1).to(kept.rows.device)[kept.places]
-        result["nc4_mismatch"] = (chosen != nearest_mean(kept.rows, moments.mean_or_nan)).double().mean()
+        differs = mismatches(chosen, kept.rows, moments.mean_or_nan)
+        result["nc4_mismatch"] = differs.mean()
     return result
 
 

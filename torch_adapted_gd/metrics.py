@@ -23,7 +23,7 @@ except Exception as error:  # RuntimeError too: torchmetrics imports torchvision
     ) from error
 
 from .checks import one_of, positive_integer, real_number, true_or_false
-from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, nearest_mean
+from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
 from .collapse.labels import ClassTargets, check_settings, read_samples
 from .collapse.moments import ClassMoments, merge_packed
 from .collapse.outputs import OUTPUT_KEYS, decompose
@@ -335,7 +335,7 @@ class NearestClassMeanAgreement(_Float64Metric):
         if means.ndim != 2:
             raise ValueError(f"`means` should have shape [classes, features], but has {list(means.shape)}.")
         self.means = means.detach().cpu().double()
-        self.add_state("mismatches", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("mismatches", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")  # float: NaN stays
         self.add_state("seen", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, logits: Tensor) -> None:
@@ -356,12 +356,12 @@ class NearestClassMeanAgreement(_Float64Metric):
             raise ValueError(f"`logits` should have shape {[len(features), classes]}, but has {list(logits.shape)}.")
         rows = features.detach().reshape(-1, width)
         rows = (rows.cpu() if rows.device.type == "mps" else rows).double()
-        nearest = nearest_mean(rows, self.means.to(rows.device))
-        self.mismatches = self.mismatches + (logits.argmax(1).to(rows.device) != nearest).sum().to(self.mismatches.device)
+        differs = mismatches(logits.argmax(1).to(rows.device), rows, self.means.to(rows.device))
+        self.mismatches = self.mismatches + differs.sum().to(self.mismatches.device)
         self.seen = self.seen + len(rows)
 
     def compute(self) -> Tensor:
-        """The share of all samples; NaN without any."""
+        """The share of all samples; NaN without any, or where features are not finite."""
         return self.mismatches.double() / self.seen
 
 

@@ -293,6 +293,18 @@ def nearest_mean(features: Tensor, means: Tensor) -> Tensor:
     return seen.nonzero().flatten()[distances.argmin(1)]
 
 
+def mismatches(chosen: Tensor, features: Tensor, means: Tensor) -> Tensor:
+    """NC4 of each sample: 1 where the nearest class mean is not the class chosen, else 0; NaN for features that are not finite.
+
+    Args:
+        chosen: Classes, ``[B]``.
+        features: ``[B, D]``.
+        means: As for `nearest_mean`.
+    """
+    differs = (chosen != nearest_mean(features, means)).double()
+    return torch.where(features.isfinite().all(1), differs, torch.nan)
+
+
 def collapse_of_features(
     moments: ClassMoments,
     means: Means,
