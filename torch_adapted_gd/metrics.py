@@ -86,9 +86,8 @@ class _ClassMomentsMetric(_Float64Metric):
         # A MetricCollection shares states that have the same names and are close, as all are near collapse.
         self._state = f"moments_{targets.digest(width, pooled, ignore_index, nan_strategy)}"
         merge = partial(merge_packed, num_classes=targets.num_classes, width=width)
-        self.add_state(
-            self._state, ClassMoments.zeros(targets.num_classes, width, pooled=pooled).packed(), dist_reduce_fx=merge
-        )
+        nothing = ClassMoments.zeros(targets.num_classes, width, pooled=pooled, device=torch.get_default_device())
+        self.add_state(self._state, nothing.packed(), dist_reduce_fx=merge)
 
     @property
     def moments(self) -> ClassMoments:

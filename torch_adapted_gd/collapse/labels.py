@@ -35,7 +35,7 @@ class ClassTargets:
         if class_targets is None:
             if num_classes is None:
                 raise ValueError("`num_classes` should be given where `class_targets` is not.")
-            self.values = torch.eye(num_classes, dtype=torch.float64)
+            self.values = torch.eye(num_classes, dtype=torch.float64, device="cpu")
         else:
             if not isinstance(class_targets, Tensor):
                 raise TypeError(
@@ -48,10 +48,12 @@ class ClassTargets:
                 )
             if not torch.isfinite(class_targets).all():
                 raise ValueError("`class_targets` should be finite, but has NaN or infinite entries.")
-            self.values = class_targets.detach().cpu().double().clone()
-        equal = (self.values[:, None] == self.values).all(2)  # [K, K]
-        self.first_equal = equal.int().argmax(1)  # [K], the first class with the same target
-        self.distinct = bool((self.first_equal == torch.arange(len(self.values))).all())
+            self.values = class_targets.detach().cpu().double() + 0.0  # a copy, with 0 for −0
+        groups = torch.unique(self.values, dim=0, return_inverse=True)[1]
+        places = torch.arange(len(self.values), device="cpu")
+        first = torch.full_like(places, len(places)).scatter_reduce_(0, groups, places, "amin")
+        self.first_equal = first[groups]  # [K], the first class with the same target
+        self.distinct = bool((self.first_equal == places).all())
 
     @property
     def num_classes(self) -> int:

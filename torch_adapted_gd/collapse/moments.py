@@ -48,7 +48,7 @@ class ClassMoments:
         return self.count.sum()
 
     @classmethod
-    def zeros(cls, num_classes: int, width: int, *, pooled: bool, device: torch.device | str = "cpu") -> ClassMoments:
+    def zeros(cls, num_classes: int, width: int, *, pooled: bool, device: torch.device | str) -> ClassMoments:
         """Moments of no samples.
 
         Args:
