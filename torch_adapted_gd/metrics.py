@@ -47,6 +47,20 @@ class _Float64Metric(Metric):
 
         return super()._apply(keeping_the_dtype, exclude_state)
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric has gathered.
+
+        Args:
+            incoming_state: The other, or its ``metric_state``.
+
+        Raises:
+            ValueError: It is of other targets or settings.
+        """
+        super().merge_state(incoming_state)
+        # Metric leaves both as they were: `compute` would give what it gave before, or warn that there are no data.
+        self._computed = None
+        self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
+
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot values on a log axis.
 
