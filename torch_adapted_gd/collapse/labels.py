@@ -90,7 +90,8 @@ class ClassTargets:
 
         Raises:
             TypeError: ``target`` is not a tensor.
-            ValueError: It is none of these: soft or mixed labels, a label that is no class, a dense prediction.
+            ValueError: It is none of these: soft or mixed labels, a label that is no class, a dense prediction; or rows are of
+                one class as a target and of another as one-hot.
         """
         if not isinstance(target, Tensor):
             raise TypeError(f"`target` should be a tensor, but got {type(target).__name__}.")
@@ -118,12 +119,20 @@ class ClassTargets:
     def _from_rows(self, target: Tensor) -> Tensor:
         rows = target.detach().double()
         own = self.values.to(rows.device)
-        for values, readable in ((own, self.distinct), (torch.eye(self.num_classes).to(own), True)):
+        readings = []
+        for values, readable in ((own, self.distinct), (torch.eye(self.num_classes).to(own), self.given)):
             if readable and rows.shape[1] == values.shape[1]:
                 distance = torch.cdist(rows, values, p=torch.inf)  # [B, K]
                 nearest, labels = distance.min(1)
                 if (nearest <= 1e-6 * values.abs().max()).all():
-                    return labels
+                    readings.append(labels)
+        if len(readings) == 2 and not torch.equal(*readings):
+            raise ValueError(
+                "`target` should be of one meaning, but its rows are those of `class_targets` of some classes and one-hot rows "
+                "of others. Pass integer labels."
+            )
+        if readings:
+            return readings[0]
         why = "" if self.distinct else " Several classes have the same target: pass integer labels."
         raise ValueError(
             "`target` should be integer labels [batch], one-hot rows, or rows equal to those of `class_targets`, but got "
