@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .checks import real_number
+from .checks import floating_tensor, real_number
 from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
 from .collapse.labels import ClassTargets, check_settings, read_samples
 from .collapse.moments import ClassMoments
@@ -155,7 +155,9 @@ def neural_collapse(
     """
     check_settings(ignore_index, nan_strategy)
     options = FeatureOptions(weighting, rtol, hpd_lambda)
-    targets = ClassTargets(num_classes or _num_classes(weight, class_targets, target, ignore_index), class_targets)
+    if num_classes is None:
+        num_classes = _num_classes(weight, class_targets, target, ignore_index)
+    targets = ClassTargets(num_classes, class_targets)
     width = features[:1].numel() if isinstance(features, Tensor) else 0
     kept = read_samples("features", features, target, targets, width, ignore_index, nan_strategy)
     head = None if weight is None else Head.of(weight, bias, targets.num_classes, width, kept.rows.device)
@@ -170,6 +172,8 @@ def neural_collapse(
         return (deviations @ directions).square().sum(0) / moments.total
 
     result = collapse_of_features(moments, means, options, targets, head, within_along)
+    if logits is not None:
+        floating_tensor("logits", logits)
     if logits is None and head is not None:
         logits = head(features.detach().to(kept.rows.device).reshape(len(features), -1).double())
     if logits is not None:
@@ -186,11 +190,13 @@ def neural_collapse(
 def _num_classes(weight: Tensor | None, class_targets: Tensor | None, target: Tensor, ignore_index: int | None) -> int:
     """How many classes there are where the user does not say."""
     for given in (weight, class_targets):
-        if given is not None:
+        if isinstance(given, Tensor) and given.ndim:  # what is wrong with another is said where it is used
             return len(given)
-    if isinstance(target, Tensor) and target.ndim == 2:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"`target` should be a tensor, but got {type(target).__name__}.")
+    if target.ndim == 2:
         return target.shape[1]
-    labels = target[target != ignore_index] if isinstance(target, Tensor) and ignore_index is not None else target
-    if not isinstance(labels, Tensor) or labels.numel() == 0:
+    labels = target if ignore_index is None else target[target != ignore_index]
+    if labels.numel() == 0:
         raise ValueError("`num_classes` should be given where `weight` is not and there are no labels to tell it by.")
     return max(1, int(labels.max()) + 1)

@@ -22,7 +22,7 @@ except Exception as error:  # RuntimeError too: torchmetrics imports torchvision
         f"pip install 'torch_adapted_gd[lightning]'. It could not be imported: {error}"
     ) from error
 
-from .checks import one_of, positive_integer, real_number, true_or_false
+from .checks import floating_tensor, one_of, positive_integer, real_number, true_or_false
 from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
 from .collapse.labels import ClassTargets, check_settings, read_samples
 from .collapse.moments import ClassMoments, merge_packed
@@ -169,7 +169,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         super().__init__(targets, targets.width, pooled=False, ignore_index=ignore_index, nan_strategy=nan_strategy, **kwargs)
         self.scale = real_number("scale", scale, low=0)
         self.per_class = true_or_false("per_class", per_class)
-        of_classes = [f"{key}_class_{j}" for key in ("within", "bias") for j in range(num_classes)] if per_class else []
+        of_classes = [f"{key}_class_{j}" for key in ("within", "bias") for j in range(targets.num_classes)] if per_class else []
         self.output = one_of("output", output, ("dict", *OUTPUT_KEYS, *of_classes))
         self.add_state("squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -300,9 +300,7 @@ class NeuralCollapse(_ClassMomentsMetric):
         if weight is not None:
             head = Head.of(weight, bias, self.targets.num_classes, self.width, moments.count.device)
         options = self.options if head is not None else FeatureOptions(self.options.weighting, self.options.rtol)
-        along = None
-        if moments.pooled is not None:
-            along = partial(_within_along, moments.pooled, moments.total)
+        along = None if moments.pooled is None else moments.within_along
         means = Means.of(moments, options.weighting)
         if means.caveat and not self._told:
             self._told = True
@@ -312,11 +310,6 @@ class NeuralCollapse(_ClassMomentsMetric):
     def class_means(self) -> Tensor:
         """μ_j of all batches and processes, ``[K, D]``, NaN for a class without samples: for `NearestClassMeanAgreement`."""
         return self.synced_moments().mean_or_nan
-
-
-def _within_along(pooled: Tensor, total: Tensor, directions: Tensor) -> Tensor:
-    """u_kᵀ Σ_W u_k, ``[r]``, from N·Σ_W."""
-    return ((pooled @ directions) * directions).sum(0).clamp_min(0) / total  # rounding of N·Σ_W may take 0 below
 
 
 class NearestClassMeanAgreement(_Float64Metric):
@@ -359,9 +352,11 @@ class NearestClassMeanAgreement(_Float64Metric):
             logits: What the classifier says, ``[B, K]``.
 
         Raises:
-            TypeError: Features are no floating tensor.
+            TypeError: One is no floating tensor.
             ValueError: Shapes do not fit.
         """
+        floating_tensor("features", features)
+        floating_tensor("logits", logits)
         classes, width = self.means.shape
         if features.ndim == 0 or features.numel() != len(features) * width:
             raise ValueError(f"`features` should have {width} entries a sample, but has shape {list(features.shape)}.")

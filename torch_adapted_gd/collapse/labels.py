@@ -1,13 +1,14 @@
 """Targets of classes, and the ways in which users write which class a sample is of."""
 
 import hashlib
+import math
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checks import one_of, positive_integer
+from ..checks import floating_tensor, one_of, positive_integer
 
 NAN_STRATEGIES = ("propagate", "error", "warn", "ignore")
 
@@ -176,10 +177,8 @@ def read_samples(
         TypeError: Values are no floating tensor.
         ValueError: Shapes do not agree, labels are none, or a row is not finite with ``"error"``.
     """
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"`{name}` should be a floating tensor, but got {kind}.")
-    if values.ndim == 0 or values[0:1].flatten(1 if values.ndim > 1 else 0).numel() not in (0, width):
+    floating_tensor(name, values)
+    if values.ndim == 0 or (len(values) and math.prod(values.shape[1:]) != width):
         raise ValueError(
             f"`{name}` should have the batch first and {width} entries a sample, but has shape {list(values.shape)}."
         )

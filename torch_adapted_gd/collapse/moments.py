@@ -121,6 +121,16 @@ class ClassMoments:
             pooled,
         )
 
+    def within_along(self, directions: Tensor) -> Tensor:
+        """u_kᵀ Σ_W u_k, ``[r]``, from the pooled scatter.
+
+        Args:
+            directions: u_k, ``[D, r]``.
+        """
+        assert self.pooled is not None
+        along = ((self.pooled @ directions) * directions).sum(0)
+        return along.clamp_min(0) / self.total  # rounding may take what is 0 below
+
     def packed(self) -> Tensor:
         """All in one vector, ``[K·(2 + 2D)]`` or ``[K·(2 + 2D) + D²]``: a reduction sees one tensor at a time."""
         parts = [torch.cat([self.count[:, None], self.scatter[:, None], self.pivot, self.offset], dim=1).flatten()]
