@@ -116,9 +116,8 @@ class _ClassMomentsMetric(_Float64Metric):
     def _add(self, values: Tensor, labels: Tensor) -> None:
         state = getattr(self, self._state)
         batch = ClassMoments.of(values, labels, self.targets.num_classes, pooled=self.pooled).packed()
-        setattr(
-            self, self._state, merge_packed(torch.stack([state, batch.to(state.device)]), self.targets.num_classes, self.width)
-        )
+        both = torch.stack([state, batch.to(state.device)])
+        setattr(self, self._state, merge_packed(both, self.targets.num_classes, self.width))
 
 
 class FinalLayerCollapse(_ClassMomentsMetric):
@@ -246,9 +245,7 @@ class NeuralCollapse(_ClassMomentsMetric):
         one_of("cov", cov, ("auto", "full", "trace"))
         positive_integer("num_features", num_features)
         if hpd_lambda is not None and cov == "trace":
-            raise ValueError(
-                '`cov` should be "full" for `hpd_lambda`, which needs the scatter within classes, but got "trace".'
-            )
+            raise ValueError('`cov` should be "full" for `hpd_lambda`, which needs the whole scatter, but got "trace".')
         pooled = cov == "full" or (cov == "auto" and (num_features <= FULL_SCATTER_WIDTH or hpd_lambda is not None))
         super().__init__(
             ClassTargets(num_classes, class_targets),
