@@ -3,6 +3,7 @@
 For data that come in batches, or in several processes, `metrics` has the same figures as torchmetrics.
 """
 
+import math
 import warnings
 
 import torch
@@ -72,7 +73,7 @@ def output_collapse(
     check_settings(ignore_index, nan_strategy)
     scale = real_number("scale", scale, low=0)
     if num_classes is None and class_targets is None:
-        num_classes = preds[:1].numel() if isinstance(preds, Tensor) else None
+        num_classes = math.prod(floating_tensor("preds", preds).shape[1:])
     targets = ClassTargets(num_classes, class_targets)
     kept = read_samples("preds", preds, target, targets, targets.width, ignore_index, nan_strategy)
     residuals = kept.rows - targets.values.to(kept.rows.device)[kept.labels]
@@ -158,7 +159,7 @@ def neural_collapse(
     if num_classes is None:
         num_classes = _num_classes(weight, class_targets, target, ignore_index)
     targets = ClassTargets(num_classes, class_targets)
-    width = features[:1].numel() if isinstance(features, Tensor) else 0
+    width = math.prod(floating_tensor("features", features).shape[1:])
     kept = read_samples("features", features, target, targets, width, ignore_index, nan_strategy)
     head = None if weight is None else Head.of(weight, bias, targets.num_classes, width, kept.rows.device)
     moments = ClassMoments.of(kept.rows, kept.labels, targets.num_classes, pooled=hpd_lambda is not None)

@@ -125,7 +125,7 @@ class ClassTargets:
             if readable and rows.shape[1] == values.shape[1]:
                 distance = torch.cdist(rows, values, p=torch.inf)  # [B, K]
                 nearest, labels = distance.min(1)
-                if (nearest <= 1e-6 * values.abs().max()).all():
+                if rows.isfinite().all() and (nearest <= 1e-6 * values.abs().max()).all():  # cdist does not see NaN
                     readings.append(labels)
         if len(readings) == 2 and not torch.equal(*readings):
             raise ValueError(
