@@ -176,7 +176,7 @@ def neural_collapse(
     if logits is not None:
         floating_tensor("logits", logits)
     if logits is None and head is not None:
-        logits = head(features.detach().to(kept.rows.device).reshape(len(features), -1).double())
+        logits = head(features.detach().to(kept.rows.device).reshape(len(features), width).double())
     if logits is not None:
         if logits.shape != (len(features), targets.num_classes):
             raise ValueError(
