@@ -1,4 +1,4 @@
-"""Outputs and features near their classes, and what is to be found there: in rational numbers, or by the papers' definitions."""
+"""Outputs and features near their classes, and what is to be found there: in rational numbers, or as the papers define it."""
 
 from fractions import Fraction
 
@@ -70,9 +70,9 @@ def published(
     k = len(weight)
     own = [features[labels == j] for j in range(k)]
     means = torch.stack([rows.mean(0) for rows in own])
-    omega = torch.tensor([len(rows) / len(features) if weighting == "sample" else 1 / k for rows in own]).double()
+    omega = torch.tensor([len(rows) / len(features) if weighting == "sample" else 1 / k for rows in own], dtype=torch.float64)
     centred = means - sum(omega[j] * means[j] for j in range(k))
-    within = _scatter(features - means[labels], torch.full((len(features),), 1 / len(features)).double())
+    within = _scatter(features - means[labels], torch.full((len(features),), 1 / len(features), dtype=torch.float64))
     between = _scatter(centred, omega)
     spread = [float((own[j] - means[j]).square().sum() / len(own[j])) for j in range(k)]
     cdnv = [

@@ -10,7 +10,7 @@ from torch_adapted_gd.collapse.labels import ClassTargets
 from torch_adapted_gd.functional import neural_collapse, output_collapse
 
 LABELS = torch.tensor([2, 0, 1, 1, 2])
-ROWS = torch.tensor([[0.1, -3.0], [0.7, 2.0], [5.0, 0.3]]).double()
+ROWS = torch.tensor([[0.1, -3.0], [0.7, 2.0], [5.0, 0.3]], dtype=torch.float64)
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 
 
