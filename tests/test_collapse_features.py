@@ -207,6 +207,8 @@ def test_directions_that_count():
     features[3:, 2] -= 0.1
     fine, coarse = neural_collapse(features, labels), neural_collapse(features, labels, rtol=0.9)
     assert coarse["nc1_pinv"] < fine["nc1_pinv"]
+    features, labels, _, _ = cloud([9, 5, 6], 5)  # K − 1 directions at most, whatever rounding adds to them
+    assert neural_collapse(features, labels, rtol=0.0) == neural_collapse(features, labels)
 
 
 def test_one_class_or_none():

@@ -96,7 +96,7 @@ def test_share_of_outputs_that_are_nearest_to_their_own_target():
     outputs = torch.tensor([[0.1, 0], [0.1, 0], [0.9, 0], [0.5, 0], [0.5, 0]]).double()
     found = output_collapse(outputs, torch.tensor([0, 2, 0, 0, 1]), class_targets=targets)
     assert found["target_accuracy"] == 3 / 5  # of two targets that are as near, the first counts
-    near = torch.tensor([[1.0], [1.0 + 4e-16]]).double()
+    near = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |x|² − 2x·y + |y|² has nothing left of 1e-6
     assert output_collapse(near, torch.tensor([0, 1]), class_targets=near)["target_accuracy"] == 1
 
 

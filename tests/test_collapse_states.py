@@ -56,8 +56,10 @@ CASTS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_states_stay_float64(name, cast):
     metric, data = make(name)
+    before = {key: state.dtype for key, state in metric.metric_state.items()}
     metric.update(*data)
     expected, dtypes = values(metric), {key: state.dtype for key, state in metric.metric_state.items()}
+    assert before == dtypes
     assert torch.float64 in dtypes.values()
     CASTS[cast](metric)
     assert {key: state.dtype for key, state in metric.metric_state.items()} == dtypes
