@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import torch_adapted_gd
 
 ROOT = Path(__file__).parent.parent
@@ -25,9 +27,10 @@ def test_all_is_there_and_documented():
     assert (ROOT / "torch_adapted_gd" / "py.typed").exists()
 
 
+@pytest.mark.filterwarnings("default")  # Lightning's own
 def test_the_readmes_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     for block in blocks:
         exec(block, names)

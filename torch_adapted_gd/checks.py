@@ -67,6 +67,18 @@ def true_or_false(name: str, value: Any) -> bool:
     return value
 
 
+def floating_tensor(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a tensor of floating point numbers.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"`{name}` should be a floating tensor, but got {kind}.")
+    return value
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite. The sum tells without a temporary, unless it overflows."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

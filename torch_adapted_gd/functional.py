@@ -3,13 +3,14 @@
 For data that come in batches, or in several processes, `metrics` has the same figures as torchmetrics.
 """
 
+import math
 import warnings
 
 import torch
 from torch import Tensor
 
-from .checks import real_number
-from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, nearest_mean
+from .checks import floating_tensor, real_number
+from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
 from .collapse.labels import ClassTargets, check_settings, read_samples
 from .collapse.moments import ClassMoments
 from .collapse.outputs import decompose
@@ -72,12 +73,12 @@ def output_collapse(
     check_settings(ignore_index, nan_strategy)
     scale = real_number("scale", scale, low=0)
     if num_classes is None and class_targets is None:
-        num_classes = preds[:1].numel() if isinstance(preds, Tensor) else None
+        num_classes = math.prod(floating_tensor("preds", preds).shape[1:])
     targets = ClassTargets(num_classes, class_targets)
     kept = read_samples("preds", preds, target, targets, targets.width, ignore_index, nan_strategy)
     residuals = kept.rows - targets.values.to(kept.rows.device)[kept.labels]
     return decompose(
-        ClassMoments.of(residuals, kept.labels, targets.num_classes, pooled=False),
+        ClassMoments.of(kept.rows, kept.labels, targets.num_classes, pooled=False).relative_to(targets.values),
         residuals.square().sum(),
         targets.hits(kept.rows, kept.labels),
         kept.dropped,
@@ -155,8 +156,10 @@ def neural_collapse(
     """
     check_settings(ignore_index, nan_strategy)
     options = FeatureOptions(weighting, rtol, hpd_lambda)
-    targets = ClassTargets(num_classes or _num_classes(weight, class_targets, target, ignore_index), class_targets)
-    width = features[:1].numel() if isinstance(features, Tensor) else 0
+    if num_classes is None:
+        num_classes = _num_classes(weight, class_targets, target, ignore_index)
+    targets = ClassTargets(num_classes, class_targets)
+    width = math.prod(floating_tensor("features", features).shape[1:])
     kept = read_samples("features", features, target, targets, width, ignore_index, nan_strategy)
     head = None if weight is None else Head.of(weight, bias, targets.num_classes, width, kept.rows.device)
     moments = ClassMoments.of(kept.rows, kept.labels, targets.num_classes, pooled=hpd_lambda is not None)
@@ -165,29 +168,34 @@ def neural_collapse(
         warnings.warn(means.caveat, stacklevel=2)
 
     def within_along(directions: Tensor) -> Tensor:
-        return ((kept.rows - moments.mean[kept.labels]) @ directions).square().sum(0) / moments.total
+        return (moments.deviations(kept.rows, kept.labels) @ directions).square().sum(0) / moments.total
 
     result = collapse_of_features(moments, means, options, targets, head, within_along)
+    if logits is not None:
+        floating_tensor("logits", logits)
     if logits is None and head is not None:
-        logits = head(features.detach().to(kept.rows.device).reshape(len(features), -1).double())
+        logits = head(features.detach().to(kept.rows.device).reshape(len(features), width).double())
     if logits is not None:
         if logits.shape != (len(features), targets.num_classes):
             raise ValueError(
                 f"`logits` should have shape {[len(features), targets.num_classes]}, but has {list(logits.shape)}."
             )
         chosen = logits.argmax(1).to(kept.rows.device)[kept.places]
-        result["nc4_mismatch"] = (chosen != nearest_mean(kept.rows, moments.mean_or_nan)).double().mean()
+        differs = mismatches(chosen, kept.rows, moments.mean_or_nan)
+        result["nc4_mismatch"] = differs.mean()
     return result
 
 
 def _num_classes(weight: Tensor | None, class_targets: Tensor | None, target: Tensor, ignore_index: int | None) -> int:
     """How many classes there are where the user does not say."""
     for given in (weight, class_targets):
-        if given is not None:
+        if isinstance(given, Tensor) and given.ndim:  # what is wrong with another is said where it is used
             return len(given)
-    if isinstance(target, Tensor) and target.ndim == 2:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"`target` should be a tensor, but got {type(target).__name__}.")
+    if target.ndim == 2:
         return target.shape[1]
-    labels = target[target != ignore_index] if isinstance(target, Tensor) and ignore_index is not None else target
-    if not isinstance(labels, Tensor) or labels.numel() == 0:
+    labels = target if ignore_index is None else target[target != ignore_index]
+    if labels.numel() == 0:
         raise ValueError("`num_classes` should be given where `weight` is not and there are no labels to tell it by.")
     return max(1, int(labels.max()) + 1)

@@ -22,8 +22,8 @@ except Exception as error:  # RuntimeError too: torchmetrics imports torchvision
         f"pip install 'torch_adapted_gd[lightning]'. It could not be imported: {error}"
     ) from error
 
-from .checks import one_of, positive_integer, real_number, true_or_false
-from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, nearest_mean
+from .checks import floating_tensor, one_of, positive_integer, real_number, true_or_false
+from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
 from .collapse.labels import ClassTargets, Samples, check_settings, read_samples
 from .collapse.moments import ClassMoments, merge_packed
 from .collapse.outputs import OUTPUT_KEYS, decompose
@@ -33,7 +33,7 @@ __all__ = ["FinalLayerCollapse", "NearestClassMeanAgreement", "NeuralCollapse"]
 FULL_SCATTER_WIDTH = 2048
 
 
-class _Float64Metric(Metric):
+class Float64Metric(Metric):
     """A metric whose states stay float64, and on the CPU where the device has no float64 (MPS)."""
 
     is_differentiable = False
@@ -46,6 +46,20 @@ class _Float64Metric(Metric):
             return tensor if device.type == "mps" else tensor.to(device)
 
         return super()._apply(keeping_the_dtype, exclude_state)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric has gathered.
+
+        Args:
+            incoming_state: The other, or its ``metric_state``.
+
+        Raises:
+            ValueError: It is of other targets or settings.
+        """
+        super().merge_state(incoming_state)
+        # Metric leaves both as they were: `compute` would give what it gave before, or warn that there are no data.
+        self._computed = None
+        self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot values on a log axis.
@@ -63,7 +77,7 @@ class _Float64Metric(Metric):
         return figure, axes
 
 
-class _ClassMomentsMetric(_Float64Metric):
+class _ClassMomentsMetric(Float64Metric):
     """A metric from the moments of classes, in one state with one merge."""
 
     values_name = "preds"
@@ -88,9 +102,8 @@ class _ClassMomentsMetric(_Float64Metric):
         # A MetricCollection shares states that have the same names and are close, as all are near collapse.
         self._state = f"moments_{targets.digest(width, pooled, ignore_index, nan_strategy)}"
         merge = partial(merge_packed, num_classes=targets.num_classes, width=width)
-        self.add_state(
-            self._state, ClassMoments.zeros(targets.num_classes, width, pooled=pooled).packed(), dist_reduce_fx=merge
-        )
+        nothing = ClassMoments.zeros(targets.num_classes, width, pooled=pooled, device=torch.get_default_device())
+        self.add_state(self._state, nothing.packed(), dist_reduce_fx=merge)
 
     @property
     def moments(self) -> ClassMoments:
@@ -114,9 +127,8 @@ class _ClassMomentsMetric(_Float64Metric):
     def _add(self, values: Tensor, labels: Tensor) -> None:
         state = getattr(self, self._state)
         batch = ClassMoments.of(values, labels, self.targets.num_classes, pooled=self.pooled).packed()
-        setattr(
-            self, self._state, merge_packed(torch.stack([state, batch.to(state.device)]), self.targets.num_classes, self.width)
-        )
+        both = torch.stack([state, batch.to(state.device)])
+        setattr(self, self._state, merge_packed(both, self.targets.num_classes, self.width))
 
 
 class FinalLayerCollapse(_ClassMomentsMetric):
@@ -167,7 +179,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         super().__init__(targets, targets.width, pooled=False, ignore_index=ignore_index, nan_strategy=nan_strategy, **kwargs)
         self.scale = real_number("scale", scale, low=0)
         self.per_class = true_or_false("per_class", per_class)
-        of_classes = [f"{key}_class_{j}" for key in ("within", "bias") for j in range(num_classes)] if per_class else []
+        of_classes = [f"{key}_class_{j}" for key in ("within", "bias") for j in range(targets.num_classes)] if per_class else []
         self.output = one_of("output", output, ("dict", *OUTPUT_KEYS, *of_classes))
         self.add_state("squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("hits", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -186,14 +198,15 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         """
         kept = self.read(preds, target)
         residuals = kept.rows - self.targets.values.to(kept.rows.device)[kept.labels]
-        self._add(residuals, kept.labels)
+        self._add(kept.rows, kept.labels)
         self.squares = self.squares + residuals.square().sum().to(self.squares.device)
         self.hits = self.hits + self.targets.hits(kept.rows, kept.labels).to(self.hits.device)
         self.dropped = self.dropped + kept.dropped.to(self.dropped.device)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         """The figures of all batches: see `functional.output_collapse`."""
-        result = decompose(self.moments, self.squares, self.hits, self.dropped, scale=self.scale, per_class=self.per_class)
+        residuals = self.moments.relative_to(self.targets.values)
+        result = decompose(residuals, self.squares, self.hits, self.dropped, scale=self.scale, per_class=self.per_class)
         return result if self.output == "dict" else result[self.output]
 
 
@@ -245,9 +258,7 @@ class NeuralCollapse(_ClassMomentsMetric):
         one_of("cov", cov, ("auto", "full", "trace"))
         positive_integer("num_features", num_features)
         if hpd_lambda is not None and cov == "trace":
-            raise ValueError(
-                '`cov` should be "full" for `hpd_lambda`, which needs the scatter within classes, but got "trace".'
-            )
+            raise ValueError('`cov` should be "full" for `hpd_lambda`, which needs the whole scatter, but got "trace".')
         pooled = cov == "full" or (cov == "auto" and (num_features <= FULL_SCATTER_WIDTH or hpd_lambda is not None))
         super().__init__(
             ClassTargets(num_classes, class_targets),
@@ -299,9 +310,7 @@ class NeuralCollapse(_ClassMomentsMetric):
         if weight is not None:
             head = Head.of(weight, bias, self.targets.num_classes, self.width, moments.count.device)
         options = self.options if head is not None else FeatureOptions(self.options.weighting, self.options.rtol)
-        along = None
-        if moments.pooled is not None:
-            along = partial(_within_along, moments.pooled, moments.total)
+        along = None if moments.pooled is None else moments.within_along
         means = Means.of(moments, options.weighting)
         if means.caveat and not self._told:
             self._told = True
@@ -313,12 +322,7 @@ class NeuralCollapse(_ClassMomentsMetric):
         return self.synced_moments().mean_or_nan
 
 
-def _within_along(pooled: Tensor, total: Tensor, directions: Tensor) -> Tensor:
-    """u_kᵀ Σ_W u_k, ``[r]``, from N·Σ_W."""
-    return ((pooled @ directions) * directions).sum(0) / total
-
-
-class NearestClassMeanAgreement(_Float64Metric):
+class NearestClassMeanAgreement(Float64Metric):
     """NC4: the share of samples on which the classifier and the nearest class mean differ, argmax Wh + b ≠ argmin |h − μ_j|.
 
     Args:
@@ -347,7 +351,7 @@ class NearestClassMeanAgreement(_Float64Metric):
         if means.ndim != 2:
             raise ValueError(f"`means` should have shape [classes, features], but has {list(means.shape)}.")
         self.means = means.detach().cpu().double()
-        self.add_state("mismatches", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("mismatches", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")  # float: NaN stays
         self.add_state("seen", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, logits: Tensor) -> None:
@@ -358,8 +362,12 @@ class NearestClassMeanAgreement(_Float64Metric):
             logits: What the classifier says, ``[B, K]``, or the classes that it chooses, integers ``[B]``.
 
         Raises:
+            TypeError: Features are no floating tensor, or logits no tensor.
             ValueError: Shapes do not fit.
         """
+        floating_tensor("features", features)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"`logits` should be a tensor, but got {type(logits).__name__}.")
         classes, width = self.means.shape
         if features.ndim == 0 or features.numel() != len(features) * width:
             raise ValueError(f"`features` should have {width} entries a sample, but has shape {list(features.shape)}.")
@@ -371,40 +379,10 @@ class NearestClassMeanAgreement(_Float64Metric):
             )
         rows = features.detach().reshape(-1, width)
         rows = (rows.cpu() if rows.device.type == "mps" else rows).double()
-        differ = nearest_mean(rows, self.means.to(rows.device)) != chosen.to(rows.device)
-        self.mismatches = self.mismatches + differ.sum().to(self.mismatches.device)
+        differs = mismatches(chosen.to(rows.device), rows, self.means.to(rows.device))
+        self.mismatches = self.mismatches + differs.sum().to(self.mismatches.device)
         self.seen = self.seen + len(rows)
 
     def compute(self) -> Tensor:
-        """The share of all samples; NaN without any."""
+        """The share of all samples; NaN without any, or where features are not finite."""
         return self.mismatches.double() / self.seen
-
-
-class WithinScatterAlong(_Float64Metric):
-    """u_kᵀ Σ_W u_k for directions u_k, in a second pass: what ``nc1_pinv`` needs, without the D² numbers of Σ_W.
-
-    Args:
-        means: μ_j, ``[K, D]``.
-        directions: u_k, ``[D, r]``.
-        kwargs: For `torchmetrics.Metric`.
-    """
-
-    squares: Tensor
-    seen: Tensor
-
-    def __init__(self, means: Tensor, directions: Tensor, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.means = means
-        self.directions = directions
-        self.add_state("squares", torch.zeros(directions.shape[1], dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("seen", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch: features ``[B, D]``, float64, and classes ``[B]``."""
-        apart = (features - self.means.to(features.device)[labels]) @ self.directions.to(features.device)  # [B, r]
-        self.squares = self.squares + apart.square().sum(0).to(self.squares.device)
-        self.seen = self.seen + len(labels)
-
-    def compute(self) -> Tensor:
-        """``[r]``."""
-        return self.squares / self.seen

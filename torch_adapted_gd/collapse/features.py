@@ -95,7 +95,6 @@ class Means:
         seen: Which classes have samples, ``[K]``.
         share: N_j/N of those, ``[K']``.
         variance: v_j, the mean squared deviation of each, ``[K']``.
-        values: Their means μ_j, ``[K', D]``.
         centred: μ_j − μ_G, ``[K', D]``.
         weights: ω_j, ``[K']``, which μ_G is taken with.
     """
@@ -103,7 +102,6 @@ class Means:
     seen: Tensor
     share: Tensor
     variance: Tensor
-    values: Tensor
     centred: Tensor
     weights: Tensor
 
@@ -118,16 +116,16 @@ class Means:
         seen = moments.count > 0
         count = moments.count[seen]
         share = count / count.sum()
-        values = moments.mean[seen]
+        pivot, offset = moments.pivot[seen], moments.offset[seen]
         weights = share if weighting == "sample" else torch.full_like(share, 1 / max(len(share), 1))
-        # Differences from one of the means first: they are what counts, and exact where means are close.
-        from_first = values - values[:1]
-        return cls(seen, share, moments.scatter[seen] / count, values, from_first - weights @ from_first, weights)
+        # Differences from one of the means first, of pivots and of offsets: a mean itself is rounded to its own size.
+        from_first = (pivot - pivot[:1]) + (offset - offset[:1])
+        return cls(seen, share, moments.scatter[seen] / count, from_first - weights @ from_first, weights)
 
     @property
     def caveat(self) -> str | None:
         """What a reader of the figures should know of the classes, if anything."""
-        count, width = self.values.shape
+        count, width = self.centred.shape
         missing = len(self.seen) - count
         if count and missing:
             return f"{missing} of {count + missing} classes have no samples: NC1 to NC4 are of the others."
@@ -180,7 +178,7 @@ def variability(means: Means, along: Tensor | None, strength: Tensor) -> dict[st
     between = (means.weights * means.centred.square().sum(1)).sum()
     within = (means.share * means.variance).sum()
     result["nc1_trace"] = nan if few else within / between
-    apart = torch.cdist(means.values, means.values, compute_mode="donot_use_mm_for_euclid_dist").square()
+    apart = torch.cdist(means.centred, means.centred, compute_mode="donot_use_mm_for_euclid_dist").square()
     i, j = torch.triu_indices(means.count, means.count, 1, device=apart.device)
     pairs = (means.variance[i] + means.variance[j]) / (2 * apart[i, j])
     result["nc1_cdnv"] = nan if few else pairs.mean()
@@ -293,6 +291,18 @@ def nearest_mean(features: Tensor, means: Tensor) -> Tensor:
     # Differences themselves: |h|² − 2h·μ + |μ|² would lose those that decide.
     distances = torch.cdist(features, means[seen], compute_mode="donot_use_mm_for_euclid_dist")
     return seen.nonzero().flatten()[distances.argmin(1)]
+
+
+def mismatches(chosen: Tensor, features: Tensor, means: Tensor) -> Tensor:
+    """NC4 of each sample: 1 where the nearest class mean is not the class chosen, else 0; NaN for features that are not finite.
+
+    Args:
+        chosen: Classes, ``[B]``.
+        features: ``[B, D]``.
+        means: As for `nearest_mean`.
+    """
+    differs = (chosen != nearest_mean(features, means)).double()
+    return torch.where(features.isfinite().all(1), differs, torch.nan)
 
 
 def collapse_of_features(

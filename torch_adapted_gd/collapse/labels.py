@@ -1,13 +1,14 @@
 """Targets of classes, and the ways in which users write which class a sample is of."""
 
 import hashlib
+import math
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checks import one_of, positive_integer
+from ..checks import floating_tensor, one_of, positive_integer
 
 NAN_STRATEGIES = ("propagate", "error", "warn", "ignore")
 
@@ -35,7 +36,7 @@ class ClassTargets:
         if class_targets is None:
             if num_classes is None:
                 raise ValueError("`num_classes` should be given where `class_targets` is not.")
-            self.values = torch.eye(num_classes, dtype=torch.float64)
+            self.values = torch.eye(num_classes, dtype=torch.float64, device="cpu")
         else:
             if not isinstance(class_targets, Tensor):
                 raise TypeError(
@@ -48,10 +49,12 @@ class ClassTargets:
                 )
             if not torch.isfinite(class_targets).all():
                 raise ValueError("`class_targets` should be finite, but has NaN or infinite entries.")
-            self.values = class_targets.detach().cpu().double().clone()
-        equal = (self.values[:, None] == self.values).all(2)  # [K, K]
-        self.first_equal = equal.int().argmax(1)  # [K], the first class with the same target
-        self.distinct = bool((self.first_equal == torch.arange(len(self.values))).all())
+            self.values = class_targets.detach().cpu().double() + 0.0  # a copy, with 0 for −0
+        groups = torch.unique(self.values, dim=0, return_inverse=True)[1]
+        places = torch.arange(len(self.values), device="cpu")
+        first = torch.full_like(places, len(places)).scatter_reduce_(0, groups, places, "amin")
+        self.first_equal = first[groups]  # [K], the first class with the same target
+        self.distinct = bool((self.first_equal == places).all())
 
     @property
     def num_classes(self) -> int:
@@ -88,7 +91,8 @@ class ClassTargets:
 
         Raises:
             TypeError: ``target`` is not a tensor.
-            ValueError: It is none of these: soft or mixed labels, a label that is no class, a dense prediction.
+            ValueError: It is none of these: soft or mixed labels, a label that is no class, a dense prediction; or rows are of
+                one class as a target and of another as one-hot.
         """
         if not isinstance(target, Tensor):
             raise TypeError(f"`target` should be a tensor, but got {type(target).__name__}.")
@@ -116,12 +120,20 @@ class ClassTargets:
     def _from_rows(self, target: Tensor) -> Tensor:
         rows = target.detach().double()
         own = self.values.to(rows.device)
-        for values, readable in ((own, self.distinct), (torch.eye(self.num_classes).to(own), True)):
+        readings = []
+        for values, readable in ((own, self.distinct), (torch.eye(self.num_classes).to(own), self.given)):
             if readable and rows.shape[1] == values.shape[1]:
                 distance = torch.cdist(rows, values, p=torch.inf)  # [B, K]
                 nearest, labels = distance.min(1)
-                if (nearest <= 1e-6 * values.abs().max()).all():
-                    return labels
+                if rows.isfinite().all() and (nearest <= 1e-6 * values.abs().max()).all():  # cdist does not see NaN
+                    readings.append(labels)
+        if len(readings) == 2 and not torch.equal(*readings):
+            raise ValueError(
+                "`target` should be of one meaning, but its rows are those of `class_targets` of some classes and one-hot rows "
+                "of others. Pass integer labels."
+            )
+        if readings:
+            return readings[0]
         why = "" if self.distinct else " Several classes have the same target: pass integer labels."
         raise ValueError(
             "`target` should be integer labels [batch], one-hot rows, or rows equal to those of `class_targets`, but got "
@@ -165,10 +177,8 @@ def read_samples(
         TypeError: Values are no floating tensor.
         ValueError: Shapes do not agree, labels are none, or a row is not finite with ``"error"``.
     """
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"`{name}` should be a floating tensor, but got {kind}.")
-    if values.ndim == 0 or values[0:1].flatten(1 if values.ndim > 1 else 0).numel() not in (0, width):
+    floating_tensor(name, values)
+    if values.ndim == 0 or (len(values) and math.prod(values.shape[1:]) != width):
         raise ValueError(
             f"`{name}` should have the batch first and {width} entries a sample, but has shape {list(values.shape)}."
         )

@@ -48,7 +48,7 @@ class ClassMoments:
         return self.count.sum()
 
     @classmethod
-    def zeros(cls, num_classes: int, width: int, *, pooled: bool, device: torch.device | str = "cpu") -> ClassMoments:
+    def zeros(cls, num_classes: int, width: int, *, pooled: bool, device: torch.device | str) -> ClassMoments:
         """Moments of no samples.
 
         Args:
@@ -80,9 +80,9 @@ class ClassMoments:
         places = torch.arange(size, device=labels.device)
         first = torch.full((num_classes,), size - 1, device=labels.device).scatter_reduce_(0, labels, places, "amin")
         pivot = torch.where(count[:, None] > 0, values[first], zeros)
-        from_pivot = values - pivot[labels]
-        offset = zeros.index_add(0, labels, from_pivot) / at_least_one[:, None]
-        deviation = from_pivot - offset[labels]
+        deviation = values - pivot.index_select(0, labels)  # from the pivots, at first
+        offset = zeros.index_add(0, labels, deviation) / at_least_one[:, None]
+        deviation -= offset.index_select(0, labels)
         rest = zeros.index_add(0, labels, deviation)  # zero but for the rounding of the offset
         scatter = count.new_zeros(num_classes).index_add_(0, labels, deviation.square().sum(1))
         scatter = (scatter - rest.square().sum(1) / at_least_one).clamp_min(0)
@@ -90,6 +90,24 @@ class ClassMoments:
         if pooled:
             square = deviation.T @ deviation - (rest / at_least_one[:, None]).T @ rest
         return cls(count, scatter, pivot, offset + rest / at_least_one[:, None], square)
+
+    def deviations(self, values: Tensor, labels: Tensor) -> Tensor:
+        """v_i − v̄_c(i), ``[B, D]``, without the rounding of the means.
+
+        Args:
+            values: ``[B, D]``, float64.
+            labels: ``[B]``.
+        """
+        return (values - self.pivot.index_select(0, labels)).sub_(self.offset.index_select(0, labels))
+
+    def relative_to(self, origins: Tensor) -> ClassMoments:
+        """Moments of v_i − o_c(i): the pivots move, and deviations have not seen the rounding of the difference.
+
+        Args:
+            origins: o_j, ``[K, D]``.
+        """
+        moved = torch.where(self.count[:, None] > 0, self.pivot - origins.to(self.pivot), 0.0)
+        return ClassMoments(self.count, self.scatter, moved, self.offset, self.pooled)
 
     def merge(self, other: ClassMoments) -> ClassMoments:
         """Moments of the samples of both."""
@@ -111,6 +129,16 @@ class ClassMoments:
             torch.where(mine, offset, other.offset),
             pooled,
         )
+
+    def within_along(self, directions: Tensor) -> Tensor:
+        """u_kᵀ Σ_W u_k, ``[r]``, from the pooled scatter.
+
+        Args:
+            directions: u_k, ``[D, r]``.
+        """
+        assert self.pooled is not None
+        along = ((self.pooled @ directions) * directions).sum(0)
+        return along.clamp_min(0) / self.total  # rounding may take what is 0 below
 
     def packed(self) -> Tensor:
         """All in one vector, ``[K·(2 + 2D)]`` or ``[K·(2 + 2D) + D²]``: a reduction sees one tensor at a time."""

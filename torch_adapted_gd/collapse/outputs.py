@@ -50,7 +50,7 @@ def decompose(
         "within_fraction": within / loss,
         "bias_max": torch.where(nothing, nan, torch.where(seen, distance, 0.0).max().sqrt()),
         "within_max": torch.where(nothing, nan, (scatter / at_least_one).max().sqrt()),
-        "target_accuracy": hits.double() / total,
+        "target_accuracy": torch.where(loss.isfinite(), hits.double() / total, nan),  # NaN is near to no target
         "num_samples": total.clone(),
         "classes_seen": seen.sum().double(),
         "num_dropped": dropped.double(),

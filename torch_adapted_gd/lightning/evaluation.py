@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from ..collapse.features import FeatureOptions, Head, Means, collapse_of_features
 from ..collapse.labels import ClassTargets
+from ..collapse.moments import ClassMoments
 from ..collapse.outputs import of_classes
-from ..metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse, WithinScatterAlong
+from ..metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
+from .scatter import WithinScatterAlong
 
 Figures = dict[str, Tensor]
+SecondPass = Callable[[ClassMoments, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -142,17 +145,17 @@ class Evaluation:
         if self.features is not None:
             self.features.update(features, target)
 
-    def figures(self, second_pass: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Figures:
+    def figures(self, second_pass: SecondPass | None = None) -> Figures:
         """What the batches of all processes say; each process has to ask.
 
         Args:
-            second_pass: From class means ``[K, D]`` and directions ``[D, r]`` to the scatter within classes along these,
+            second_pass: From the features' moments and directions ``[D, r]`` to the scatter within classes along them,
                 ``[r]``, and the share that the nearest mean classifies differently; None without a second pass.
 
         Returns:
             Float64 scalars, and ``within_class`` and ``bias_class``, ``[K]``.
         """
-        moments = self.outputs.synced_moments()
+        moments = self.outputs.synced_moments().relative_to(self.targets.values)
         result = self.outputs.compute()
         assert isinstance(result, dict)
         result |= {f"{name}_class": values for name, values in of_classes(moments).items()}
@@ -168,7 +171,7 @@ class Evaluation:
         found: Figures = {}
 
         def within_along(directions: Tensor) -> Tensor:
-            along, found["nc4_mismatch"] = second_pass(moments.mean_or_nan, directions)
+            along, found["nc4_mismatch"] = second_pass(moments, directions)
             return along
 
         head = Head.of(self.head.weight, self.head.bias, self.targets.num_classes, self.head.in_features, moments.count.device)
@@ -200,10 +203,10 @@ class Evaluation:
                 if size > self.cache_bytes:
                     kept = None
 
-        def second_pass(means: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        def second_pass(moments: ClassMoments, directions: Tensor) -> tuple[Tensor, Tensor]:
             assert self.features is not None
-            agreement = NearestClassMeanAgreement(means).to(device)
-            along = WithinScatterAlong(means, directions).to(device)
+            agreement = NearestClassMeanAgreement(moments.mean_or_nan).to(device)
+            along = WithinScatterAlong(moments, directions)
             for seen in kept if kept is not None else (seen for _, seen in _joined(self._pass(batches(), step))):
                 samples = self.features.read(seen.features, seen.target)
                 along.update(samples.rows, samples.labels)
