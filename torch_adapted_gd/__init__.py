@@ -7,10 +7,15 @@ output space" (2024); equation numbers in this package are the paper's.
 from importlib.metadata import PackageNotFoundError, version
 
 from .damping import LevenbergMarquardt
+from .definite import Definiteness, effective_kernel, is_positive_definite, kernel_block
+from .field import Equilibrium, GradientField, gradient_field, is_equilibrium, metric_tensor
+from .flow import FlowResult, InterpolationDeviation, PathResult, adapted_flow, follow_path, interpolation_deviation
 from .jacobian import output_jacobian
 from .kernel import ModuleCall, OuterProducts, ntk, register_rule
+from .lines import LineLosses, line_losses
 from .loss import HalfSquaredLoss
 from .optimizer import AdaptedGD
+from .paths import DetourPath, LinearPath
 from .report import StepReport
 from .schedule import LinearInterpolationLR
 from .solve import KernelSolution, LeastSquares, rank_revealing_lstsq, solve_kernel
@@ -22,14 +27,33 @@ except PackageNotFoundError:  # a source tree that was not installed
 
 __all__ = [
     "AdaptedGD",
+    "Definiteness",
+    "DetourPath",
+    "Equilibrium",
+    "FlowResult",
+    "GradientField",
     "HalfSquaredLoss",
+    "InterpolationDeviation",
     "KernelSolution",
     "LeastSquares",
     "LevenbergMarquardt",
+    "LineLosses",
     "LinearInterpolationLR",
+    "LinearPath",
     "ModuleCall",
     "OuterProducts",
+    "PathResult",
     "StepReport",
+    "adapted_flow",
+    "effective_kernel",
+    "follow_path",
+    "gradient_field",
+    "interpolation_deviation",
+    "is_equilibrium",
+    "is_positive_definite",
+    "kernel_block",
+    "line_losses",
+    "metric_tensor",
     "ntk",
     "output_jacobian",
     "rank_revealing_lstsq",

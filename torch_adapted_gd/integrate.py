@@ -1,0 +1,70 @@
+"""Ordinary differential equations, by torchdiffeq."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import one_of, real_number
+
+METHODS = ("dopri5", "rk4", "euler")
+
+
+@torch.no_grad()
+def integrate(
+    field: Callable[[float, Tensor], Tensor], start: Tensor, grid: Tensor, method: str, rtol: float, atol: float
+) -> tuple[Tensor, int]:
+    """Integrate ∂_t z = field(t, z) from the first time of the grid to its last, with a progress bar on a terminal.
+
+    Args:
+        field: The right-hand side.
+        start: z at the first time, ``[n]``, float64.
+        grid: Times to record at, ``[T]``; the steps of ``"rk4"`` and ``"euler"``.
+        method: One of `METHODS`.
+        rtol: Relative tolerance of ``"dopri5"``.
+        atol: Absolute tolerance of ``"dopri5"``.
+
+    Returns:
+        z at those times, ``[T, n]``, and the number of evaluations of the field.
+
+    Raises:
+        ImportError: torchdiffeq is not installed.
+        ValueError: An unknown method, or a tolerance out of its range.
+        RuntimeError: The field is not finite somewhere, or steps became too small.
+    """
+    one_of("method", method, METHODS)
+    real_number("rtol", rtol, low=0.0, below=1.0)
+    real_number("atol", atol, low=0.0)
+    try:
+        from torchdiffeq import odeint
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("Flows need torchdiffeq: pip install 'torch_adapted_gd[flow]'.") from error
+    if len(grid) < 2:
+        return start[None], 0
+    evaluations = 0
+    first, last = float(grid[0]), float(grid[-1])
+    with tqdm(total=last - first, desc=method, leave=False, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+
+        def right_hand_side(t: Tensor, z: Tensor) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            at = float(t)
+            bar.update(max(0.0, min(at, last) - first - bar.n))
+            value = field(at, z)
+            if not torch.isfinite(value).all():
+                raise RuntimeError(f"The flow is not finite at time {at:.6g}: it diverges. Stop before, or take smaller steps.")
+            return value
+
+        try:
+            options: dict[str, Any] = {"rtol": rtol, "atol": atol} if method == "dopri5" else {}
+            path: Tensor = odeint(right_hand_side, start, grid.to(start.device), method=method, **options)
+        except AssertionError as error:  # torchdiffeq's own way to say so
+            raise RuntimeError(
+                f"The flow could not be integrated to the tolerances: {error}. The rank may change on the way, or the path be "
+                "infeasible: try larger tolerances, or `rk4`."
+            ) from error
+    return path, evaluations

@@ -1,0 +1,183 @@
+"""A network's outputs as a function of its parameters, x(θ), and its tangent: D, Dᵀ, Θ and what is in reach at one θ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import underlying
+from .jacobian import recorded
+from .kernel import tangent_kernel
+from .kernel.tangent import Factors
+from .replay import batch_and_outputs
+from .solve.choice import factorize
+from .solve.factorization import Factorization
+from .solve.spectrum import default_rtol
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """What the outputs can do to first order at one θ.
+
+    Vectors are flat and float64: in output space ``[QN]``, sample-major (2.9); in parameter space ``[K]``, in the order of
+    ``named_parameters()``.
+
+    Attributes:
+        outputs: x(θ), ``[QN]``.
+        theta: Θ = DDᵀ, ``[QN, QN]``.
+        factorization: Of Θ, its rank revealed.
+        factors: What Θ was made of.
+        sizes: Number of entries of each parameter.
+    """
+
+    outputs: Tensor
+    theta: Tensor
+    factorization: Factorization
+    factors: Factors
+    sizes: dict[str, int]
+
+    @property
+    def rank(self) -> int:
+        """Rank of D."""
+        return self.factorization.rank
+
+    def push(self, change: Tensor) -> Tensor:
+        """Dv, how outputs move when parameters move by v ``[K]`` (2.15)."""
+        parts = change.double().split(list(self.sizes.values()))
+        return self.factors.product(dict(zip(self.sizes, parts, strict=True)))
+
+    def pull(self, u: Tensor) -> Tensor:
+        """Dᵀu ``[K]``: with u = ∇ₓC the gradient ∇_θC (2.16)."""
+        parts = self.factors.transpose_product(u)
+        return torch.cat([parts[name].flatten().double() for name in self.sizes])
+
+    def solve(self, u: Tensor) -> Tensor:
+        """ψ = Θ⁺u, the one of least norm (2.22)."""
+        return self.factorization.solve(u)
+
+    def project(self, u: Tensor) -> Tensor:
+        """Pu, the part of a motion of the outputs that is within reach of the parameters."""
+        return self.factorization.project(u)
+
+    def off_range(self, u: Tensor) -> float:
+        """|P⊥u|/|u|, the part that is not; 0 for u = 0."""
+        size = float(u.norm())
+        return float((u - self.project(u)).norm()) / size if size > 0 else 0.0
+
+    def lift(self, u: Tensor) -> Tensor:
+        """D⁺u = DᵀΘ⁺u ``[K]``, the least motion of the parameters that moves the outputs by Pu (3.1)."""
+        return self.pull(self.solve(u))
+
+
+class OutputMap:
+    """x(θ) of a network on a fixed input.
+
+    Args:
+        model: The network, in the mode that it should be taken in; its trainable parameters are θ.
+        x: Input with the batch first, or a tuple of positional inputs.
+        rtol: Singular values of D up to rtol·σ_max count as zero; by default what rounding of Θ makes of zero.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: It has no trainable parameters, or gives something else than one floating tensor with the batch first.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor | tuple[Any, ...], rtol: float | None = None) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            call, names = recorded(model, x)
+        if len(call.outputs) != 1:
+            raise ValueError(
+                f"`model` should return one tensor here, but returns {len(call.outputs)} that depend on parameters."
+            )
+        self.model, self.x, self.rtol = model, x, rtol
+        (output,) = call.outputs.values()
+        self.shape = tuple(output.shape)
+        self.num_samples = batch_and_outputs(call)[0]
+        self.num_outputs = output.numel()
+        parameters = dict(underlying(model).named_parameters())
+        self._parameters = {name: parameters[name] for name in names}
+
+    @property
+    def num_params(self) -> int:
+        """K."""
+        return sum(p.numel() for p in self._parameters.values())
+
+    @property
+    def eps(self) -> float:
+        """Machine epsilon of the parameters."""
+        return max(torch.finfo(p.dtype).eps for p in self._parameters.values())
+
+    def values(self) -> Tensor:
+        """The network's present θ, ``[K]``, float64."""
+        return torch.cat([p.detach().flatten().double() for p in self._parameters.values()])
+
+    def read(self, argument: str, state: Mapping[str, Tensor]) -> Tensor:
+        """θ from a ``state_dict``, ``[K]``, float64.
+
+        Args:
+            argument: What the state is called in messages.
+            state: Parameters by name; others are not looked at.
+
+        Raises:
+            ValueError: One is missing, or of another shape.
+        """
+        parts = []
+        for name, p in self._parameters.items():
+            if name not in state or state[name].shape != p.shape:
+                found = f"{list(state[name].shape)}" if name in state else "none"
+                raise ValueError(f"`{argument}` should have the parameter '{name}' of shape {list(p.shape)}, but has {found}.")
+            parts.append(state[name].detach().flatten().to(p.device).double())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def load(self, theta: Tensor) -> None:
+        """Give the network the parameters θ ``[K]``, rounded to their dtype."""
+        parts = theta.split([p.numel() for p in self._parameters.values()])
+        for p, part in zip(self._parameters.values(), parts, strict=True):
+            p.copy_(part.view_as(p))
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Context in which the network's parameters may be changed: they are put back."""
+        kept = [p.detach().clone() for p in self._parameters.values()]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self._parameters.values(), kept, strict=True):
+                    p.copy_(value)
+
+    @torch.no_grad()
+    def outputs(self, theta: Tensor | None = None) -> Tensor:
+        """x(θ), ``[QN]``, float64; of the present θ by default."""
+        if theta is not None:
+            self.load(theta)
+        found: Tensor = self.model(*(self.x if isinstance(self.x, tuple) else (self.x,)))
+        return found.detach().flatten().double()
+
+    def tangent(self, theta: Tensor | None = None) -> Tangent:
+        """D and Θ at θ; at the present one by default.
+
+        Raises:
+            RuntimeError: Outputs or Θ are not finite there.
+        """
+        if theta is not None:
+            self.load(theta)
+        with torch.inference_mode(False), torch.enable_grad():
+            call, names = recorded(self.model, self.x)
+            kernel = tangent_kernel(self.model, [call], names)
+        # Rounding in Θ of the parameters' dtype is no rank.
+        rtol = default_rtol(self.num_outputs, self.eps) if self.rtol is None else self.rtol
+        factorization = factorize(kernel.theta, rtol=rtol, eps=self.eps)
+        if factorization.status in ("not_finite", "not_converged"):
+            raise RuntimeError(
+                f"The tangent kernel is {factorization.status.replace('_', ' ')} there: the parameters have diverged."
+            )
+        sizes = {name: self._parameters[name].numel() for name in names}
+        (output,) = call.outputs.values()
+        return Tangent(output.detach().flatten().double(), kernel.theta, factorization, kernel.factors, sizes)

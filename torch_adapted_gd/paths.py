@@ -1,0 +1,78 @@
+"""Paths of outputs to follow (3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+OutputPath = Callable[[Tensor], Tensor]
+
+
+class LinearPath:
+    """x(s) = (1−s) x₀ + s y, the straight line in output space (2.51).
+
+    Args:
+        start: x₀, ``[N, ...]``: the network's outputs.
+        target: y, of the same shape.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+
+    def __init__(self, start: Tensor, target: Tensor) -> None:
+        if start.shape != target.shape:
+            raise ValueError(
+                f"`start` and `target` should have one shape, but got {list(start.shape)} and {list(target.shape)}."
+            )
+        self.start, self.target = start.detach().double(), target.detach().double()
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """The outputs at s."""
+        return self.start + s * (self.target - self.start)
+
+
+class DetourPath(LinearPath):
+    """x(s) = (1−s) x₀ + s y + sin(πs) b: to the same end by a bend.
+
+    Args:
+        start: x₀, ``[N, ...]``: the network's outputs.
+        target: y, of the same shape.
+        bend: b, of a shape that fits: how far off the line half-way.
+    """
+
+    def __init__(self, start: Tensor, target: Tensor, bend: Tensor) -> None:
+        super().__init__(start, target)
+        self.bend = bend.detach().to(self.start).expand_as(self.start)
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """The outputs at s."""
+        return super().__call__(s) + torch.sin(math.pi * s) * self.bend
+
+
+def motion(path: OutputPath, at: float, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Place x(s) and velocity ∂_s x(s), flat and float64.
+
+    Args:
+        path: The path.
+        at: s.
+        shape: Of the outputs.
+
+    Raises:
+        ValueError: The path gives another shape, or no tensor.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        s = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        place = path(s)
+        if not isinstance(place, Tensor) or tuple(place.shape) != shape:
+            found = list(place.shape) if isinstance(place, Tensor) else type(place).__name__
+            raise ValueError(f"`path` should give outputs of shape {list(shape)}, but gave {found}.")
+        velocity = torch.zeros_like(place)
+        if place.requires_grad:  # twice backward is once forward
+            weights = torch.zeros_like(place, requires_grad=True)
+            (pulled,) = torch.autograd.grad(place, s, weights, create_graph=True, allow_unused=True)
+            if pulled is not None:
+                (velocity,) = torch.autograd.grad(pulled, weights)
+    return place.detach().flatten().double(), velocity.detach().flatten().double()
