@@ -210,6 +210,25 @@ def plot_output_paths(paths: Mapping[str, Tensor], labels: Tensor, targets: Tens
     return figure
 
 
+def plot_deviations(curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> Figure:
+    """Deviations from the straight line under rank loss (Proposition 2.5), observed and predicted.
+
+    Args:
+        curves: Name → times, observed and predicted sizes in units of |x₀ − y|.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+    """
+    figure, (ax,) = _figure()
+    for colour, (name, (t, observed, predicted)) in zip(_class_colours(len(curves)), curves.items(), strict=True):
+        ax.plot(t, observed, color=colour, linewidth=1.6, label=name)
+        ax.plot(t, predicted, color=colour, marker="o", markersize=4, linestyle="none", markerfacecolor="white")
+    ax.plot([], [], color="grey", marker="o", markersize=4, linestyle="none", markerfacecolor="white", label="predicted")
+    ax.set(xlabel="t", ylabel="|x̃(t) − line| / |x₀ − y|", title="Deviation from the straight line", ylim=(0, None))
+    ax.legend(frameon=False)
+    return figure
+
+
 def plot_spectrum(eigenvalues: Mapping[str, Tensor], rtol: float) -> Figure:
     """Singular values of D (square roots of the kernel's eigenvalues) relative to the largest, with the rank cut.
 
