@@ -363,7 +363,7 @@ class CollapseMonitor(StreamStages):
                 for batch in bar:
                     yield self._reader.moved(trainer, module, batch)
 
-        with frozen(module), self._reader.precision(trainer):
+        with frozen(module), batches.replayed(), self._reader.precision(trainer):
             figures = self._evaluation(root, module).run(one_pass, partial(self._reader.outputs, module), module.device)
         self._newest = self._record(root, figures, trainer, module, epoch)
         return self._newest
