@@ -168,9 +168,9 @@ class CollapseMonitor(StreamStages):
         self._history = History(true_or_false("keep_history", keep_history))
         self._reader = BatchReader(step_fn, target_fn, true_or_false("autocast", autocast))
         self._newest: Figures = {}  # what was logged last in reference mode
+        self._part = 0.0  # of the epoch that is behind
         self._set: ReferenceSet | None = None
         self._evaluations: dict[str, Evaluation] = {}
-        self._stream: Stream | None = None
 
     @property
     def history(self) -> list[Row]:
@@ -211,32 +211,21 @@ class CollapseMonitor(StreamStages):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to gather."""
+        self._part = 0.0
         self.begin_stage(trainer, pl_module, "train", 1)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch."""
-        if self._stream is not None:
-            self._stream.begin_batch()
-        del trainer, pl_module, batch, batch_idx
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The forward pass is over."""
-        if self._stream is not None:
-            self._stream.end_forward()
-        del trainer, pl_module, loss
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Gather the batch, or evaluate where it is time."""
         del outputs
+        self._part = (batch_idx + 1) / trainer.num_training_batches
         if self._stream is not None:
             self.add_batch("train", 0, batch)
         elif self.every_n_steps is not None and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
             seen = self._history.newest.get(self._root("train"))
             if seen is None or seen["step"] != trainer.global_step:  # not again while gradients accumulate
-                part = (batch_idx + 1) / trainer.num_training_batches
-                values = self._evaluate(trainer, pl_module, trainer.current_epoch + part)
+                values = self._evaluate(trainer, pl_module, trainer.current_epoch + self._part)
                 self._send(trainer, values)  # now: a log of a step waits for `log_every_n_steps`
                 pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False, batch_size=1)
 
@@ -244,10 +233,10 @@ class CollapseMonitor(StreamStages):
         """Evaluate, or log what was gathered."""
         if self.every_n_epochs is None or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        epoch = float(trainer.current_epoch + 1)
         if self._stream is not None:
-            self.end_stage(trainer, pl_module, "train", epoch)
+            self.end_stage(trainer, pl_module, "train")
         else:
+            epoch = float(trainer.current_epoch + 1)
             seen = self._history.newest.get(self._root("train"))
             if self._newest and seen and (seen["step"], seen["epoch"]) == (trainer.global_step, epoch):
                 values = self._newest  # the last step of the epoch has been evaluated just now
@@ -344,12 +333,14 @@ class CollapseMonitor(StreamStages):
             for index in range(loaders):
                 self._evaluation(self._root(stage, index), module).reset(module.device)
 
-    def end_stage(self, trainer: Trainer, module: LightningModule, stage: str, epoch: float) -> None:
+    def end_stage(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Log what was gathered."""
         if self._stream is None or trainer.sanity_checking:
             return
+        part = 1.0 if stage == "train" else self._part if trainer.state.fn == "fit" else 0.0
         for root in [key for key in self._evaluations if key.startswith(stage)]:
-            self._log(module, self._record(root, self._evaluations[root].figures(), trainer, module, epoch))
+            values = self._record(root, self._evaluations[root].figures(), trainer, module, trainer.current_epoch + part)
+            self._log(module, values)
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, epoch: float) -> Figures:
         """Evaluate the network as it is now; gives what to log."""
