@@ -168,6 +168,7 @@ class CollapseMonitor(StreamStages):
         self._history = History(true_or_false("keep_history", keep_history))
         self._reader = BatchReader(step_fn, target_fn, true_or_false("autocast", autocast))
         self._newest: Figures = {}  # what was logged last in reference mode
+        self._resumed = False  # from a checkpoint, and not yet at its end
         self._part = 0.0  # of the epoch that is behind
         self._set: ReferenceSet | None = None
         self._evaluations: dict[str, Evaluation] = {}
@@ -196,11 +197,14 @@ class CollapseMonitor(StreamStages):
         """Take the hooks off."""
         if self._stream is not None:
             self._stream.close()
-        self._stream, self._set, self._evaluations = None, None, {}
+        self._stream, self._set, self._evaluations, self._newest = None, None, {}, {}
+        self._resumed = False
         del trainer, pl_module, stage
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the samples up, and evaluate the network as it starts."""
+        if not (self._resumed or trainer.global_step):
+            self._history.begin_run()
         if self.mode == "stream":
             return
         self._set = ReferenceSet.of(self.reference, trainer, pl_module, self._limit(trainer))
@@ -271,6 +275,7 @@ class CollapseMonitor(StreamStages):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint."""
         self._history.load_state_dict(state_dict)
+        self._resumed = True
 
     def plot(self, x: str = "epoch") -> Figure:
         """A page of the curves in ``history``, on log axes: outputs by class, their squared distances, NC1 to NC4.
