@@ -167,7 +167,7 @@ class CollapseMonitor(StreamStages):
         self.time_fn = time_fn
         self._history = History(true_or_false("keep_history", keep_history))
         self._reader = BatchReader(step_fn, target_fn, true_or_false("autocast", autocast))
-        self._newest: Figures = {}  # what was logged last in reference mode
+        self._newest: Figures = {}  # what was found last in reference mode
         self._resumed = False  # from a checkpoint, and not yet at its end
         self._part = 0.0  # of the epoch that is behind
         self._set: ReferenceSet | None = None
@@ -243,10 +243,9 @@ class CollapseMonitor(StreamStages):
             epoch = float(trainer.current_epoch + 1)
             seen = self._history.newest.get(self._root("train"))
             if self._newest and seen and (seen["step"], seen["epoch"]) == (trainer.global_step, epoch):
-                values = self._newest  # the last step of the epoch has been evaluated just now
+                self._log(pl_module, self._newest, logger=False)  # just now, after the last step of the epoch
             else:
-                values = self._evaluate(trainer, pl_module, epoch)
-            self._log(pl_module, values)
+                self._log(pl_module, self._evaluate(trainer, pl_module, epoch), logger=bool(trainer.loggers))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send the page of curves to loggers that take figures."""
@@ -345,7 +344,8 @@ class CollapseMonitor(StreamStages):
         part = 1.0 if stage == "train" else self._part if trainer.state.fn == "fit" else 0.0
         for root in [key for key in self._evaluations if key.startswith(stage)]:
             values = self._record(root, self._evaluations[root].figures(), trainer, module, trainer.current_epoch + part)
-            self._log(module, values)
+            # Where there is no logger Lightning warns of each key; but `validate` and `test` give back what would be logged.
+            self._log(module, values, logger=stage != "train" or bool(trainer.loggers))
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, epoch: float) -> Figures:
         """Evaluate the network as it is now; gives what to log."""
@@ -373,12 +373,12 @@ class CollapseMonitor(StreamStages):
             figures |= {f"{key}_{j}": value for key, values in by_class.items() for j, value in enumerate(values.unbind())}
         return {f"{root}{self.sep}{key}": value for key, value in figures.items()}
 
-    def _log(self, module: LightningModule, values: Figures) -> None:
+    def _log(self, module: LightningModule, values: Figures, *, logger: bool = True) -> None:
         """Log at the end of an epoch: all processes, the same keys. Tensors, since numbers would become float32."""
         shown = {
             key: value for key, value in values.items() if self.prog_bar and key.endswith(tuple(self.sep + k for k in _BAR))
         }
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1, "logger": logger}
         module.log_dict({key: value for key, value in values.items() if key not in shown}, **options)
         if shown:
             module.log_dict(shown, prog_bar=True, **options)
