@@ -38,7 +38,7 @@ class BatchReader:
         holder: Any = getattr(trainer, "datamodule", None)
         if holder is None or type(holder).transfer_batch_to_device.__qualname__.startswith("DataHooks."):
             holder = module
-        return trainer.precision_plugin.convert_input(holder.transfer_batch_to_device(batch, module.device, 0))
+        return holder.transfer_batch_to_device(trainer.precision_plugin.convert_input(batch), module.device, 0)
 
     def outputs(self, module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
         """Outputs and target.

@@ -56,6 +56,10 @@ class History:
             self.rows.append(row)
         return figures
 
+    def begin_run(self) -> None:
+        """Another training begins: what comes is not compared with what was."""
+        self.newest = {}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {"rows": list(self.rows), "newest": dict(self.newest)}

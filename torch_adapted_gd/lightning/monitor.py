@@ -167,10 +167,11 @@ class CollapseMonitor(StreamStages):
         self.time_fn = time_fn
         self._history = History(true_or_false("keep_history", keep_history))
         self._reader = BatchReader(step_fn, target_fn, true_or_false("autocast", autocast))
-        self._newest: Figures = {}  # what was logged last in reference mode
+        self._newest: Figures = {}  # what was found last in reference mode
+        self._resumed = False  # from a checkpoint, and not yet at its end
+        self._part = 0.0  # of the epoch that is behind
         self._set: ReferenceSet | None = None
         self._evaluations: dict[str, Evaluation] = {}
-        self._stream: Stream | None = None
 
     @property
     def history(self) -> list[Row]:
@@ -196,11 +197,14 @@ class CollapseMonitor(StreamStages):
         """Take the hooks off."""
         if self._stream is not None:
             self._stream.close()
-        self._stream, self._set, self._evaluations = None, None, {}
+        self._stream, self._set, self._evaluations, self._newest = None, None, {}, {}
+        self._resumed = False
         del trainer, pl_module, stage
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the samples up, and evaluate the network as it starts."""
+        if not (self._resumed or trainer.global_step):
+            self._history.begin_run()
         if self.mode == "stream":
             return
         self._set = ReferenceSet.of(self.reference, trainer, pl_module, self._limit(trainer))
@@ -210,47 +214,35 @@ class CollapseMonitor(StreamStages):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to gather."""
+        self._part = 0.0
         self.begin_stage(trainer, pl_module, "train", 1)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch."""
-        if self._stream is not None:
-            self._stream.begin_batch()
-        del trainer, pl_module, batch, batch_idx
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The forward pass is over."""
-        if self._stream is not None:
-            self._stream.end_forward()
-        del trainer, pl_module, loss
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Gather the batch, or evaluate where it is time."""
         del outputs
+        self._part = (batch_idx + 1) / trainer.num_training_batches
         if self._stream is not None:
             self.add_batch("train", 0, batch)
         elif self.every_n_steps is not None and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
             seen = self._history.newest.get(self._root("train"))
             if seen is None or seen["step"] != trainer.global_step:  # not again while gradients accumulate
-                part = (batch_idx + 1) / trainer.num_training_batches
-                self._publish(trainer, self._evaluate(trainer, pl_module, trainer.current_epoch + part), pl_module)
+                values = self._evaluate(trainer, pl_module, trainer.current_epoch + self._part)
+                self._publish(trainer, values, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, or log what was gathered."""
         if self.every_n_epochs is None or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        epoch = float(trainer.current_epoch + 1)
         if self._stream is not None:
-            self.end_stage(trainer, pl_module, "train", epoch)
+            self.end_stage(trainer, pl_module, "train")
         else:
+            epoch = float(trainer.current_epoch + 1)
             seen = self._history.newest.get(self._root("train"))
-            if self._newest and seen and (seen["step"], seen["epoch"]) == (trainer.global_step, epoch):
-                values = self._newest  # the last step of the epoch has been evaluated just now
-            else:
-                values = self._evaluate(trainer, pl_module, epoch)
-            self._publish(trainer, values, pl_module)
+            if not (self._newest and seen and (seen["step"], seen["epoch"]) == (trainer.global_step, epoch)):
+                # Else the last step of the epoch has been evaluated just now.
+                self._publish(trainer, self._evaluate(trainer, pl_module, epoch), pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send the page of curves to loggers that take figures."""
@@ -279,6 +271,7 @@ class CollapseMonitor(StreamStages):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint."""
         self._history.load_state_dict(state_dict)
+        self._resumed = True
 
     def plot(self, x: str = "epoch") -> Figure:
         """A page of the curves in ``history``, on log axes: outputs by class, their squared distances, NC1 to NC4.
@@ -341,15 +334,16 @@ class CollapseMonitor(StreamStages):
             for index in range(loaders):
                 self._evaluation(self._root(stage, index), module).reset(module.device)
 
-    def end_stage(self, trainer: Trainer, module: LightningModule, stage: str, epoch: float) -> None:
+    def end_stage(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Log what was gathered."""
         if self._stream is None or trainer.sanity_checking:
             return
+        part = 1.0 if stage == "train" else self._part if trainer.state.fn == "fit" else 0.0
         for root in [key for key in self._evaluations if key.startswith(stage)]:
-            values = self._record(root, self._evaluations[root].figures(), trainer, module, epoch)
+            values = self._record(root, self._evaluations[root].figures(), trainer, module, trainer.current_epoch + part)
             if stage == "train":
                 self._publish(trainer, values, module)
-            else:  # what `trainer.test` gives back
+            else:  # what `validate` and `test` give back
                 module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, epoch: float) -> Figures:
@@ -364,7 +358,7 @@ class CollapseMonitor(StreamStages):
                 for batch in bar:
                     yield self._reader.moved(trainer, module, batch)
 
-        with frozen(module), self._reader.precision(trainer):
+        with frozen(module), batches.replayed(), self._reader.precision(trainer):
             figures = self._evaluation(root, module).run(one_pass, partial(self._reader.outputs, module), module.device)
         self._newest = self._record(root, figures, trainer, module, epoch)
         return self._newest

@@ -58,15 +58,14 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Context in which a network is evaluated and nothing else happens to it, or to anybody's random numbers.
+    """Context in which a network is evaluated and nothing else happens to it.
 
-    All submodules are in evaluation mode, no gradient is recorded, compiled parts run uncompiled (hooks would not be seen), and
-    random numbers begin with the same seed each time; afterwards everything is as it was.
+    All submodules are in evaluation mode, no gradient is recorded and compiled parts run uncompiled (hooks would not be seen);
+    afterwards everything is as it was.
     """
     modes = [(part, part.training) for part in module.modules()]
     dynamo = "torch._dynamo" in sys.modules
-    with torch.no_grad(), isolated_rng(), torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
-        seed_all(0)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
         try:
             for part, _ in modes:
                 part.training = False
@@ -89,15 +88,26 @@ class ReferenceSet:
         self._batches = batches
         self._rank, self._world = share
         self._limit = limit
+        self._states: list[tuple[torch.Generator, Tensor]] = []
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of this process. Generators of its own that a loader draws from are put back."""
-        kept = [(generator, generator.get_state()) for generator in _generators(self._batches)]
-        try:
-            yield from islice(self._batches, self._rank, self._limit, self._world)
-        finally:
-            for generator, state in kept:
-                generator.set_state(state)
+        """The batches of this process: within `replayed`, the same each time."""
+        seed_all(0)
+        for generator, state in self._states:
+            generator.set_state(state)
+        yield from islice(self._batches, self._rank, self._limit, self._world)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Context in which each pass draws the same random numbers; generators of the loader's own are put back."""
+        with isolated_rng():
+            self._states = [(generator, generator.get_state()) for generator in _generators(self._batches)]
+            try:
+                yield
+            finally:
+                for generator, state in self._states:
+                    generator.set_state(state)
+                self._states = []
 
     @property
     def num_batches(self) -> int | None:
@@ -125,9 +135,9 @@ class ReferenceSet:
         if isinstance(reference, str):
             loader = _loader_of(reference, trainer)
             with isolated_rng():
-                rebuilt = _in_order(reference, loader, trainer, rank, world)
-            return cls(rebuilt, limit=None if limit is None else -(-max(limit - rank, 0) // world))
-        given = reference(trainer, module) if callable(reference) else reference
+                return cls(_in_order(reference, loader, trainer, rank, world, limit))
+        with isolated_rng():
+            given = reference(trainer, module) if callable(reference) else reference
         if not isinstance(given, Iterable):
             raise CollapseConfigError(f"`reference` should give batches to iterate over, but gave {type(given).__name__}.")
         if isinstance(given, Iterator):
@@ -139,12 +149,19 @@ class ReferenceSet:
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
-    holders = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
+    sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+    holders = (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
     found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if isinstance(g, torch.Generator)}
     return list(found.values())
 
 
 def _loader_of(reference: str, trainer: Trainer) -> DataLoader[Any]:
+    if reference == "val" and trainer.val_dataloaders is None:  # Lightning waits for the first epoch that validates
+        trainer.validating = True
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        finally:
+            trainer.training = True
     found = trainer.train_dataloader if reference == "train" else trainer.val_dataloaders
     if isinstance(found, Sequence) and len(found) == 1:
         found = found[0]
@@ -158,8 +175,10 @@ def _loader_of(reference: str, trainer: Trainer) -> DataLoader[Any]:
     return found
 
 
-def _in_order(name: str, loader: DataLoader[Any], trainer: Trainer, rank: int, world: int) -> DataLoader[Any]:
-    """The samples of a loader in the order of its dataset, none left out; those of this process."""
+def _in_order(
+    name: str, loader: DataLoader[Any], trainer: Trainer, rank: int, world: int, limit: int | None
+) -> DataLoader[Any]:
+    """The samples of a loader in the order of its dataset, none left out, up to the limit; those of this process."""
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise CollapseConfigError(
@@ -173,7 +192,9 @@ def _in_order(name: str, loader: DataLoader[Any], trainer: Trainer, rank: int, w
         )
     indices = _indices(name, loader)
     if name == "train" and trainer.overfit_batches:  # type: ignore[attr-defined]
-        indices = indices[: int(trainer.num_training_batches) * size]
+        indices = indices[: int(trainer.num_training_batches) * size * world]
+    if limit is not None:
+        indices = indices[: limit * size]
     if indices:
         _check_fixed(name, dataset, loader.collate_fn, indices)
     return DataLoader(
@@ -189,7 +210,9 @@ def _in_order(name: str, loader: DataLoader[Any], trainer: Trainer, rank: int, w
 
 
 def _indices(name: str, loader: DataLoader[Any]) -> Sequence[int]:
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    # For several processes Lightning wraps a sampler of the user's that it does not know.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return sorted(int(i) for i in sampler.indices)
     if isinstance(sampler, WeightedRandomSampler):
@@ -203,13 +226,13 @@ def _indices(name: str, loader: DataLoader[Any]) -> Sequence[int]:
 
 
 def _check_fixed(name: str, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], indices: Sequence[int]) -> None:
-    """Fetch a few samples twice with other random numbers: augmentation would show."""
+    """Fetch a few samples several times with other random numbers: augmentation would show, be it a coin that is thrown."""
     for index in sorted({indices[0], indices[len(indices) // 2], indices[-1]}):
         fetched = []
-        for seed in (1, 2):
+        for seed in range(8):
             seed_all(seed)
             fetched.append(tree_flatten(collate([dataset[index]]))[0])
-        if not all(_same(a, b) for a, b in zip(*fetched, strict=True)):
+        if not all(_same(a, b) for other in fetched[1:] for a, b in zip(fetched[0], other, strict=True)):
             raise CollapseConfigError(
                 f'`reference` is "{name}", but sample {index} of its dataset is another each time it is fetched (random '
                 "augmentation?). Give it a DataLoader over the samples without augmentation."

@@ -58,9 +58,10 @@ class AdaptedStepMonitor(Callback):
     ) -> None:
         """Log the report, if there has been a step."""
         del pl_module, outputs, batch, batch_idx
-        for index, before in self._seen.items():
-            report: StepReport | None = trainer.optimizers[index].last_step  # type: ignore[attr-defined]
-            if report is None or report is before:  # gradients accumulate
+        adapted = {i: opt for i, opt in enumerate(trainer.optimizers) if isinstance(opt, AdaptedGD)}
+        for index, optimizer in adapted.items():
+            report: StepReport | None = optimizer.last_step
+            if report is None or report is self._seen.get(index):  # gradients accumulate
                 continue
             self._seen[index] = report
             row = asdict(report)
@@ -68,7 +69,7 @@ class AdaptedStepMonitor(Callback):
                 self.history.append({"step": int(trainer.global_step), "optimizer": index, **row})
             numbers = {key: float("nan") if row[key] is None else row[key] for key in _NUMBERS}
             numbers |= {"full_rank": report.full_rank, "rejected": report.status == "rejected"}
-            root = self.name if len(self._seen) == 1 else f"{self.name}_{index}"
+            root = self.name if len(adapted) == 1 else f"{self.name}_{index}"
             values = {f"{root}{self.sep}{key}": torch.tensor(float(n), dtype=torch.float64) for key, n in numbers.items()}
             trainer.callback_metrics.update(values)
             if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]

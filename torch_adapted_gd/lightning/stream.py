@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,20 +24,35 @@ class Stream:
     def __init__(self, module: nn.Module, name: str) -> None:
         self._watched = Watched(module)
         self._name = name
-        self._handle = module.register_forward_hook(self._take, with_kwargs=True)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what has been compiled would not call the hooks
+        self._handles = (
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._take, with_kwargs=True),
+        )
         self._open = False
+        self._before: list[int] = []  # how many calls there had been when those that are under way began
+
+    def _enter(self, *call: Any) -> None:
+        del call
+        if self._open:
+            self._before.append(len(self._watched.calls))
 
     def _take(self, *call: Any) -> None:
-        if self._open:
+        # In several processes Lightning calls the module for its whole training_step, in which the module is called.
+        if self._open and self._before and self._before.pop() == len(self._watched.calls):
             self._watched.take(*call)
+            self._watched.calls[-1] = tuple(copied(value) for value in self._watched.calls[-1])
 
     def close(self) -> None:
         """Watch no longer."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def begin_batch(self) -> None:
         """A batch is about to be computed."""
         self._watched.calls.clear()
+        self._before.clear()
         self._open = True
 
     def end_forward(self) -> None:
@@ -59,8 +75,32 @@ class Stream:
             evaluation.add(outputs, target, features)
 
 
+def copied(value: Any) -> Any:
+    """Tensors as they are now: the user may change them in place."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class StreamStages(Callback):
-    """Passes on what Lightning says of validation and tests."""
+    """Passes on what Lightning says of batches."""
+
+    _stream: Stream | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch."""
+        if self._stream is not None:
+            self._stream.begin_batch()
+        del trainer, pl_module, batch, batch_idx
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The forward pass is over."""
+        if self._stream is not None:
+            self._stream.end_forward()
+        del trainer, pl_module, loss
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off: there will be no teardown."""
+        del exception
+        self.teardown(trainer, pl_module, "")
 
     def begin_stage(self, trainer: Trainer, module: LightningModule, stage: str, loaders: int) -> None:
         """Batches of so many loaders are to come."""
@@ -70,7 +110,7 @@ class StreamStages(Callback):
         """A batch of this loader has been computed."""
         raise NotImplementedError
 
-    def end_stage(self, trainer: Trainer, module: LightningModule, stage: str, epoch: float) -> None:
+    def end_stage(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """These were all."""
         raise NotImplementedError
 
@@ -96,7 +136,7 @@ class StreamStages(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was gathered."""
-        self.end_stage(trainer, pl_module, "val", float(trainer.current_epoch))
+        self.end_stage(trainer, pl_module, "val")
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to gather."""
@@ -120,4 +160,4 @@ class StreamStages(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was gathered."""
-        self.end_stage(trainer, pl_module, "test", float(trainer.current_epoch))
+        self.end_stage(trainer, pl_module, "test")
