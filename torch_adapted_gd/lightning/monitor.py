@@ -167,7 +167,7 @@ class CollapseMonitor(StreamStages):
         self.time_fn = time_fn
         self._history = History(true_or_false("keep_history", keep_history))
         self._reader = BatchReader(step_fn, target_fn, true_or_false("autocast", autocast))
-        self._newest: Figures = {}  # what was found last in reference mode
+        self._evaluated = False  # whether in this run, in reference mode
         self._resumed = False  # from a checkpoint, and not yet at its end
         self._part = 0.0  # of the epoch that is behind
         self._set: ReferenceSet | None = None
@@ -197,8 +197,8 @@ class CollapseMonitor(StreamStages):
         """Take the hooks off."""
         if self._stream is not None:
             self._stream.close()
-        self._stream, self._set, self._evaluations, self._newest = None, None, {}, {}
-        self._resumed = False
+        self._stream, self._set, self._evaluations = None, None, {}
+        self._resumed = self._evaluated = False
         del trainer, pl_module, stage
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,7 +240,7 @@ class CollapseMonitor(StreamStages):
         else:
             epoch = float(trainer.current_epoch + 1)
             seen = self._history.newest.get(self._root("train"))
-            if not (self._newest and seen and (seen["step"], seen["epoch"]) == (trainer.global_step, epoch)):
+            if not (self._evaluated and seen and (seen["step"], seen["epoch"]) == (trainer.global_step, epoch)):
                 # Else the last step of the epoch has been evaluated just now.
                 self._publish(trainer, self._evaluate(trainer, pl_module, epoch), pl_module)
 
@@ -360,8 +360,8 @@ class CollapseMonitor(StreamStages):
 
         with frozen(module), batches.replayed(), self._reader.precision(trainer):
             figures = self._evaluation(root, module).run(one_pass, partial(self._reader.outputs, module), module.device)
-        self._newest = self._record(root, figures, trainer, module, epoch)
-        return self._newest
+        self._evaluated = True
+        return self._record(root, figures, trainer, module, epoch)
 
     def _record(self, root: str, figures: Figures, trainer: Trainer, module: LightningModule, epoch: float) -> Figures:
         """Take a row down; gives what to log of it, by its full name."""
