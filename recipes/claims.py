@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -77,6 +77,7 @@ class Net:
         x: Inputs ``[N, M]``.
         labels: Classes ``[N]``.
         y: Targets ``[N, Q]``, one-hot.
+        tolerance: rtol and atol of its flows.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Net:
     x: Tensor
     labels: Tensor
     y: Tensor
+    tolerance: tuple[float, float]
 
     @property
     def num_samples(self) -> int:
@@ -116,11 +118,11 @@ class Net:
         """The same with other parameters θ ``[K]``."""
         model = copy.deepcopy(self.model)
         model.load_state_dict(self.parameters(theta))
-        return Net(self.name, model, self.x, self.labels, self.y)
+        return replace(self, model=model)
 
     def only(self, i: int) -> "Net":
         """One sample alone."""
-        return Net(self.name, self.model, self.x[i][None], self.labels[i][None], self.y[i][None])
+        return replace(self, x=self.x[i][None], labels=self.labels[i][None], y=self.y[i][None])
 
     @cached_property
     def start(self) -> Tensor:
@@ -172,14 +174,15 @@ class Net:
         """10·QN·ε·κ(D)^power: products of QN terms (0), solutions of Dδ = g (1), those by way of Θ or DᵀD (2)."""
         return 10 * self.num_outputs * EPS * self.condition**power
 
-    def integration(self, rtol: float, atol: float, steps: int = 100) -> float:
+    def integration(self) -> float:
         """What an integrator's tolerances allow, relative to |x₀ − y|.
 
-        Each step may err by |rtol|θ| + atol|, in norm, which D (here twice as large as at the start) makes |D| times as much
-        of in the outputs. The flows in output space contract, so that steps add up at most.
+        Each of at most 100 steps may err by |rtol|θ| + atol|, in norm, which D (here twice as large as at the start) makes
+        |D| times as much of in the outputs. The flows in output space contract, so that steps add up at most.
         """
+        rtol, atol = self.tolerance
         local = rtol * float(self.theta.norm()) + atol * math.sqrt(len(self.theta) + self.num_outputs)
-        return steps * (2 * self.largest + 1) * local / float(self.way.norm())
+        return 100 * (2 * self.largest + 1) * local / float(self.way.norm())
 
 
 Computation = Callable[["Context", Net], object]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from claims import Context, Finding, Net, apart, doubt, largest, registry, slopes
 from claims_fields import differences
-from claims_objects import LONG, T_END, TIMES
+from claims_objects import T_END, TIMES
 from torch import Tensor
 
 CLAIMS, claim = registry()
@@ -22,11 +22,11 @@ def velocity(c: Context) -> tuple[Net, Tensor, Tensor]:
 def euclidean(c: Context) -> Finding:
     """(2.47): at full rank the adapted flow is Euclidean gradient flow, all along."""
     net, outputs = c.nets["wide"], c["wide.flow_s.outputs"].flatten(1)
-    h = float(c["wide.flow_s.s"][1])
+    h = float(c["wide.flow_s.s"][-1]) / (len(outputs) - 1)
     found = (outputs[:-4] - 8 * outputs[1:-3] + 8 * outputs[3:-1] - outputs[4:]) / (12 * h)  # ∂_s at the third of each five
     expected = -(outputs[2:-2] - net.y.flatten()) / net.num_samples
     # Differences err by (h/N)⁴/30 for e^(−s/N), and what the tolerance allows is divided by h/N = 0.087.
-    bound = (h / net.num_samples) ** 4 / 30 * 1.01 + net.integration(*LONG) / (h / net.num_samples)
+    bound = (h / net.num_samples) ** 4 / 30 * 1.01 + net.integration() / (h / net.num_samples)
     return Finding("adapted_flow, differences", apart(found, expected), bound)
 
 
@@ -60,7 +60,7 @@ def exponential(c: Context) -> Finding:
     expected = net.y.flatten() + torch.exp(-s / net.num_samples)[:, None] * net.way
     outputs = c["wide.flow_s.outputs"].flatten(1)
     error = float((outputs - expected).norm(dim=1).max() / net.way.norm())
-    return Finding("adapted_flow in s", error, net.integration(*LONG))
+    return Finding("adapted_flow in s", error, net.integration())
 
 
 @claim
@@ -89,7 +89,7 @@ def reparametrized(c: Context) -> Finding:
         float((c["wide.flow_t.outputs"][5] - c["wide.flow_s.outputs"][-1]).norm() / net.way.norm()),
         float((c["wide.flow_t.parameters"][5] - c["wide.flow_s.parameters"][-1]).norm() / net.way.norm()) * net.largest,
     )
-    return Finding("adapted_flow in t and in s", error, 2 * net.integration(*LONG))
+    return Finding("adapted_flow in t and in s", error, 2 * net.integration())
 
 
 @claim
@@ -99,7 +99,7 @@ def in_t(c: Context) -> Finding:
     found = (outputs[2:] - outputs[:-2]) / 0.2  # exact for a straight line
     expected = -(outputs[1:-1] - net.y.flatten()) / (1 - c["wide.flow_t.t"][1:-1, None])
     # Tolerances are divided by the step, 0.1, and by 1 − t ≥ 0.1; relative to nine velocities, of norm 3|x₀ − y|.
-    return Finding("adapted_flow in t, differences", apart(found, expected), 10 * net.integration(*LONG))
+    return Finding("adapted_flow in t, differences", apart(found, expected), 10 * net.integration())
 
 
 @claim
@@ -125,7 +125,7 @@ def straight(c: Context) -> Finding:
         float((losses - (1 - t).square() * first).abs().max()) / first / 2,  # C is quadratic: twice the distance
         float((c["wide.flow_t.ranks"] - net.num_outputs).abs().max()),
     )
-    return Finding("adapted_flow in t, to t = 1", error, net.integration(*LONG))
+    return Finding("adapted_flow in t, to t = 1", error, net.integration())
 
 
 @claim
@@ -152,6 +152,10 @@ def first_order(c: Context) -> Finding:
     return Finding("LinearInterpolationLR, 20 and 40 steps", abs(distances[1] / distances[0] - 0.5), 1 / 20)
 
 
+# Times of the deviation of ``narrow``.
+T = torch.linspace(0, T_END, TIMES + 1, dtype=torch.float64)
+
+
 def on_the_way(c: Context, values: Callable[[Context], Tensor]) -> tuple[Tensor, float]:
     """∂_t of values along the flow of ``narrow`` ``[T - 8, n]``, and how much it may err by.
 
@@ -160,22 +164,22 @@ def on_the_way(c: Context, values: Callable[[Context], Tensor]) -> tuple[Tensor,
         values: Of these, ``[T, n]``.
     """
     h, net = T_END / TIMES, c.nets["narrow"]
-    return slopes(values(c), h), doubt(values(c.pristine), h) + net.integration(*LONG) / h
+    return slopes(values(c), h), doubt(values(c.pristine), h) + net.integration() / h
 
 
 def place(c: Context) -> Tensor:
     """x̃ along that flow ``[T, QN]``."""
-    net, t = c.nets["narrow"], c["narrow.deviation.t"]
-    return net.y.flatten() + (1 - t)[:, None] * net.way + c["narrow.deviation.observed"].flatten(1)
+    net = c.nets["narrow"]
+    return net.y.flatten() + (1 - T)[:, None] * net.way + c["narrow.deviation.observed"].flatten(1)
 
 
 @claim
 def constrained(c: Context) -> Finding:
     """(2.58): with rank loss ∂_t x̃ = −P_t(x̃ − y)/(1−t)."""
-    net, t = c.nets["narrow"], c["narrow.deviation.t"]
+    net = c.nets["narrow"]
     found, bound = on_the_way(c, place)
     reach = torch.einsum("tij,tj->ti", c["narrow.projectors"], place(c) - net.y.flatten())
-    expected = (-reach / (1 - t)[:, None])[4:-4]
+    expected = (-reach / (1 - T)[:, None])[4:-4]
     return Finding("interpolation_deviation, dense P_t", apart(found, expected), bound)
 
 
@@ -188,7 +192,7 @@ def constant_projector(c: Context) -> Finding:
         float((c[f"twins.deviation.{part}"].flatten(1) - expected).norm(dim=1).max() / net.way.norm())
         for part in ("predicted", "observed")
     )
-    return Finding("interpolation_deviation, P of the SVD", largest(*errors), net.integration(*LONG))
+    return Finding("interpolation_deviation, P of the SVD", largest(*errors), net.integration())
 
 
 @claim
@@ -197,12 +201,12 @@ def predicted(c: Context) -> Finding:
     net = c.nets["narrow"]
     found, expected = c["narrow.deviation.observed"].flatten(1), c["narrow.deviation.predicted"].flatten(1)
     error = float((found - expected).norm(dim=1).max() / net.way.norm())
-    return Finding("interpolation_deviation", error, net.integration(*LONG))
+    return Finding("interpolation_deviation", error, net.integration())
 
 
 def off_printed_line(c: Context) -> float:
     """Largest distance, relative to |x₀ − y|, of what is predicted from x̃ − [(1−t)x₀ − ty]."""
-    net, t = c.nets["narrow"], c["narrow.deviation.t"][:, None]
+    net, t = c.nets["narrow"], T[:, None]
     printed = place(c) - ((1 - t) * net.start - t * net.y.flatten())
     return float((printed - c["narrow.deviation.predicted"].flatten(1)).norm(dim=1).max() / net.way.norm())
 
@@ -256,7 +260,7 @@ def propagators(c: Context) -> tuple[float, float, float]:
     fine, coarse = (propagated(perp[::stride], perp[::stride], stride * h, net.way) for stride in (1, 2))
     size = net.way.norm()
     # Both rules are of fourth order: those of double steps err by 16 times as much.
-    return apart(right, observed, size), apart(coarse, fine, size) + net.integration(*LONG), apart(wrong, observed, size)
+    return apart(right, observed, size), apart(coarse, fine, size) + net.integration(), apart(wrong, observed, size)
 
 
 @claim
@@ -275,30 +279,29 @@ def printed_propagator(c: Context) -> Finding:
 
 def remaining(c: Context) -> Tensor:
     """R = S/(1−t) along that flow ``[T, QN]``, S the deviation that was predicted."""
-    return c["narrow.deviation.predicted"].flatten(1) / (1 - c["narrow.deviation.t"])[:, None]
+    return c["narrow.deviation.predicted"].flatten(1) / (1 - T)[:, None]
 
 
 @claim
 def remainder(c: Context) -> Finding:
     """(2.61)-(2.64): (1−t)R' = P⊥_t(R + x₀ − y) for the deviation (1−t)R."""
-    t, whole = c["narrow.deviation.t"], remaining(c) + c.nets["narrow"].way
+    whole = remaining(c) + c.nets["narrow"].way
     found, bound = on_the_way(c, remaining)
     beyond = whole - torch.einsum("tij,tj->ti", c["narrow.projectors"], whole)
-    return Finding("interpolation_deviation, dense P_t", apart(found, (beyond / (1 - t)[:, None])[4:-4]), bound)
+    return Finding("interpolation_deviation, dense P_t", apart(found, (beyond / (1 - T)[:, None])[4:-4]), bound)
 
 
 @claim
 def records(c: Context) -> Finding:
-    """(2.58)-(2.59): what is out of reach on the way, |P⊥_t(x₀ − y)|, the rank and the loss."""
+    """(2.58)-(2.59): the times, what is out of reach on the way, |P⊥_t(x₀ − y)|, the rank and the loss."""
     net, p = c.nets["narrow"], c["narrow.projectors"]
     off_range = (net.way - p @ net.way).norm(dim=1) / net.way.norm()
-    t = c["narrow.deviation.t"]
-    apart_by = (1 - t)[:, None] * net.way + c["narrow.deviation.observed"].flatten(1)
-    losses = apart_by.square().sum(1) / (2 * net.num_samples)
+    losses = (place(c) - net.y.flatten()).square().sum(1) / (2 * net.num_samples)
     ranks = p.diagonal(dim1=1, dim2=2).sum(1)
     error = largest(
+        apart(c["narrow.deviation.t"], T),
         apart(c["narrow.deviation.off_range"], off_range),
         apart(c["narrow.deviation.ranks"].double(), ranks),
         apart(c["narrow.deviation.losses"], losses),
     )
-    return Finding("interpolation_deviation, dense P_t", error, net.integration(*LONG))
+    return Finding("interpolation_deviation, dense P_t", error, net.integration())

@@ -41,8 +41,7 @@ from torch_adapted_gd import (
 from torch_adapted_gd.functional import output_collapse
 
 CLASSES = 10
-LONG = (1e-8, 1e-10)  # rtol and atol of flows
-PACE = 0.001  # steps of flows that derivatives are taken of, in units of their fastest time
+PACE = 3e-4  # steps of flows that derivatives are taken of, in units of their fastest time
 TIMES = 40  # at which the deviation is recorded, up to
 T_END = 0.6
 
@@ -56,7 +55,7 @@ def network(sizes: tuple[int, ...], seed: int) -> nn.Module:
     return nn.Sequential(*layers[:-1]).double()
 
 
-def build(samples: int, width: int, seed: int) -> Context:
+def build(samples: int, width: int, rtol: float, seed: int) -> Context:
     """Four networks on N images of digits, K ≥ 4·QN for each.
 
     ``wide`` is an MLP 784-width-width-10, whose D has full rank. ``twins`` is the same where every sixth image is a copy of
@@ -66,25 +65,26 @@ def build(samples: int, width: int, seed: int) -> Context:
     Args:
         samples: N.
         width: Units of each of the two hidden layers.
+        rtol: Relative tolerance of flows; the absolute one is a hundredth.
         seed: Of weights and the choice of images.
     """
     digits = load_digits("mnist5k", Path("data"), samples, seed)
     images, labels = digits.train_images, digits.train_labels
     pooled = F.avg_pool2d(images.view(-1, 1, 28, 28), 4).flatten(1)
-    copies = max(1, samples // 6)
-    few = max(2, samples // 2)
+    copies = samples // 6
+    few = samples // 2
     doubled = torch.cat([images[:-copies], images[:copies]])
     conflicting = torch.cat([labels[:-copies], (labels[:copies] + 1) % CLASSES])
     wide = network((784, width, width, CLASSES), seed)
 
     def net(name: str, model: nn.Module, x: Tensor, classes: Tensor) -> Net:
-        return Net(name, model, x, classes, F.one_hot(classes, CLASSES).double())
+        return Net(name, model, x, classes, F.one_hot(classes, CLASSES).double(), (rtol, rtol / 100))
 
     narrow = 8 + 2 * math.ceil(samples / 4)  # K ≥ 4·QN
     nets = [
         net("wide", wide, images, labels),
         net("twins", wide, doubled, conflicting),
-        net("small", network((49, 12, 12, CLASSES), seed), pooled[:few], labels[:few]),
+        net("small", network((49, few, few, CLASSES), seed), pooled[:few], labels[:few]),
         net("narrow", network((49, narrow, 4, CLASSES), seed), pooled, labels),
     ]
     return Context({one.name: one for one in nets})
@@ -237,26 +237,28 @@ def short_D(c: Context, net: Net) -> Tensor:  # noqa: N802
 @computed
 def flow_t(_: Context, net: Net) -> FlowResult:
     """The adapted flow in the time t, to the end."""
-    return adapted_flow(net.model, net.x, net.y, steps=10, rtol=LONG[0], atol=LONG[1])
+    return adapted_flow(net.model, net.x, net.y, steps=10, rtol=net.tolerance[0], atol=net.tolerance[1])
 
 
 @computed
 def flow_s(_: Context, net: Net) -> FlowResult:
     """The adapted flow in its own time, to t = ½."""
     end = net.num_samples * math.log(2)
-    return adapted_flow(net.model, net.x, net.y, time="s", t_end=end, steps=8, rtol=LONG[0], atol=LONG[1])
+    return adapted_flow(net.model, net.x, net.y, time="s", t_end=end, steps=8, rtol=net.tolerance[0], atol=net.tolerance[1])
 
 
 @computed
 def deviation(_: Context, net: Net) -> InterpolationDeviation:
     """The deviation from the line (2.59)."""
-    return interpolation_deviation(net.model, net.x, net.y, t_end=T_END, steps=TIMES, rtol=LONG[0], atol=LONG[1])
+    return interpolation_deviation(
+        net.model, net.x, net.y, t_end=T_END, steps=TIMES, rtol=net.tolerance[0], atol=net.tolerance[1]
+    )
 
 
 @computed
 def projectors(_: Context, net: Net) -> Tensor:
     """P_t along the adapted flow at the times of the deviation, ``[T, QN, QN]``, from D by definition."""
-    flow = adapted_flow(net.model, net.x, net.y, t_end=T_END, steps=TIMES, rtol=LONG[0], atol=LONG[1])
+    flow = adapted_flow(net.model, net.x, net.y, t_end=T_END, steps=TIMES, rtol=net.tolerance[0], atol=net.tolerance[1])
     found = []
     for theta in flow.parameters:
         d = output_jacobian(net.at(theta).model, net.x)
@@ -270,7 +272,7 @@ def projectors(_: Context, net: Net) -> Tensor:
 def followed(_: Context, net: Net) -> PathResult:
     """The network led along a bend to its targets (3.5)."""
     path = DetourPath(net.start.view_as(net.y), net.y, bend(net))
-    return follow_path(net.model, net.x, path, steps=8, rtol=LONG[0], atol=LONG[1])
+    return follow_path(net.model, net.x, path, steps=8, rtol=net.tolerance[0], atol=net.tolerance[1])
 
 
 @computed
@@ -281,7 +283,6 @@ def led(_: Context, net: Net) -> dict[str, object]:
     return {
         "drift": slopes(found.parameters, PACE)[0],
         "theta": found.parameters[4],
-        "s": found.s[4],
         "doubt": doubt(found.parameters, PACE) + noise(net),
     }
 
@@ -295,7 +296,7 @@ def bend(net: Net) -> Tensor:
 def straight(_: Context, net: Net) -> PathResult:
     """The network led along the straight line (3.7)."""
     path = LinearPath(net.start.view_as(net.y), net.y)
-    return follow_path(net.model, net.x, path, steps=5, rtol=LONG[0], atol=LONG[1])
+    return follow_path(net.model, net.x, path, steps=5, rtol=net.tolerance[0], atol=net.tolerance[1])
 
 
 @computed

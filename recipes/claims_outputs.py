@@ -4,7 +4,7 @@ import math
 
 import torch
 from claims import Context, Finding, apart, largest, registry
-from claims_objects import CLASSES, LONG, bend
+from claims_objects import CLASSES, PACE, bend
 from torch import Tensor
 
 CLAIMS, claim = registry()
@@ -45,13 +45,13 @@ def bent_path(c: Context) -> Finding:
         float((outputs[-1] - net.y.flatten()).norm() / net.way.norm()),
         float(c["wide.followed.off_range"].abs().max()),
     )
-    return Finding("follow_path(DetourPath), closed form", error, net.integration(*LONG))
+    return Finding("follow_path(DetourPath), closed form", error, net.integration())
 
 
 @claim
 def path_velocity(c: Context) -> Finding:
     """(3.5): ∂_sθ = D⁺∂_s x on the way."""
-    net, s = c.nets["small"], float(c["small.led.s"])
+    net, s = c.nets["small"], 4 * PACE
     speed = -net.way + math.pi * math.cos(math.pi * s) * bend(net).flatten()
     d = net.at(c["small.led.theta"]).jacobian
     bound = float(c.pristine["small.led.doubt"])
@@ -80,7 +80,7 @@ def infeasible_line(c: Context) -> Finding:
         float((c["twins.straight.outputs"][-1].flatten() - net.start + reach).norm() / net.way.norm()),
         float((c["twins.straight.ranks"] - net.rank).abs().max()),
     )
-    return Finding("follow_path(LinearPath), P of the SVD", error, net.integration(*LONG))
+    return Finding("follow_path(LinearPath), P of the SVD", error, net.integration())
 
 
 def by_class(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,45 +143,49 @@ def printed_split(c: Context) -> Finding:
     return Finding("the same", error, c.nets["wide"].rounding(), off=off, amount=1.0)
 
 
-def per_class(c: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Along the flow: t, averages and deviations; and which classes there are."""
-    net, t = c.nets["wide"], c["wide.flow_t.t"]
+def per_class(c: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """Along the flow: 1 − t, and class averages and deviations."""
+    net = c.nets["wide"]
     averages = torch.stack([by_class(x, net.labels)[1] for x in c["wide.flow_t.outputs"]])
-    seen = by_class(net.start.view_as(net.y), net.labels)[0] > 0
-    return t, averages, c["wide.flow_t.outputs"] - averages[:, net.labels], seen
+    return 1 - c["wide.flow_t.t"], averages, c["wide.flow_t.outputs"] - averages[:, net.labels]
 
 
 @claim
 def averages_converge(c: Context) -> Finding:
     """(3.12): class averages move straight to their targets."""
     net = c.nets["wide"]
-    t, averages, _, seen = per_class(c)
-    targets, first = torch.eye(CLASSES).double(), averages[0]
-    line = targets + (1 - t)[:, None, None] * (first - targets)
-    bias = c["wide.collapse.bias"]
+    left, averages, _ = per_class(c)
+    counts, first, _ = by_class(net.start.view_as(net.y), net.labels)
+    seen = counts > 0
+    away = (first - torch.eye(CLASSES).double())[seen]
+    line = torch.eye(CLASSES).double()[seen] + left[:, None, None] * away
+    squares = away.square().sum(1)
+    bias = counts[seen] @ squares / (2 * net.num_samples)
     error = largest(
-        float((averages - line)[:, seen].flatten(1).norm(dim=1).max() / net.way.norm()),
-        float((bias - (1 - t).square() * bias[0]).abs().max() / bias[0]) / 2,
-        float(c["wide.collapse.bias_max"][-1] / c["wide.collapse.bias_max"][0]),
+        float((averages[:, seen] - line).flatten(1).norm(dim=1).max() / net.way.norm()),
+        float((c["wide.collapse.bias"] - left.square() * bias).abs().max() / bias) / 2,
+        float((c["wide.collapse.bias_max"] - left * squares.max().sqrt()).abs().max() / squares.max().sqrt()),
     )
     # A class has less than the whole distance: the worst one √N less at most.
-    return Finding("adapted_flow, output_collapse", error, net.integration(*LONG) * math.sqrt(net.num_samples))
+    return Finding("adapted_flow, output_collapse", error, net.integration() * math.sqrt(net.num_samples))
 
 
 @claim
 def deviations_vanish(c: Context) -> Finding:
     """(3.13): deviations within classes shrink straight to zero."""
     net = c.nets["wide"]
-    t, _, deviations, _ = per_class(c)
-    line = (1 - t)[:, None, None] * deviations[0]
-    within = c["wide.collapse.within"]
+    left, _, deviations = per_class(c)
+    counts, averages, spread = by_class(net.start.view_as(net.y), net.labels)
+    first = net.start.view_as(net.y) - averages[net.labels]
+    within = counts @ spread / (2 * net.num_samples)
+    most = spread.max().sqrt()
     error = largest(
-        float((deviations - line).flatten(1).norm(dim=1).max() / deviations[0].norm()),
-        float((within - (1 - t).square() * within[0]).abs().max() / within[0]) / 2,
-        float(c["wide.collapse.within_max"][-1] / c["wide.collapse.within_max"][0]),
+        float((deviations - left[:, None, None] * first).flatten(1).norm(dim=1).max() / first.norm()),
+        float((c["wide.collapse.within"] - left.square() * within).abs().max() / within) / 2,
+        float((c["wide.collapse.within_max"] - left * most).abs().max() / most),
     )
-    scale = float(net.way.norm() / deviations[0].norm())
-    return Finding("adapted_flow, output_collapse", error, net.integration(*LONG) * scale * math.sqrt(net.num_samples))
+    scale = float(net.way.norm() / first.norm())
+    return Finding("adapted_flow, output_collapse", error, net.integration() * scale * math.sqrt(net.num_samples))
 
 
 @claim
@@ -219,11 +223,14 @@ def definite(c: Context) -> Finding:
             0.0 if bool(c[f"{name}.definite.bool"]) is expected else 1.0,
             abs(float(c[f"{name}.definite.rank"]) - net.rank),
         ]
-    u = torch.zeros_like(c.nets["twins"].y)  # twins moved apart: Σ u_iᵀΘ(x_i, x_j)u_j = 0 though u is not
-    u[0], u[-(c.nets["twins"].num_samples // 6)] = 1.0, -1.0
-    form = float(u.flatten() @ c["twins.kernel"] @ u.flatten())
-    alone = float(u[0].repeat(1) @ c["twins.kernel"][:CLASSES, :CLASSES] @ u[0])
-    errors.append(abs(form) / alone)
+    net = c.nets["twins"]
+    u = torch.zeros_like(net.y)  # twins moved apart: Σ u_iᵀΘ(x_i, x_j)u_j = 0 though u is not; one alone: |Dᵀu|² > 0
+    u[0], u[-(net.num_samples // 6)] = 1.0, -1.0
+    alone = torch.zeros_like(net.y)
+    alone[0] = 1.0
+    forms = [float(one.flatten() @ c["twins.kernel"] @ one.flatten()) for one in (u, alone)]
+    size = float((net.jacobian.T @ alone.flatten()).square().sum())
+    errors += [abs(forms[0]) / size, abs(forms[1] / size - 1)]
     return Finding("is_positive_definite, ntk, SVD", largest(*errors), c.nets["wide"].rounding())
 
 

@@ -17,7 +17,7 @@ import claims_outputs
 import claims_pseudoinverse
 from claims import Claim, Context, Row
 from claims_objects import build
-from race import errors_in_one_line, parse, positive, seed
+from race import above_zero, errors_in_one_line, parse, positive, seed
 from tqdm import tqdm
 
 HEADER = ("equation", "claim", "computed by", "error", "bound", "")
@@ -90,9 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seed", type=seed, default=0, help="of everything random (0)")
-    add("--smoke", action="store_true", help="a run of seconds: 12 samples, width 16")
+    add("--smoke", action="store_true", help="a run of seconds: 12 samples, width 16, rtol 1e-7")
     add("--samples", type=positive, default=24, help="images, N (24)")
     add("--width", type=positive, default=48, help="units of each of the two hidden layers (48)")
+    add("--rtol", type=above_zero, default=1e-8, help="relative tolerance of flows (1e-8)")
     add("--markdown", type=Path, metavar="FILE", help="write the table as a page of documentation")
     return parser
 
@@ -100,14 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     parser = build_parser()
-    options = parse(parser, arguments, {"samples": 12, "width": 16})
+    options = parse(parser, arguments, {"samples": 12, "width": 16, "rtol": 1e-7})
     began = time.perf_counter()
     with errors_in_one_line(parser):
         if options.samples < 12:
             raise ValueError("--samples should be at least 12, for a class to have two images.")
         if options.markdown is not None and not options.markdown.parent.is_dir():
             raise NotADirectoryError(f"--markdown {options.markdown}: there is no folder {options.markdown.parent}.")
-        context = build(options.samples, options.width, options.seed)
+        context = build(options.samples, options.width, options.rtol, options.seed)
         run = describe(context)
         print("\n".join(run), end="\n\n", flush=True)
         rows = list(rows_of(context))
