@@ -152,13 +152,12 @@ class OutputMap:
                 for p, value in zip(self._parameters.values(), kept, strict=True):
                     p.copy_(value)
 
-    @torch.no_grad()
     def outputs(self, theta: Tensor | None = None) -> Tensor:
-        """x(θ), ``[QN]``, float64; of the present θ by default."""
+        """x(θ), ``[QN]``, float64; of the present θ by default. Buffers and random numbers are those of `tangent`."""
         if theta is not None:
             self.load(theta)
-        found: Tensor = self.model(*(self.x if isinstance(self.x, tuple) else (self.x,)))
-        return found.detach().flatten().double()
+        (output,) = recorded(self.model, self.x)[0].outputs.values()
+        return output.flatten().double()
 
     def tangent(self, theta: Tensor | None = None) -> Tangent:
         """D and Θ at θ; at the present one by default.
