@@ -20,7 +20,7 @@ def integrate(
     """Integrate ∂_t z = field(t, z) from the first time of the grid to its last, with a progress bar on a terminal.
 
     Args:
-        field: The right-hand side.
+        field: The right-hand side; it is never asked for times past the last.
         start: z at the first time, ``[n]``, float64.
         grid: Times to record at, ``[T]``; the steps of ``"rk4"`` and ``"euler"``.
         method: One of `METHODS`.
@@ -52,7 +52,7 @@ def integrate(
         def right_hand_side(t: Tensor, z: Tensor) -> Tensor:
             nonlocal evaluations
             evaluations += 1
-            at = float(t)
+            at = min(float(t), last)  # the probe for the first step may look farther
             bar.update(max(0.0, min(at, last) - first - bar.n))
             value = field(at, z)
             if not torch.isfinite(value).all():
@@ -60,7 +60,9 @@ def integrate(
             return value
 
         try:
-            options: dict[str, Any] = {"rtol": rtol, "atol": atol} if method == "dopri5" else {}
+            options: dict[str, Any] = {}
+            if method == "dopri5":  # its last step ends at the last time: by default it goes past and interpolates
+                options = {"rtol": rtol, "atol": atol, "options": {"step_t": grid[-1:].to(start.device)}}
             path: Tensor = odeint(right_hand_side, start, grid.to(start.device), method=method, **options)
         except AssertionError as error:  # torchdiffeq's own way to say so
             raise RuntimeError(
