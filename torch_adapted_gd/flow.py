@@ -116,7 +116,7 @@ def adapted_flow(
     singular = time == "t" and end == 1.0
     way = grid
     if singular:  # the last time is reached by a step
-        way = torch.cat([grid[:-1], grid.new_tensor([1 - _LAST])]) if method == "dopri5" else grid[:-1]
+        way = torch.cat([grid[:-1], 1 - grid[1:2].clamp(max=2 * _LAST) / 2]) if method == "dopri5" else grid[:-1]
 
     def field(at: float, theta: Tensor) -> Tensor:
         tangent = network.tangent(theta)
