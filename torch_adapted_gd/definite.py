@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Definiteness:
         rank: Eigenvalues above ``cut``: rank of D.
         size: QN.
         cut: What counts as zero, (rtol·σ_max)².
-        margin: ``smallest / cut``: above 1 if it is definite, and by how much.
+        margin: ``smallest / cut``: above 1 if it is definite, and by how much; infinite for a cut of zero.
     """
 
     smallest: float
@@ -49,7 +50,8 @@ def is_positive_definite(model: nn.Module, x: Tensor | tuple[Any, ...], *, rtol:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``rtol`` is out of range, or the outputs do not have the batch first.
+        ValueError: ``rtol`` is out of range, there are no samples, or the outputs do not have the batch first.
+        RuntimeError: Θ is not finite.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -60,11 +62,16 @@ def is_positive_definite(model: nn.Module, x: Tensor | tuple[Any, ...], *, rtol:
     size = theta.shape[0] * theta.shape[1]
     eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.requires_grad)
     relative = default_rtol(size, eps) if rtol is None else real_number("rtol", rtol, low=0.0, below=1.0)
+    if not size:
+        raise ValueError("`x` should have samples, but has none.")
+    if not torch.isfinite(theta).all():
+        raise RuntimeError("The tangent kernel is not finite there: the parameters have diverged.")
     eigenvalues = torch.linalg.eigvalsh(theta.reshape(size, size))
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     cut = relative**2 * largest
     rank = int((eigenvalues > cut).sum())
-    return Definiteness(smallest, largest, rank, size, cut, smallest / cut if cut > 0 else 0.0)
+    margin = smallest / cut if cut > 0 else math.inf if rank == size else 0.0
+    return Definiteness(smallest, largest, rank, size, cut, margin)
 
 
 def kernel_block(model: nn.Module, x: Tensor, i: int, j: int) -> Tensor:

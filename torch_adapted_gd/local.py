@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import underlying
+from .checks import real_number
 from .jacobian import recorded
 from .kernel import tangent_kernel
 from .kernel.tangent import Factors
@@ -83,11 +84,14 @@ class OutputMap:
         rtol: Singular values of D up to rtol·σ_max count as zero; by default what rounding of Θ makes of zero.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: It has no trainable parameters, or gives something else than one floating tensor with the batch first.
+        TypeError: ``model`` is not a module, or ``rtol`` not a number.
+        ValueError: It has no trainable parameters, or gives something else than one floating tensor with the batch first and
+            entries; or ``rtol`` is out of range.
     """
 
     def __init__(self, model: nn.Module, x: Tensor | tuple[Any, ...], rtol: float | None = None) -> None:
+        if rtol is not None:
+            real_number("rank_rtol", rtol, low=0.0, below=1.0)
         with torch.inference_mode(False), torch.enable_grad():
             call, names = recorded(model, x)
         if len(call.outputs) != 1:
@@ -99,6 +103,8 @@ class OutputMap:
         self.shape = tuple(output.shape)
         self.num_samples = batch_and_outputs(call)[0]
         self.num_outputs = output.numel()
+        if not self.num_outputs:
+            raise ValueError(f"`x` should have samples, but the outputs have shape {list(self.shape)}.")
         parameters = dict(underlying(model).named_parameters())
         self._parameters = {name: parameters[name] for name in names}
 
