@@ -226,7 +226,7 @@ def metric_tensor(theta: Tensor, alpha: float, *, rank_rtol: float | None = None
         ``[n, n]``, float64, symmetric, positive definite on ran Θ.
 
     Raises:
-        ValueError: α is out of its range, or Θ is not square.
+        ValueError: α or ``rank_rtol`` is out of its range, or Θ is not square or not finite.
 
     Example:
         >>> metric_tensor(torch.diag(torch.tensor([3.0, 0.0])), alpha=0.5)
@@ -234,11 +234,14 @@ def metric_tensor(theta: Tensor, alpha: float, *, rank_rtol: float | None = None
                 [0.0000, 0.0000]], dtype=torch.float64)
     """
     alpha = real_number("alpha", alpha, low=0.0, high=1.0)
-    n = int(theta.numel() ** 0.5)
-    if theta.ndim not in (2, 4) or n * n != theta.numel():
+    rows, columns = theta.shape[: theta.ndim // 2], theta.shape[theta.ndim // 2 :]
+    if theta.ndim not in (2, 4) or rows != columns:
         raise ValueError(f"`theta` should be square, [n, n] or [N, Q, N, Q], but has shape {list(theta.shape)}.")
+    if not torch.isfinite(theta).all():
+        raise ValueError("`theta` should be finite, but has NaN or infinite entries.")
+    n = rows.numel()
     matrix = theta.reshape(n, n).double()
-    cut = default_rtol(n) if rank_rtol is None else rank_rtol
+    cut = default_rtol(n) if rank_rtol is None else real_number("rank_rtol", rank_rtol, low=0.0, below=1.0)
     factorization = factorize(matrix, rtol=cut, method="eigh")
     projector = factorization.project(torch.eye(n, dtype=torch.float64, device=matrix.device))
     shifted = alpha * torch.eye(n).to(matrix) + (1 - alpha) * matrix
