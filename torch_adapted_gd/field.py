@@ -52,7 +52,8 @@ class Objective:
                 )
             if not torch.isfinite(y_or_loss).all():
                 raise ValueError("Targets should be finite, but have NaN or infinite entries.")
-            y = y_or_loss.detach().double()
+            with torch.inference_mode(False):
+                y = y_or_loss.detach().clone().double()  # a copy: of inference tensors too, which autograd would not take
             criterion = HalfSquaredLoss()
             return cls(lambda outputs: criterion(outputs, y), network.shape, y.flatten())
         if not callable(y_or_loss):
@@ -66,10 +67,22 @@ class Objective:
         return float(self.loss(outputs.reshape(self.shape)))
 
     def gradient(self, outputs: Tensor) -> Tensor:
-        """G = ∇ₓC at outputs ``[QN]``, of the same shape, float64."""
+        """G = ∇ₓC at outputs ``[QN]``, of the same shape, float64.
+
+        Raises:
+            TypeError: The loss is no tensor.
+            ValueError: It is no scalar, or does not depend on the outputs.
+        """
         with torch.inference_mode(False), torch.enable_grad():
             leaf = outputs.detach().clone().reshape(self.shape).requires_grad_()
-            (gradient,) = torch.autograd.grad(self.loss(leaf), leaf)
+            value = self.loss(leaf)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"The loss should be a scalar tensor, but got {type(value).__name__}.")
+            if value.numel() != 1:
+                raise ValueError(f"The loss should be a scalar, but has shape {list(value.shape)}. Sum it or take its mean.")
+            gradient = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
+        if gradient is None:
+            raise ValueError("The loss should be a differentiable function of the outputs, but has no gradient in them.")
         return gradient.flatten()
 
 
