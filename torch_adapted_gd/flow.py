@@ -324,7 +324,7 @@ def follow_path(
     Raises:
         ImportError: torchdiffeq is not installed.
         TypeError: ``path`` is no function.
-        ValueError: An argument is out of its range, or the path has another shape or another start.
+        ValueError: An argument is out of its range, or the path has another shape, another start or no derivative.
         RuntimeError: The flow diverges, or the model's calls cannot be repeated.
 
     Example:
@@ -358,9 +358,11 @@ def follow_path(
                 f"`path` should begin at the network's outputs, but is {float((first - start).norm()):.3g} from them at s = 0. "
                 "Begin it at model(x)."
             )
+        places, velocities = zip(*(moving(float(at)) for at in grid), strict=True)
+        if not torch.stack(velocities).any() and not all(torch.equal(place, first) for place in places):
+            raise ValueError("`path` moves but has no derivative: compute it from the tensor s itself, not from float(s).")
         thetas, _ = integrate(field, network.values(), grid, method, rtol, atol)
         tangents = [network.tangent(theta) for theta in thetas]
-        places, velocities = zip(*(moving(float(at)) for at in grid), strict=True)
         off_range = [tangent.off_range(velocity) for tangent, velocity in zip(tangents, velocities, strict=True)]
     if load:
         network.load(thetas[-1])
