@@ -46,15 +46,20 @@ def integrate(
     if len(grid) < 2:
         return start[None], 0
     evaluations = 0
+    own: AssertionError | None = None  # of the user's model or loss
     first, last = float(grid[0]), float(grid[-1])
     with tqdm(total=last - first, desc=method, leave=False, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
 
         def right_hand_side(t: Tensor, z: Tensor) -> Tensor:
-            nonlocal evaluations
+            nonlocal evaluations, own
             evaluations += 1
             at = min(float(t), last)  # the probe for the first step may look farther
             bar.update(max(0.0, min(at, last) - first - bar.n))
-            value = field(at, z)
+            try:
+                value = field(at, z)
+            except AssertionError as error:
+                own = error
+                raise
             if not torch.isfinite(value).all():
                 raise RuntimeError(f"The flow is not finite at time {at:.6g}: it diverges. Stop before, or take smaller steps.")
             return value
@@ -65,6 +70,8 @@ def integrate(
                 options = {"rtol": rtol, "atol": atol, "options": {"step_t": grid[-1:].to(start.device)}}
             path: Tensor = odeint(right_hand_side, start, grid.to(start.device), method=method, **options)
         except AssertionError as error:  # torchdiffeq's own way to say so
+            if error is own:
+                raise
             raise RuntimeError(
                 f"The flow could not be integrated to the tolerances: {error}. The rank may change on the way, or the path be "
                 "infeasible: try larger tolerances, or `rk4`."
