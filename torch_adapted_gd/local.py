@@ -127,17 +127,20 @@ class OutputMap:
 
         Args:
             argument: What the state is called in messages.
-            state: Parameters by name; others are not looked at.
+            state: Parameters by name, with or without what ``torch.compile`` or data parallelism puts before it; others are
+                not looked at.
 
         Raises:
             ValueError: One is missing, or of another shape.
         """
         parts = []
+        outer = {id(p): name for name, p in self.model.named_parameters()}
         for name, p in self._parameters.items():
-            if name not in state or state[name].shape != p.shape:
-                found = f"{list(state[name].shape)}" if name in state else "none"
+            value = state.get(name, state.get(outer[id(p)]))
+            if value is None or value.shape != p.shape:
+                found = "none" if value is None else f"{list(value.shape)}"
                 raise ValueError(f"`{argument}` should have the parameter '{name}' of shape {list(p.shape)}, but has {found}.")
-            parts.append(state[name].detach().flatten().to(p.device).double())
+            parts.append(value.detach().flatten().to(p.device).double())
         return torch.cat(parts)
 
     @torch.no_grad()
