@@ -173,8 +173,8 @@ class InterpolationDeviation:
 
     @property
     def error(self) -> float:
-        """Largest distance between both, in units of |x₀ − y|."""
-        return float((self.predicted - self.observed).flatten(1).norm(dim=1).max()) / self.distance
+        """Largest distance between both, in units of |x₀ − y|; where that is zero, so is the deviation."""
+        return float((self.predicted - self.observed).flatten(1).norm(dim=1).max()) / (self.distance or 1.0)
 
 
 def interpolation_deviation(
