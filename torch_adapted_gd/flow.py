@@ -129,6 +129,7 @@ def adapted_flow(
             tangent = network.tangent(path[-1])
             last = path[-1] + n * field_of_parameters(tangent, objective.gradient(tangent.outputs), alpha)
             path = torch.cat([path[: len(grid) - 1], last[None]])
+            evaluations += 1
         records = []
         for theta in path:
             tangent = network.tangent(theta)
