@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -74,12 +75,12 @@ def is_positive_definite(model: nn.Module, x: Tensor | tuple[Any, ...], *, rtol:
     return Definiteness(smallest, largest, rank, size, cut, margin)
 
 
-def kernel_block(model: nn.Module, x: Tensor, i: int, j: int) -> Tensor:
+def kernel_block(model: nn.Module, x: Tensor | tuple[Any, ...], i: int, j: int) -> Tensor:
     """Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, one block of the kernel (3.14), from these two samples alone.
 
     Args:
         model: The network, whose samples do not interact.
-        x: Input with the batch first, ``[N, ...]``.
+        x: Input with the batch first, ``[N, ...]``, or a tuple of positional inputs, of which tensors have the batch first.
         i: Which sample, from 0; negative counts from the end.
         j: Which other.
 
@@ -87,7 +88,7 @@ def kernel_block(model: nn.Module, x: Tensor, i: int, j: int) -> Tensor:
         ``[Q, Q]``, float64.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``i`` or ``j`` not a whole number.
         IndexError: There is no such sample.
 
     Example:
@@ -96,8 +97,9 @@ def kernel_block(model: nn.Module, x: Tensor, i: int, j: int) -> Tensor:
         tensor([[3., 0.],
                 [0., 3.]], dtype=torch.float64)
     """
-    first, second = x[i], x[j]
-    return ntk(model, first[None], second[None])[0, :, 0, :]
+    inputs = x if isinstance(x, tuple) else (x,)
+    first, second = (tuple(part[index(k)][None] if isinstance(part, Tensor) else part for part in inputs) for k in (i, j))
+    return ntk(model, first, second)[0, :, 0, :]
 
 
 def effective_kernel(
