@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ class Definiteness:
         rank: Eigenvalues above ``cut``: rank of D.
         size: QN.
         cut: What counts as zero, (rtol·σ_max)².
-        margin: ``smallest / cut``: above 1 if it is definite, and by how much.
+        margin: ``smallest / cut``: above 1 if it is definite, and by how much; infinite for a cut of zero.
     """
 
     smallest: float
@@ -49,7 +51,8 @@ def is_positive_definite(model: nn.Module, x: Tensor | tuple[Any, ...], *, rtol:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``rtol`` is out of range, or the outputs do not have the batch first.
+        ValueError: ``rtol`` is out of range, there are no samples, or the outputs do not have the batch first.
+        RuntimeError: Θ is not finite.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -60,19 +63,24 @@ def is_positive_definite(model: nn.Module, x: Tensor | tuple[Any, ...], *, rtol:
     size = theta.shape[0] * theta.shape[1]
     eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.requires_grad)
     relative = default_rtol(size, eps) if rtol is None else real_number("rtol", rtol, low=0.0, below=1.0)
+    if not size:
+        raise ValueError("`x` should have samples, but has none.")
+    if not torch.isfinite(theta).all():
+        raise RuntimeError("The tangent kernel is not finite there: the parameters have diverged.")
     eigenvalues = torch.linalg.eigvalsh(theta.reshape(size, size))
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     cut = relative**2 * largest
     rank = int((eigenvalues > cut).sum())
-    return Definiteness(smallest, largest, rank, size, cut, smallest / cut if cut > 0 else 0.0)
+    margin = smallest / cut if cut > 0 else math.inf if rank == size else 0.0
+    return Definiteness(smallest, largest, rank, size, cut, margin)
 
 
-def kernel_block(model: nn.Module, x: Tensor, i: int, j: int) -> Tensor:
+def kernel_block(model: nn.Module, x: Tensor | tuple[Any, ...], i: int, j: int) -> Tensor:
     """Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, one block of the kernel (3.14), from these two samples alone.
 
     Args:
         model: The network, whose samples do not interact.
-        x: Input with the batch first, ``[N, ...]``.
+        x: Input with the batch first, ``[N, ...]``, or a tuple of positional inputs, of which tensors have the batch first.
         i: Which sample, from 0; negative counts from the end.
         j: Which other.
 
@@ -80,7 +88,7 @@ def kernel_block(model: nn.Module, x: Tensor, i: int, j: int) -> Tensor:
         ``[Q, Q]``, float64.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``i`` or ``j`` not a whole number.
         IndexError: There is no such sample.
 
     Example:
@@ -89,8 +97,9 @@ def kernel_block(model: nn.Module, x: Tensor, i: int, j: int) -> Tensor:
         tensor([[3., 0.],
                 [0., 3.]], dtype=torch.float64)
     """
-    first, second = x[i], x[j]
-    return ntk(model, first[None], second[None])[0, :, 0, :]
+    inputs = x if isinstance(x, tuple) else (x,)
+    first, second = (tuple(part[index(k)][None] if isinstance(part, Tensor) else part for part in inputs) for k in (i, j))
+    return ntk(model, first, second)[0, :, 0, :]
 
 
 def effective_kernel(

@@ -52,7 +52,8 @@ class Objective:
                 )
             if not torch.isfinite(y_or_loss).all():
                 raise ValueError("Targets should be finite, but have NaN or infinite entries.")
-            y = y_or_loss.detach().double()
+            with torch.inference_mode(False):
+                y = y_or_loss.detach().clone().double()  # a copy: of inference tensors too, which autograd would not take
             criterion = HalfSquaredLoss()
             return cls(lambda outputs: criterion(outputs, y), network.shape, y.flatten())
         if not callable(y_or_loss):
@@ -66,10 +67,22 @@ class Objective:
         return float(self.loss(outputs.reshape(self.shape)))
 
     def gradient(self, outputs: Tensor) -> Tensor:
-        """G = ∇ₓC at outputs ``[QN]``, of the same shape, float64."""
+        """G = ∇ₓC at outputs ``[QN]``, of the same shape, float64.
+
+        Raises:
+            TypeError: The loss is no tensor.
+            ValueError: It is no scalar, or does not depend on the outputs.
+        """
         with torch.inference_mode(False), torch.enable_grad():
             leaf = outputs.detach().clone().reshape(self.shape).requires_grad_()
-            (gradient,) = torch.autograd.grad(self.loss(leaf), leaf)
+            value = self.loss(leaf)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"The loss should be a scalar tensor, but got {type(value).__name__}.")
+            if value.numel() != 1:
+                raise ValueError(f"The loss should be a scalar, but has shape {list(value.shape)}. Sum it or take its mean.")
+            gradient = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
+        if gradient is None:
+            raise ValueError("The loss should be a differentiable function of the outputs, but has no gradient in them.")
         return gradient.flatten()
 
 
@@ -226,7 +239,7 @@ def metric_tensor(theta: Tensor, alpha: float, *, rank_rtol: float | None = None
         ``[n, n]``, float64, symmetric, positive definite on ran Θ.
 
     Raises:
-        ValueError: α is out of its range, or Θ is not square.
+        ValueError: α or ``rank_rtol`` is out of its range, or Θ is not square or not finite.
 
     Example:
         >>> metric_tensor(torch.diag(torch.tensor([3.0, 0.0])), alpha=0.5)
@@ -234,11 +247,14 @@ def metric_tensor(theta: Tensor, alpha: float, *, rank_rtol: float | None = None
                 [0.0000, 0.0000]], dtype=torch.float64)
     """
     alpha = real_number("alpha", alpha, low=0.0, high=1.0)
-    n = int(theta.numel() ** 0.5)
-    if theta.ndim not in (2, 4) or n * n != theta.numel():
+    rows, columns = theta.shape[: theta.ndim // 2], theta.shape[theta.ndim // 2 :]
+    if theta.ndim not in (2, 4) or rows != columns:
         raise ValueError(f"`theta` should be square, [n, n] or [N, Q, N, Q], but has shape {list(theta.shape)}.")
+    if not torch.isfinite(theta).all():
+        raise ValueError("`theta` should be finite, but has NaN or infinite entries.")
+    n = rows.numel()
     matrix = theta.reshape(n, n).double()
-    cut = default_rtol(n) if rank_rtol is None else rank_rtol
+    cut = default_rtol(n) if rank_rtol is None else real_number("rank_rtol", rank_rtol, low=0.0, below=1.0)
     factorization = factorize(matrix, rtol=cut, method="eigh")
     projector = factorization.project(torch.eye(n, dtype=torch.float64, device=matrix.device))
     shifted = alpha * torch.eye(n).to(matrix) + (1 - alpha) * matrix

@@ -116,7 +116,7 @@ def adapted_flow(
     singular = time == "t" and end == 1.0
     way = grid
     if singular:  # the last time is reached by a step
-        way = torch.cat([grid[:-1], grid.new_tensor([1 - _LAST])]) if method == "dopri5" else grid[:-1]
+        way = torch.cat([grid[:-1], 1 - grid[1:2].clamp(max=2 * _LAST) / 2]) if method == "dopri5" else grid[:-1]
 
     def field(at: float, theta: Tensor) -> Tensor:
         tangent = network.tangent(theta)
@@ -129,6 +129,7 @@ def adapted_flow(
             tangent = network.tangent(path[-1])
             last = path[-1] + n * field_of_parameters(tangent, objective.gradient(tangent.outputs), alpha)
             path = torch.cat([path[: len(grid) - 1], last[None]])
+            evaluations += 1
         records = []
         for theta in path:
             tangent = network.tangent(theta)
@@ -173,8 +174,8 @@ class InterpolationDeviation:
 
     @property
     def error(self) -> float:
-        """Largest distance between both, in units of |x₀ − y|."""
-        return float((self.predicted - self.observed).flatten(1).norm(dim=1).max()) / self.distance
+        """Largest distance between both, in units of |x₀ − y|; where that is zero, so is the deviation."""
+        return float((self.predicted - self.observed).flatten(1).norm(dim=1).max()) / (self.distance or 1.0)
 
 
 def interpolation_deviation(
@@ -324,7 +325,7 @@ def follow_path(
     Raises:
         ImportError: torchdiffeq is not installed.
         TypeError: ``path`` is no function.
-        ValueError: An argument is out of its range, or the path has another shape or another start.
+        ValueError: An argument is out of its range, or the path has another shape, another start or no derivative.
         RuntimeError: The flow diverges, or the model's calls cannot be repeated.
 
     Example:
@@ -358,9 +359,11 @@ def follow_path(
                 f"`path` should begin at the network's outputs, but is {float((first - start).norm()):.3g} from them at s = 0. "
                 "Begin it at model(x)."
             )
+        places, velocities = zip(*(moving(float(at)) for at in grid), strict=True)
+        if not torch.stack(velocities).any() and not all(torch.equal(place, first) for place in places):
+            raise ValueError("`path` moves but has no derivative: compute it from the tensor s itself, not from float(s).")
         thetas, _ = integrate(field, network.values(), grid, method, rtol, atol)
         tangents = [network.tangent(theta) for theta in thetas]
-        places, velocities = zip(*(moving(float(at)) for at in grid), strict=True)
         off_range = [tangent.off_range(velocity) for tangent, velocity in zip(tangents, velocities, strict=True)]
     if load:
         network.load(thetas[-1])

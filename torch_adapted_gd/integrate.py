@@ -20,7 +20,7 @@ def integrate(
     """Integrate ∂_t z = field(t, z) from the first time of the grid to its last, with a progress bar on a terminal.
 
     Args:
-        field: The right-hand side.
+        field: The right-hand side; it is never asked for times past the last.
         start: z at the first time, ``[n]``, float64.
         grid: Times to record at, ``[T]``; the steps of ``"rk4"`` and ``"euler"``.
         method: One of `METHODS`.
@@ -46,23 +46,32 @@ def integrate(
     if len(grid) < 2:
         return start[None], 0
     evaluations = 0
+    own: AssertionError | None = None  # of the user's model or loss
     first, last = float(grid[0]), float(grid[-1])
     with tqdm(total=last - first, desc=method, leave=False, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
 
         def right_hand_side(t: Tensor, z: Tensor) -> Tensor:
-            nonlocal evaluations
+            nonlocal evaluations, own
             evaluations += 1
-            at = float(t)
+            at = min(float(t), last)  # the probe for the first step may look farther
             bar.update(max(0.0, min(at, last) - first - bar.n))
-            value = field(at, z)
+            try:
+                value = field(at, z)
+            except AssertionError as error:
+                own = error
+                raise
             if not torch.isfinite(value).all():
                 raise RuntimeError(f"The flow is not finite at time {at:.6g}: it diverges. Stop before, or take smaller steps.")
             return value
 
         try:
-            options: dict[str, Any] = {"rtol": rtol, "atol": atol} if method == "dopri5" else {}
+            options: dict[str, Any] = {}
+            if method == "dopri5":  # its last step ends at the last time: by default it goes past and interpolates
+                options = {"rtol": rtol, "atol": atol, "options": {"step_t": grid[-1:].to(start.device)}}
             path: Tensor = odeint(right_hand_side, start, grid.to(start.device), method=method, **options)
         except AssertionError as error:  # torchdiffeq's own way to say so
+            if error is own:
+                raise
             raise RuntimeError(
                 f"The flow could not be integrated to the tolerances: {error}. The rank may change on the way, or the path be "
                 "infeasible: try larger tolerances, or `rk4`."

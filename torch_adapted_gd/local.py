@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import underlying
+from .checks import real_number
 from .jacobian import recorded
 from .kernel import tangent_kernel
 from .kernel.tangent import Factors
@@ -83,11 +84,14 @@ class OutputMap:
         rtol: Singular values of D up to rtol·σ_max count as zero; by default what rounding of Θ makes of zero.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: It has no trainable parameters, or gives something else than one floating tensor with the batch first.
+        TypeError: ``model`` is not a module, or ``rtol`` not a number.
+        ValueError: It has no trainable parameters, or gives something else than one floating tensor with the batch first and
+            entries; or ``rtol`` is out of range.
     """
 
     def __init__(self, model: nn.Module, x: Tensor | tuple[Any, ...], rtol: float | None = None) -> None:
+        if rtol is not None:
+            real_number("rank_rtol", rtol, low=0.0, below=1.0)
         with torch.inference_mode(False), torch.enable_grad():
             call, names = recorded(model, x)
         if len(call.outputs) != 1:
@@ -99,6 +103,8 @@ class OutputMap:
         self.shape = tuple(output.shape)
         self.num_samples = batch_and_outputs(call)[0]
         self.num_outputs = output.numel()
+        if not self.num_outputs:
+            raise ValueError(f"`x` should have samples, but the outputs have shape {list(self.shape)}.")
         parameters = dict(underlying(model).named_parameters())
         self._parameters = {name: parameters[name] for name in names}
 
@@ -121,17 +127,20 @@ class OutputMap:
 
         Args:
             argument: What the state is called in messages.
-            state: Parameters by name; others are not looked at.
+            state: Parameters by name, with or without what ``torch.compile`` or data parallelism puts before it; others are
+                not looked at.
 
         Raises:
             ValueError: One is missing, or of another shape.
         """
         parts = []
+        outer = {id(p): name for name, p in self.model.named_parameters()}
         for name, p in self._parameters.items():
-            if name not in state or state[name].shape != p.shape:
-                found = f"{list(state[name].shape)}" if name in state else "none"
+            value = state.get(name, state.get(outer[id(p)]))
+            if value is None or value.shape != p.shape:
+                found = "none" if value is None else f"{list(value.shape)}"
                 raise ValueError(f"`{argument}` should have the parameter '{name}' of shape {list(p.shape)}, but has {found}.")
-            parts.append(state[name].detach().flatten().to(p.device).double())
+            parts.append(value.detach().flatten().to(p.device).double())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -152,13 +161,12 @@ class OutputMap:
                 for p, value in zip(self._parameters.values(), kept, strict=True):
                     p.copy_(value)
 
-    @torch.no_grad()
     def outputs(self, theta: Tensor | None = None) -> Tensor:
-        """x(θ), ``[QN]``, float64; of the present θ by default."""
+        """x(θ), ``[QN]``, float64; of the present θ by default. Buffers and random numbers are those of `tangent`."""
         if theta is not None:
             self.load(theta)
-        found: Tensor = self.model(*(self.x if isinstance(self.x, tuple) else (self.x,)))
-        return found.detach().flatten().double()
+        (output,) = recorded(self.model, self.x)[0].outputs.values()
+        return output.flatten().double()
 
     def tangent(self, theta: Tensor | None = None) -> Tangent:
         """D and Θ at θ; at the present one by default.

@@ -27,7 +27,8 @@ class LinearPath:
             raise ValueError(
                 f"`start` and `target` should have one shape, but got {list(start.shape)} and {list(target.shape)}."
             )
-        self.start, self.target = start.detach().double(), target.detach().double()
+        with torch.inference_mode(False):  # copies: of inference tensors too, which autograd would not take
+            self.start, self.target = start.detach().clone().double(), target.detach().clone().double()
 
     def __call__(self, s: Tensor) -> Tensor:
         """The outputs at s."""
@@ -41,11 +42,19 @@ class DetourPath(LinearPath):
         start: x₀, ``[N, ...]``: the network's outputs.
         target: y, of the same shape.
         bend: b, of a shape that fits: how far off the line half-way.
+
+    Raises:
+        ValueError: The shapes differ, or do not fit.
     """
 
     def __init__(self, start: Tensor, target: Tensor, bend: Tensor) -> None:
         super().__init__(start, target)
-        self.bend = bend.detach().to(self.start).expand_as(self.start)
+        try:
+            with torch.inference_mode(False):
+                self.bend = bend.detach().clone().to(self.start).expand_as(self.start)
+        except RuntimeError as error:
+            fitting = f"`bend` should fit outputs of shape {list(start.shape)}, but has shape {list(bend.shape)}."
+            raise ValueError(fitting) from error
 
     def __call__(self, s: Tensor) -> Tensor:
         """The outputs at s."""
