@@ -222,6 +222,9 @@ def test_metric_by_hand():
         (0.0, {"rank_rtol": 0.6}, [1 / 4, 0, 0]),  # σ are 2 and 1
     ):
         assert_close(metric_tensor(theta, alpha, **options), torch.diag(torch.tensor(expected, dtype=torch.float64)), 1e-14)
+    v = random(4)
+    line = torch.outer(v, v) / v.square().sum()  # its complement stays zero where α hardly keeps it from being singular
+    assert_close(metric_tensor(line, 1e-13), line, 1e-9)
     assert not metric_tensor(torch.zeros(2, 2), 0.5).any()
 
 

@@ -58,7 +58,7 @@ def test_paths_are_followed(name):
 
 
 def test_paths_that_come_with_the_package():
-    x0, y, bend = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]]), torch.tensor([0.5, -1.0])
+    x0, y, bend = (torch.tensor(v, dtype=torch.float64) for v in ([[1.0, 2.0]], [[3.0, 0.0]], [0.5, -1.0]))
     linear, detour = LinearPath(x0.requires_grad_(), y), DetourPath(x0, y, bend)
     for s in (0.0, 0.25, 1.0):
         at = torch.tensor(s, dtype=torch.float64)
@@ -70,6 +70,9 @@ def test_paths_that_come_with_the_package():
     with torch.no_grad():
         x0 += 1  # they have copies
     y += 1
+    bend += 1
+    half = torch.tensor(0.5, dtype=torch.float64)
+    assert detour(half).tolist() == [[2.5, 0.0]]
     assert linear(torch.tensor(0.5)).tolist() == [[2.0, 1.0]]
 
 

@@ -75,6 +75,13 @@ def test_rank_cut():
     assert ranks == [2, 2, 2, 1]
 
 
+def test_rank_cut_knows_the_parameters_precision():
+    """A singular value below what float32 resolves of the largest is none of D's, though Θ in float64 would show it."""
+    for dtype, small, rank in ((torch.float64, 1e-7, 2), (torch.float32, 1e-7, 1), (torch.float32, 2e-7, 2)):
+        model = nn.Linear(2, 1, bias=False).to(dtype)
+        assert OutputMap(model, torch.diag(torch.tensor([1.0, small], dtype=dtype))).tangent().rank == rank
+
+
 def test_values_load_and_read():
     model = mlp(sizes=(2, 3, 1))
     model[0].bias.requires_grad_(False)
