@@ -75,10 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = []
         for name, found in results.items():
             columns = {"s": found.s, "rank": found.ranks, "off_range": found.off_range, "distance": found.distance}
-            rows = [
-                dict(zip(columns, values, strict=True)) for values in zip(*(c.tolist() for c in columns.values()), strict=True)
-            ]
-            runs.append(race.Run(name, rows))
+            runs.append(race.Run(name, race.rows_of(columns)))
         figure = plot_output_paths(
             {name: found.outputs for name, found in results.items()}, labels, torch.eye(CLASSES, dtype=torch.float64)
         )

@@ -138,6 +138,11 @@ def train(
     return run
 
 
+def rows_of(columns: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Rows of a table that is at hand by columns ``[T]``."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+
+
 def write_rows(path: Path, key: str, runs: Sequence[Run]) -> Path:
     """Write the rows of all runs as CSV, the first column, ``key``, being the run's name."""
     with path.open("w", newline="") as file:

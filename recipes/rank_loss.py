@@ -141,12 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             columns = {"t": found.t, "rank": found.ranks, "loss": found.losses, "off_range": found.off_range}
             for name, part in (("observed", found.observed), ("predicted", found.predicted)):
                 columns[name] = part.flatten(1).norm(dim=1) / found.distance
-            rows = [
-                dict(zip(columns, values, strict=True)) for values in zip(*(c.tolist() for c in columns.values()), strict=True)
-            ]
             cases.append(case)
             results.append(found)
-            runs.append(race.Run(case.name, rows))
+            runs.append(race.Run(case.name, race.rows_of(columns)))
         files = race.write_all(options.out, runs, {"deviation.png": draw(cases, results)})
     print(f"wrote {', '.join(map(str, files))}")
     return 0

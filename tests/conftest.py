@@ -18,6 +18,18 @@ def table():
     rules._TABLE.update(before)
 
 
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def pl(request):
+    """Lightning under each of its names."""
+    return pytest.importorskip(request.param)
+
+
+@pytest.fixture
+def lightning():
+    """Lightning under one of them."""
+    return pytest.importorskip("pytorch_lightning")
+
+
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist's workers share the cores
 
 

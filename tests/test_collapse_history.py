@@ -12,12 +12,10 @@ from torch import nn
 from .lightning_cases import (
     CLASSES,
     HEAD,
-    NAMES,
     agree,
     classifier,
     expected,
     fit,
-    framework,
     loader,
     new_classifier,
     new_trainer,
@@ -29,16 +27,6 @@ pytest.importorskip("pytorch_lightning")
 from torch_adapted_gd.lightning import CollapseMonitor
 
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(params=NAMES)
-def pl(request):
-    return framework(request.param)
-
-
-@pytest.fixture
-def lightning():
-    return framework("pytorch_lightning")
 
 
 class Shrinks(nn.Module):

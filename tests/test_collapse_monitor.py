@@ -13,14 +13,12 @@ from torch.utils.data import DataLoader
 from .lightning_cases import (
     CLASSES,
     HEAD,
-    NAMES,
     Delicate,
     Drawing,
     agree,
     classifier,
     expected,
     fit,
-    framework,
     loader,
     new_classifier,
     samples,
@@ -32,16 +30,6 @@ from torch_adapted_gd.lightning import AdaptedStepMonitor, CollapseConfigError, 
 
 pytestmark = pytest.mark.filterwarnings("default")
 PLAIN = {"name", "epoch", "step", "s"}
-
-
-@pytest.fixture(params=NAMES)
-def pl(request):
-    return framework(request.param)
-
-
-@pytest.fixture
-def lightning():
-    return framework("pytorch_lightning")
 
 
 # Both names of Lightning.

@@ -37,6 +37,20 @@ def test_steps_that_become_too_small():
         integrate(field, torch.ones(1).double(), grid, "dopri5", 1e-6, 1e-8)
 
 
+def test_steps_without_end():
+    evaluations = 0
+
+    def field(at, z):
+        nonlocal evaluations
+        evaluations += 1
+        return torch.cos(1e6 * at * torch.ones_like(z))  # a thousand turns need more steps than there are
+
+    grid = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="could not be integrated to the tolerances: max_num_steps exceeded"):
+        integrate(field, torch.zeros(1).double(), grid, "dopri5", 1e-12, 1e-12)
+    assert evaluations < 10_000
+
+
 def test_a_field_that_is_not_finite():
     grid = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
     with pytest.raises(RuntimeError, match="not finite at time 1: it diverges"):

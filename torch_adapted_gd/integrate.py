@@ -12,6 +12,8 @@ from .checks import one_of, real_number
 
 METHODS = ("dopri5", "rk4", "euler")
 
+_MOST_STEPS = 1000  # between two records: a flow that is smooth takes a handful, one that meets a singular D has no end
+
 
 @torch.no_grad()
 def integrate(
@@ -33,7 +35,7 @@ def integrate(
     Raises:
         ImportError: torchdiffeq is not installed.
         ValueError: An unknown method, or a tolerance out of its range.
-        RuntimeError: The field is not finite somewhere, or steps became too small.
+        RuntimeError: The field is not finite somewhere, or steps became too small or too many.
     """
     one_of("method", method, METHODS)
     real_number("rtol", rtol, low=0.0, below=1.0)
@@ -67,7 +69,8 @@ def integrate(
         try:
             options: dict[str, Any] = {}
             if method == "dopri5":  # its last step ends at the last time: by default it goes past and interpolates
-                options = {"rtol": rtol, "atol": atol, "options": {"step_t": grid[-1:].to(start.device)}}
+                limits = {"step_t": grid[-1:].to(start.device), "max_num_steps": _MOST_STEPS}
+                options = {"rtol": rtol, "atol": atol, "options": limits}
             path: Tensor = odeint(right_hand_side, start, grid.to(start.device), method=method, **options)
         except AssertionError as error:  # torchdiffeq's own way to say so
             if error is own:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import underlying
+from .calls import Call, underlying
 from .checks import real_number
 from .jacobian import recorded
 from .kernel import tangent_kernel
@@ -92,14 +92,8 @@ class OutputMap:
     def __init__(self, model: nn.Module, x: Tensor | tuple[Any, ...], rtol: float | None = None) -> None:
         if rtol is not None:
             real_number("rank_rtol", rtol, low=0.0, below=1.0)
-        with torch.inference_mode(False), torch.enable_grad():
-            call, names = recorded(model, x)
-        if len(call.outputs) != 1:
-            raise ValueError(
-                f"`model` should return one tensor here, but returns {len(call.outputs)} that depend on parameters."
-            )
         self.model, self.x, self.rtol = model, x, rtol
-        (output,) = call.outputs.values()
+        call, output, names = self._call()
         self.shape = tuple(output.shape)
         self.num_samples = batch_and_outputs(call)[0]
         self.num_outputs = output.numel()
@@ -165,8 +159,7 @@ class OutputMap:
         """x(θ), ``[QN]``, float64; of the present θ by default. Buffers and random numbers are those of `tangent`."""
         if theta is not None:
             self.load(theta)
-        (output,) = recorded(self.model, self.x)[0].outputs.values()
-        return output.flatten().double()
+        return self._call()[1].flatten().double()
 
     def tangent(self, theta: Tensor | None = None) -> Tangent:
         """D and Θ at θ; at the present one by default.
@@ -176,8 +169,8 @@ class OutputMap:
         """
         if theta is not None:
             self.load(theta)
+        call, output, names = self._call()
         with torch.inference_mode(False), torch.enable_grad():
-            call, names = recorded(self.model, self.x)
             kernel = tangent_kernel(self.model, [call], names)
         # Rounding in Θ of the parameters' dtype is no rank.
         rtol = default_rtol(self.num_outputs, self.eps) if self.rtol is None else self.rtol
@@ -187,5 +180,15 @@ class OutputMap:
                 f"The tangent kernel is {factorization.status.replace('_', ' ')} there: the parameters have diverged."
             )
         sizes = {name: self._parameters[name].numel() for name in names}
+        return Tangent(output.flatten().double(), kernel.theta, factorization, kernel.factors, sizes)
+
+    def _call(self) -> tuple[Call, Tensor, list[str]]:
+        """A call of the network at its present θ, the one output of it, and the names of θ's parts."""
+        with torch.inference_mode(False), torch.enable_grad():
+            call, names = recorded(self.model, self.x)
+        if len(call.outputs) != 1:
+            raise ValueError(
+                f"`model` should return one tensor here, but returns {len(call.outputs)} that depend on parameters."
+            )
         (output,) = call.outputs.values()
-        return Tangent(output.detach().flatten().double(), kernel.theta, factorization, kernel.factors, sizes)
+        return call, output.detach(), names

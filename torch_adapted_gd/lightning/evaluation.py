@@ -96,7 +96,6 @@ class Evaluation:
         cache_bytes: Features up to so many bytes are kept for the second pass, which otherwise runs the network again.
         one_pass: There will be no second pass: the scatter within classes is gathered in the first, and there is no NC4.
         ignore_index: Label of samples to leave out.
-        nan_strategy: What becomes of samples that are not finite.
     """
 
     def __init__(
@@ -108,23 +107,20 @@ class Evaluation:
         cache_bytes: int = 0,
         one_pass: bool = False,
         ignore_index: int | None = None,
-        nan_strategy: str = "propagate",
     ) -> None:
         self.targets = targets
         self.head = head
         self.options = options
         self.cache_bytes = cache_bytes
-        self.one_pass = one_pass
         self._told = False
         given = targets.values if targets.given else None
-        samples: dict[str, Any] = {"ignore_index": ignore_index, "nan_strategy": nan_strategy}
-        self.outputs = FinalLayerCollapse(targets.num_classes, given, **samples)
+        self.outputs = FinalLayerCollapse(targets.num_classes, given, ignore_index=ignore_index)
         self.features: NeuralCollapse | None = None
         if head is not None:
             pooled = one_pass or options.hpd_lambda is not None
             self.features = NeuralCollapse(
                 targets.num_classes, head.in_features, cov="auto" if pooled else "trace", hpd_lambda=options.hpd_lambda,
-                weighting=options.weighting, rtol=options.rtol, class_targets=given, **samples,
+                weighting=options.weighting, rtol=options.rtol, class_targets=given, ignore_index=ignore_index,
             )  # fmt: skip
 
     def reset(self, device: torch.device) -> None:
