@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from ..calls import Call, underlying
 from ..jacobian import call_jacobian, dtype_and_device, product, transpose_product
 from ..replay import precision
-from .blocks import BLOCK_ELEMENTS, KernelBlock, Parts, Terms
+from .blocks import BLOCK_ELEMENTS, KernelBlock, Parts
 from .capture import Capture, exactly
+from .chunks import Chunk
 from .dense import ROWS_ELEMENTS, new_kernel, norm
 from .module_calls import ModuleCall
 from .verify import verify_rules
@@ -22,46 +22,6 @@ _CHUNK_BYTES = 2**29  # what B and its like may take even where Θ is smaller
 
 class MismatchError(RuntimeError):
     """The structured kernel is wrong for a model, or there is none."""
-
-
-@dataclass
-class _Chunk:
-    """Some outputs of each sample of one call: the rows (n, q) of Θ with q in ``outputs``.
-
-    Attributes:
-        capture: The replay of the call.
-        number: Which of the calls it is.
-        start: The row of Θ at which the call's begin.
-        outputs: The outputs.
-        held: The module calls with B, where they need not be made again each time.
-        kept: Parts made of these, by the place of the component, as far as they are small.
-    """
-
-    capture: Capture
-    number: int
-    start: int
-    outputs: range
-    held: list[ModuleCall] | None = None
-    kept: dict[int, Parts] = field(default_factory=dict)
-
-    def module_calls(self) -> list[ModuleCall]:
-        return self.capture.rows(self.outputs) if self.held is None else self.held
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N and the number of outputs of each sample."""
-        return self.capture.replay.n, len(self.outputs)
-
-    @property
-    def whole(self) -> bool:
-        """Whether it has all outputs."""
-        return len(self.outputs) == self.capture.replay.q
-
-    def of(self, u: Tensor) -> Tensor:
-        """Its part of the rows of a vector or matrix, ``[N, len(outputs), ...]``."""
-        n, q = self.capture.replay.n, self.capture.replay.q
-        by_sample: Tensor = u[self.start : self.start + n * q].unflatten(0, (n, q))
-        return by_sample[:, self.outputs.start : self.outputs.stop]
 
 
 class StructuredKernel:
@@ -191,8 +151,8 @@ class StructuredKernel:
         with exactly(self._device):
             for chunk in self._chunks:
                 part = chunk.of(u)
-                for place, (_, calls) in enumerate(self._components(chunk.module_calls())):
-                    sums.append(self._products(self._parts(chunk, place, calls), part))
+                for place, (_, calls) in enumerate(chunk.components(chunk.module_calls())):
+                    sums.append(self._products(chunk.parts(place, calls), part))
             start = 0
             for matrix in self._dense:
                 product = transpose_product(matrix, u[start : start + len(matrix)])
@@ -207,8 +167,8 @@ class StructuredKernel:
         with exactly(self._device):
             for chunk in self._chunks:
                 part = chunk.of(total)
-                for place, (_, calls) in enumerate(self._components(chunk.module_calls())):
-                    parts = self._parts(chunk, place, calls)
+                for place, (_, calls) in enumerate(chunk.components(chunk.module_calls())):
+                    parts = chunk.parts(place, calls)
                     for name, (jacobian, _) in parts.written.items():
                         part += product(jacobian.flatten(0, 1), v[name]).view_as(part)
                     for names, family in parts.families:
@@ -241,8 +201,8 @@ class StructuredKernel:
                 with exactly(self._device):
                     for chunk in (chunk for chunk in self._chunks if chunk.number == number):
                         part = block[:, chunk.outputs.start : chunk.outputs.stop]
-                        for place, (_, calls) in enumerate(self._components(chunk.module_calls())):
-                            for name, jacobian in self._parts(chunk, place, calls).rows(samples):
+                        for place, (_, calls) in enumerate(chunk.components(chunk.module_calls())):
+                            for name, jacobian in chunk.parts(place, calls).rows(samples):
                                 part[..., columns[name]] = jacobian
                     start = 0
                     for name, numel in self._left.items() if self._dense else ():
@@ -267,7 +227,7 @@ class StructuredKernel:
             sums |= zip(names, family.weighted_sums(u, written, BLOCK_ELEMENTS), strict=True)
         return sums
 
-    def _planned(self, chunk_size: int | None) -> Iterator[_Chunk]:
+    def _planned(self, chunk_size: int | None) -> Iterator[Chunk]:
         """The outputs in as many chunks as memory asks for; the caller's ``chunk_size`` is in samples' worth of rows."""
         costs = []  # of one output of all samples: B, what is made of it, and the largest Jacobian of a module if written out
         for capture in self._captures:
@@ -284,49 +244,15 @@ class StructuredKernel:
             else:
                 step = q if at_once else max(1, self._budget // (2 * cost))
             for first in range(0, q, step):
-                yield _Chunk(capture, number, start, range(first, min(first + step, q)))
+                outputs = range(first, min(first + step, q))
+                yield Chunk(capture, number, start, n, q, outputs, self.unserved, self._budget // 2)
             start += n * q
-
-    def _components(self, calls: list[ModuleCall]) -> list[tuple[set[str], list[ModuleCall]]]:
-        """Module calls that share parameters, together, with the parameters' names."""
-        groups: list[tuple[set[str], list[ModuleCall]]] = []
-        for call in calls:
-            names, members = {name for name in call.parameters.values() if name not in self.unserved}, [call]
-            if not names:
-                continue
-            apart = []
-            for group in groups:
-                if group[0] & names:
-                    names, members = names | group[0], group[1] + members
-                else:
-                    apart.append(group)
-            groups = [*apart, (names, members)]
-        return groups
-
-    def _terms(self, chunk: _Chunk, calls: list[ModuleCall]) -> Terms:
-        """What the rules give for module calls, by parameter's name in the model; only of those that are served."""
-        terms: Terms = {}
-        for call in calls:
-            given = chunk.capture.apply_rule(call)
-            for local, name in call.parameters.items():
-                if name not in self.unserved and local in given:
-                    terms.setdefault(name, []).append(given[local])
-        return terms
-
-    def _parts(self, chunk: _Chunk, place: int, calls: list[ModuleCall]) -> Parts:
-        """The same sorted; kept for the next time if it is worth the memory."""
-        if place in chunk.kept:
-            return chunk.kept[place]
-        parts = Parts.of(self._terms(chunk, calls))
-        if chunk.held is not None and parts.nbytes + sum(p.nbytes for p in chunk.kept.values()) <= self._budget // 2:
-            chunk.kept[place] = parts
-        return parts
 
     def _fill(
         self,
         theta: Tensor,
-        first: _Chunk,
-        second: _Chunk,
+        first: Chunk,
+        second: Chunk,
         row_calls: list[ModuleCall],
         column_calls: list[ModuleCall],
         columns_from: int = 0,
@@ -338,12 +264,12 @@ class StructuredKernel:
         whole = first.whole and second.whole
         target = view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
         block = KernelBlock(target, (n, q, m, r), symmetric, self._size)
-        others = [] if symmetric else self._components(column_calls)
-        for place, (names, calls) in enumerate(self._components(row_calls)):
-            parts = self._parts(first, place, calls)
+        others = [] if symmetric else second.components(column_calls)
+        for place, (names, calls) in enumerate(first.components(row_calls)):
+            parts = first.parts(place, calls)
             if not symmetric:
                 theirs = [call for other, members in others if other & names for call in members]
-                parts = Parts.of(parts.terms, self._terms(second, theirs))
+                parts = Parts.of(parts.terms, second.terms(theirs))
             block.add(parts)
         if self._dense:
             rows, columns = self._dense_rows(first), None if symmetric else self._dense_rows(second)
@@ -352,7 +278,7 @@ class StructuredKernel:
         if not whole:
             view.copy_(target.view(n, q, m, r))
 
-    def _dense_rows(self, chunk: _Chunk) -> Tensor:
+    def _dense_rows(self, chunk: Chunk) -> Tensor:
         """The chunk's rows of the Jacobian of what is not served."""
         matrix, (n, q) = self._dense[chunk.number], chunk.shape
         if chunk.whole:
@@ -386,9 +312,9 @@ def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return sums
 
 
-def _view(theta: Tensor, first: _Chunk, second: _Chunk, columns_from: int = 0) -> Tensor:
+def _view(theta: Tensor, first: Chunk, second: Chunk, columns_from: int = 0) -> Tensor:
     """The block of Θ between two chunks, ``[N, outputs, M, outputs]``."""
-    m, r = second.capture.replay.n, second.capture.replay.q
+    m, r = second.n, second.q
     start = second.start - columns_from
     columns = first.of(theta[:, start : start + m * r]).unflatten(2, (m, r))
     view: Tensor = columns[..., second.outputs.start : second.outputs.stop]
