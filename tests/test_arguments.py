@@ -34,7 +34,7 @@ MSE = nn.MSELoss()
         ({"chunk_size": 0}, ValueError, "`chunk_size` should be at least 1, but got 0"),
         ({"chunk_size": 1.5}, TypeError, "`chunk_size` should be a whole number, but got 1.5"),
         ({"kernel": "fast"}, ValueError, "`kernel` should be one of 'auto', 'structured', 'jacobian', but got 'fast'"),
-        ({"solver": "qr"}, ValueError, "`solver` should be one of 'auto', 'eigh', but got 'qr'"),
+        ({"solver": "qr"}, ValueError, "`solver` should be one of 'auto', 'eigh', 'cg', but got 'qr'"),
         ({"criterion": nn.L1Loss()}, TypeError, r"`criterion` should be a MSELoss, .* but got L1Loss\(\)"),
         ({"criterion": nn.MSELoss}, TypeError, "`criterion` should be a MSELoss, .* instance"),
         ({"criterion": nn.functional.mse_loss}, TypeError, "`criterion` should be a MSELoss"),

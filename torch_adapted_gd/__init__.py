@@ -18,7 +18,8 @@ from .optimizer import AdaptedGD
 from .paths import DetourPath, LinearPath
 from .report import StepReport
 from .schedule import LinearInterpolationLR
-from .solve import KernelSolution, LeastSquares, rank_revealing_lstsq, solve_kernel
+from .solve import ConjugateGradients, KernelSolution, LeastSquares, rank_revealing_lstsq, solve_kernel
+from .straight import StraightLine
 
 try:
     __version__ = version("torch_adapted_gd")
@@ -27,6 +28,7 @@ except PackageNotFoundError:  # a source tree that was not installed
 
 __all__ = [
     "AdaptedGD",
+    "ConjugateGradients",
     "Definiteness",
     "DetourPath",
     "Equilibrium",
@@ -44,6 +46,7 @@ __all__ = [
     "OuterProducts",
     "PathResult",
     "StepReport",
+    "StraightLine",
     "adapted_flow",
     "effective_kernel",
     "follow_path",

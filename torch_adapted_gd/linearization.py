@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,14 @@ from torch import Tensor, nn
 from .calls import Call, stacked, underlying
 from .checks import all_finite
 from .curvature import OutputLoss, largest_curvature
-from .kernel import Factors, norm, tangent_gram, tangent_kernel
+from .iterative import KernelOperator
+from .kernel import norm
 from .loss import Criterion
-from .memory import require_memory
 from .replay import Replay, batch_and_outputs, precision
-from .solve import Factorization, default_rtol, factorize
+from .solve import ConjugateGradients, default_rtol
+from .system import Problem, choose_solver
 
 METRICS = ("euclidean", "ggn")
-SPACES = ("auto", "sample", "parameter")
 Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat, float64
 
 
@@ -40,44 +39,6 @@ class Direction:
     damping: float
 
 
-@dataclass(frozen=True)
-class System:
-    """The linear system of a step: Θ̃ψ̃ = Pg̃ in sample space, M δ = Dᵀg in parameter space.
-
-    With the metric H = SSᵀ of the outputs, Θ̃ = SᵀΘS, g̃ = S⁺g and M = DᵀHD; S = 1 in the Euclidean one.
-
-    Attributes:
-        space: ``"sample"`` or ``"parameter"``.
-        matrix: Θ̃ ``[R, R]`` or M ``[K, K]``.
-        factorization: Its factorization.
-        right: g̃ ``[R]`` or Dᵀg ``[K]``.
-        size: |g̃|.
-        scale: The mean of diag Θ̃.
-        factors: What it was made of, for Dᵀu and Dv.
-        remark: What the user should be told of that, or None.
-    """
-
-    space: Literal["sample", "parameter"]
-    matrix: Tensor
-    factorization: Factorization
-    right: Tensor
-    size: float
-    scale: float
-    factors: Factors
-    remark: str | None
-
-    @property
-    def projected_fraction(self) -> float:
-        """|Pg̃|/|g̃|."""
-        if not self.size:
-            return 1.0
-        if self.space == "sample":
-            part = self.factorization.projected_norm(self.right)
-        else:
-            part = math.sqrt(max(0.0, float(self.right @ self.factorization.solve(self.right))))
-        return min(1.0, part / self.size)
-
-
 class Linearization:
     """C(θ + δ) ≈ C + ∇_θC·δ + ½ (Dδ)ᵀH(Dδ), and the steps that minimize it, damped or not.
 
@@ -92,8 +53,9 @@ class Linearization:
         rtol: Relative cut on the singular values of D, or None for the default.
         space: One of `SPACES`: where to solve; ``"auto"``: in parameter space if K < QN.
         kernel_method: How to come by the kernel; like ``chunk_size``, see `ntk`.
-        solver: How to solve, see `solve_kernel`.
+        solver: How to solve: one of `SOLVERS`, or how to by conjugate gradients.
         chunk_size: See there.
+        start: A ψ̃ for these to begin with, or None.
 
     Attributes:
         trained: θ.
@@ -102,6 +64,7 @@ class Linearization:
         off_output_fraction: |r|/|∇_θC|.
         curvature: c that η = lr/c divides by, see `output_curvature`; 1 without a criterion and in the GGN metric.
         system: What is solved.
+        warm_start: Whether ψ̃ should be kept for the next one.
         num_calls, num_outputs, num_params: Calls stacked, QN and K.
 
     Raises:
@@ -123,8 +86,9 @@ class Linearization:
         rtol: float | None,
         space: str,
         kernel_method: str,
-        solver: str,
+        solver: str | ConjugateGradients,
         chunk_size: int | None,
+        start: Tensor | None = None,
     ) -> None:
         dtype = next(iter(trained.values())).dtype
         for number, call in enumerate(calls, start=1):
@@ -141,16 +105,17 @@ class Linearization:
         self._g = torch.cat([stacked([call.gradients[place] for place in call.places]) for call in calls]) / loss_scale  # [R]
         self._metric = self.output_loss if metric == "ggn" else None
         self.curvature = 1.0 if criterion is None or self._metric else largest_curvature(criterion, calls)
-        if space == "auto":
-            space = "parameter" if self.num_params < rows else "sample"
         self._eps = eps = max(precision(call, dtype) for call in calls)
-        self._solving: dict[str, Any] = {
-            "rtol": default_rtol(rows, eps) if rtol is None else rtol,
-            "method": solver,
-            "firm": rtol is not None,
-        }
-        build = self._in_parameter_space if space == "parameter" else self._in_sample_space
-        self.system, square = build(kernel_method, chunk_size)
+        problem = Problem(model, calls, list(trained), self._g, self._metric, kernel_method, chunk_size)
+        space, krylov = choose_solver(space, solver, rtol, self.num_params, rows, self._g.device)
+        self.warm_start = krylov is not None and krylov.warm_start
+        if krylov is not None:
+            self.system, square = problem.without_matrix(krylov, start if krylov.warm_start else None)
+        else:
+            method = "auto" if isinstance(solver, ConjugateGradients) else solver
+            solving = {"rtol": default_rtol(rows, eps) if rtol is None else rtol, "method": method, "firm": rtol is not None}
+            build = problem.in_parameter_space if space == "parameter" else problem.in_sample_space
+            self.system, square = build(solving)
         self._check_solved()
         self.gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}
         self._find_off_output(square, dtype, eps)
@@ -168,6 +133,11 @@ class Linearization:
     def rounding(self) -> float:
         """What rounding of the outputs can do to the loss."""
         return self._eps * float(self._g.abs() @ self._outputs.abs())
+
+    @functools.cached_property
+    def output_rounding(self) -> float:
+        """What rounding of the outputs can do to a difference of them."""
+        return 4 * self._eps * float(self._outputs.norm())
 
     @property
     def num_passes(self) -> int:
@@ -191,8 +161,15 @@ class Linearization:
         return OutputLoss(self._criterion, self._calls, self._loss_scale)
 
     @property
+    def iterative(self) -> KernelOperator | None:
+        """The system, if it is solved without its matrix."""
+        return self.system.matrix if isinstance(self.system.matrix, KernelOperator) else None
+
+    @property
     def status(self) -> str:
-        """What the rank of D is: ``"full_rank"`` (QN), ``"rank_deficient"`` or ``"zero"``."""
+        """What the rank of D is: ``"full_rank"`` (QN), ``"rank_deficient"`` or ``"zero"``; or whether iterations converged."""
+        if self.iterative:
+            return self.iterative.status
         rank = self.system.factorization.rank
         return "full_rank" if rank == self.num_outputs else "rank_deficient" if rank else "zero"
 
@@ -231,7 +208,7 @@ class Linearization:
         right = self._weigh(bend)
         if self.system.space == "parameter":
             right = self._flat(self.system.factors.transpose_product(self._unweigh(right)))
-        parts, _ = self._solved(right, direction.damping)
+        parts, _ = self._solved(right, direction.damping, beside=True)
         return {name: -part for name, part in parts.items()}
 
     def linear(self, change: Parts) -> Tensor:
@@ -289,58 +266,13 @@ class Linearization:
             )
         if self.system.remark:
             yield "kernel", self.system.remark
-
-    def _in_sample_space(self, kernel_method: str, chunk_size: int | None) -> tuple[System, float]:
-        """The system, and |D|²."""
-        rows = len(self._g)
-        require_memory(
-            5 * 8 * rows**2,  # Θ, its eigenvectors and LAPACK's workspace
-            self._g.device,
-            f"A step on {rows:,} outputs (kernel {8 * rows**2 / 1e9:.3g} GB, and its eigenvectors)",
-            "Use a smaller batch.",
-        )
-        kernel = tangent_kernel(self._model, self._calls, list(self.trained), method=kernel_method, chunk_size=chunk_size)
-        theta = kernel.theta  # [R, R]
-        square = float(theta.diagonal().sum())
-        right = self._g
-        if self._metric is not None:  # SᵀΘS, Θ symmetric
-            theta = self._metric.hessian_root_transpose(self._metric.hessian_root_transpose(theta).T.contiguous())
-            right = self._metric.hessian_root_inverse(right)
-        system = System(
-            space="sample",
-            matrix=theta,
-            factorization=factorize(theta, **self._solving),
-            right=right,
-            size=float(torch.linalg.vector_norm(right)),
-            scale=float(theta.diagonal().mean()),
-            factors=kernel.factors,
-            remark=kernel.remark,
-        )
-        return system, square
-
-    def _in_parameter_space(self, kernel_method: str, chunk_size: int | None) -> tuple[System, float]:
-        """The same."""
-        gram = tangent_gram(
-            self._model,
-            self._calls,
-            list(self.trained),
-            self._g[:, None],
-            weigh=self._metric.hessian_root_transpose if self._metric else None,
-            method=kernel_method,
-            chunk_size=chunk_size,
-        )
-        g = self._g if self._metric is None else self._metric.hessian_root_inverse(self._g)
-        system = System(
-            space="parameter",
-            matrix=gram.gram,
-            factorization=factorize(gram.gram, **self._solving),
-            right=gram.products[:, 0],
-            size=float(torch.linalg.vector_norm(g)),
-            scale=float(gram.gram.diagonal().sum()) / len(g),
-            factors=gram.factors,
-            remark=gram.remark,
-        )
-        return system, gram.square
+        if (iterative := self.iterative) and iterative.last and not iterative.last.converged:
+            yield (
+                "cg",
+                f"Conjugate gradients did not converge: after {iterative.last.iterations} iterations the residual is "
+                f"{iterative.last.residual:.2g} of the right-hand side. The step was computed from what they had come to. "
+                "Raise `damping`, or `iterations` or `tolerance` of ConjugateGradients.",
+            )
 
     def _find_off_output(self, square: float, dtype: torch.dtype, eps: float) -> None:
         for name, tensor in self.gradient.items():
@@ -368,16 +300,19 @@ class Linearization:
 
     def _check_solved(self) -> None:
         if self.system.factorization.status in ("not_finite", "not_converged"):
-            bad = int((~torch.isfinite(self.system.matrix)).sum())
+            matrix = self.system.matrix
+            bad = f" ({int((~torch.isfinite(matrix)).sum())} entries are not finite)" if isinstance(matrix, Tensor) else ""
             raise RuntimeError(
-                f"The kernel Θ of {len(self._g)} outputs could not be solved ({bad} entries are not finite), so nothing was "
-                "changed. A derivative that is infinite where the output is not (sqrt or norm at 0) does this; look at the "
-                "inputs, then lower `lr`."
+                f"The kernel Θ of {len(self._g)} outputs could not be solved{bad}, so nothing was changed. A derivative that "
+                "is infinite where the output is not (sqrt or norm at 0) does this; look at the inputs, then lower `lr`."
             )
 
-    def _solved(self, right: Tensor, shift: float) -> tuple[Parts, Tensor | None]:
-        """The step for a right-hand side of the system, and ψ̃ if there is one."""
-        solution = self.system.factorization.solve(right, shift)
+    def _solved(self, right: Tensor, shift: float, *, beside: bool = False) -> tuple[Parts, Tensor | None]:
+        """The step for a right-hand side of the system, or something ``beside`` it, and ψ̃ if there is one."""
+        if self.iterative:
+            solution = self.iterative.solve(right, shift, beside=beside)
+        else:
+            solution = self.system.factorization.solve(right, shift)
         if not all_finite(solution):
             raise RuntimeError(
                 f"The system of {len(self._g)} outputs has no finite solution in float64, so nothing was changed. Its entries "

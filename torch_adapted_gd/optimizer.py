@@ -1,31 +1,31 @@
 """AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from . import options, solve
-from .calls import underlying
-from .checks import all_finite, one_of, positive_integer, true_or_false
+from . import options
+from .checks import all_finite, one_of, positive_integer
 from .closure import Closure
 from .damping import CarryOver, LevenbergMarquardt
+from .full_batch import full_loss
 from .kernel import METHODS
-from .linearization import METRICS, SPACES, Linearization
+from .linearization import METRICS, Linearization
 from .loss import check_criterion
 from .recorder import CallRecorder
 from .report import StepReport
 from .search import Outcome, Search
+from .solve import ConjugateGradients
+from .straight import Progress, StraightLine
+from .system import SPACES
 from .trials import JUDGES, Trial, TrialMaker, choose_judge, kept_momentum
+from .watching import WatchingOptimizer
 
-_NEW = {"momentum": 0.0, "carry_over": ()}  # options that states of earlier versions do not have
 
-
-class AdaptedGD(Optimizer):
+class AdaptedGD(WatchingOptimizer):
     """Adapted gradient descent: outputs follow Euclidean gradient descent, straight towards the targets.
 
     Each step solves Θψ = Pg (2.22) with the tangent kernel Θ = DDᵀ of the outputs x that the loss went through and its
@@ -76,7 +76,8 @@ class AdaptedGD(Optimizer):
         weight_decay: w ≥ 0, decoupled: θ ← (1 − lr·w) θ beside the step, and no part of what trials are judged by. Default 0.
         metric: Of the outputs: ``"euclidean"`` (default, the paper's), or ``"ggn"``, the loss's Hessian H = SSᵀ there: a step
             Dᵀψ with ψ = S(SᵀΘS + λ1)⁻¹S⁺g, Newton's but for the network's curvature. For squared losses they are the same.
-        line_search: Shorten steps, by halves, until the loss decreases by 10⁻⁴ of what its slope promises. Default False.
+        line_search: Shorten steps, by halves, until the loss decreases by 10⁻⁴ of what its slope promises; or a `StraightLine`:
+            until the outputs move as predicted. Default False.
         trials: What tells the loss at trial parameters: ``"outputs"``, a repeated forward pass and the criterion;
             ``"closure"``, that of `step`; ``"auto"`` (default), the closure only where the criterion does not know all of it.
         space: Where to solve: ``"sample"``, with Θ, QN×QN; ``"parameter"``, with DᵀD, K×K, added up over blocks of samples; or
@@ -85,6 +86,8 @@ class AdaptedGD(Optimizer):
             not fit, ``"jacobian"`` builds it from D, ``"auto"`` (default) is structured where that is right.
         solver: ``"auto"`` (default): Cholesky where an estimate of the condition allows it, pivoted Cholesky where the rank is
             short and unambiguous, else ``"eigh"``, the eigenvalue decomposition, which may be had always; see `solve_kernel`.
+            Or ``"cg"`` or a `ConjugateGradients`, which never form Θ; ``"auto"`` takes them beyond 8,192 outputs (and as many
+            parameters), and where memory does not suffice, unless ``rtol`` or ``space="parameter"`` are given.
         chunk_size: Samples' worth of rows of D that are differentiated at a time, see `ntk`.
 
     Attributes:
@@ -124,11 +127,11 @@ class AdaptedGD(Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         metric: str = "euclidean",
-        line_search: bool = False,
+        line_search: bool | StraightLine = False,
         trials: str = "auto",
         space: str = "auto",
         kernel: str = "auto",
-        solver: str = "auto",
+        solver: str | ConjugateGradients = "auto",
         chunk_size: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -138,14 +141,14 @@ class AdaptedGD(Optimizer):
             )
         self._model = model
         self._criterion = check_criterion(criterion)
-        self._line_search = true_or_false("line_search", line_search)
+        self._line_search = options.check_line_search(line_search)
         damping, self._policy = options.split_damping(damping, self._criterion, self._line_search)
         self._metric = one_of("metric", metric, METRICS)
         options.check_together(self._criterion, self._metric, self._policy, self._line_search)
         self._trials = one_of("trials", trials, JUDGES)
         self._space = one_of("space", space, SPACES)
         self._kernel = one_of("kernel", kernel, METHODS)
-        self._solver = one_of("solver", solver, solve.METHODS)
+        self._solver = options.check_solver(solver, self._space, rtol)
         self._chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
         self._recorder = CallRecorder(model)
         self._said: set[str] = set()
@@ -161,48 +164,43 @@ class AdaptedGD(Optimizer):
             "rtol": rtol,
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "carry_over": (),  # of the policy, in the first group
+            "carry_over": (),  # of the policies, in the first group
+            "progress": (),
         }
         options.check_options(defaults)
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model to step, with options of their own (``lr``, ``alpha``, ``weight_decay``).
+    def full_batch(self, loader: Iterable[Any]) -> float:
+        """Take one step on all batches of a loader as one: the exact step over the whole training set.
+
+        The model is called once for each batch, so that no forward pass is larger than one, then the criterion once for all
+        outputs, whatever its reduction; the step is that of one large batch. Gradients are cleared first. Batches are moved to
+        the network's device. Beside the layers' inputs, memory holds B, the Q gradients of each sample's outputs at each
+        layer's, in the parameters' dtype.
 
         Args:
-            param_group: As for any torch optimizer. ``damping``, ``rtol`` and ``momentum`` belong to the one system that all
-                groups share, and have to be those of the other groups.
+            loader: Gives pairs (inputs, targets), such as a DataLoader; inputs may be a tensor, a tuple of positional inputs or
+                a dict of keyword inputs. Its order may change from step to step (with it, conjugate gradients have no use for
+                the last step's ψ).
+
+        Returns:
+            The loss before the step.
 
         Raises:
-            TypeError: An option has the wrong type.
-            ValueError: An option is out of range, or a parameter is not the model's, not real or of half precision.
+            TypeError: A batch is not such a pair, or the model returns something else than a tensor.
+            ValueError: There is no ``criterion``, it has reduction ``"none"``, or there are no batches.
+            RuntimeError: As for `step`; nothing has been changed then.
         """
-        if isinstance(param_group, dict) and self.param_groups:  # λ may have moved since the start
-            param_group = {**{option: self.param_groups[0][option] for option in options.SHARED}, **param_group}
-        given = {**self.defaults, **param_group} if isinstance(param_group, dict) else self.defaults
-        options.check_options(given)
-        for option in options.SHARED if self.param_groups else ():
-            if given[option] != self.param_groups[0][option]:
-                raise ValueError(
-                    f"`{option}` should be the same in all parameter groups, which share one system, but got "
-                    f"{given[option]!r} beside {self.param_groups[0][option]!r}."
-                )
-        super().add_param_group(param_group)
-        try:
-            names = {id(p): name for name, p in underlying(self._model).named_parameters()}
-            added = [(names.get(id(p)), p) for p in self.param_groups[-1]["params"]]
-            for name, p in added:
-                options.check_parameter(name, p)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        for _, p in added:
-            self._recorder.watch(p)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``.grad`` (to None or zero), and drop the calls of the model whose outputs have received a gradient."""
-        super().zero_grad(set_to_none=set_to_none)
-        self._recorder.drop("zero_grad")
+        if self._criterion is None or self._criterion.reduction == "none":
+            given = "None" if self._criterion is None else 'reduction="none"'
+            raise ValueError(f'`criterion` should be a loss with reduction "mean" or "sum" for `full_batch`, but is {given}.')
+        self.zero_grad()
+        with torch.enable_grad():
+            device = self.param_groups[0]["params"][0].device
+            loss = full_loss(self._model, self._criterion, loader, device)
+            loss.backward()
+        self.step()
+        return loss.item()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -271,9 +269,10 @@ class AdaptedGD(Optimizer):
             kernel_method=self._kernel,
             solver=self._solver,
             chunk_size=self._chunk_size,
+            start=self._kept_psi(trained),
         )
         propose = TrialMaker(linearization, self._groups())
-        outcome, carry = self._search(linearization, propose, closure)
+        outcome, carried = self._search(linearization, propose, closure)
         report = StepReport.of(linearization, outcome)
         values = propose.finished(outcome.trial) if outcome.trial else {}
         for name, value in values.items():
@@ -286,30 +285,37 @@ class AdaptedGD(Optimizer):
             self._take(linearization, outcome.trial, values)
             for group in self.param_groups:
                 group["damping"] = outcome.damping
-            self.param_groups[0]["carry_over"] = dataclasses.astuple(carry)
+            self.param_groups[0].update(carried)
         recorder.drop("step", spent=True)
         self.last_step = report
         return loss
 
-    def _search(self, linearization: Linearization, propose: TrialMaker, closure: Closure | None) -> tuple[Outcome, CarryOver]:
-        """Choose the step; changes nothing."""
+    def _search(
+        self, linearization: Linearization, propose: TrialMaker, closure: Closure | None
+    ) -> tuple[Outcome, dict[str, tuple[Any, ...]]]:
+        """Choose the step, and what the policies are to keep for the next one; changes nothing."""
         damping, decay = (options.shared_option(self.param_groups, name) for name in ("damping", "momentum"))
         momentum = kept_momentum(self.state, linearization.trained) if decay else None
         if not self._policy and not self._line_search:
-            return Search(linearization, propose).once(damping, momentum, decay), CarryOver()
+            return Search(linearization, propose).once(damping, momentum, decay), {}
+        if isinstance(self._line_search, StraightLine):
+            progress = Progress(*self.param_groups[0]["progress"])
+            outcome, progress = Search(linearization, propose).straight(self._line_search, damping, momentum, decay, progress)
+            return outcome, {"progress": dataclasses.astuple(progress)}
         lrs = [float(group["lr"]) for group in self.param_groups]
         judge, contradiction = choose_judge(self._trials, linearization, closure, lrs)
         if contradiction:
             self._warn_once("criterion", contradiction)
         search = Search(linearization, propose, judge)
         if self._policy is None:
-            return search.backtracking(damping, momentum, decay), CarryOver()
+            return search.backtracking(damping, momentum, decay), {}
         unit = linearization.loss_unit
         carry = CarryOver(*self.param_groups[0]["carry_over"]).met(judge.before / unit)
         if carry.remark:
             self._warn_once("carry-over", carry.remark)
         outcome = search.levenberg_marquardt(self._policy, damping, momentum, decay, carry.share)
-        return outcome, carry.stepped(judge.before / unit, None if outcome.change is None else outcome.change / unit)
+        carry = carry.stepped(judge.before / unit, None if outcome.change is None else outcome.change / unit)
+        return outcome, {"carry_over": dataclasses.astuple(carry)}
 
     def _take(self, linearization: Linearization, trial: Trial, values: dict[str, Tensor]) -> None:
         """Move the parameters, and keep what the next step builds on."""
@@ -319,65 +325,14 @@ class AdaptedGD(Optimizer):
             if decay:
                 kept = trial.direction.adapted[name] / linearization.curvature
                 self.state[p]["momentum"] = kept.reshape(p.shape).to(p.dtype)
+        first = next(iter(linearization.trained.values()))
+        if linearization.warm_start and (psi := trial.direction.weights) is not None:
+            self.state[first]["psi"] = psi.to(first.dtype)  # loading a state casts it to that
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
-
-        Args:
-            state_dict: State of an AdaptedGD with the same parameter groups.
-
-        Raises:
-            TypeError: An option has the wrong type.
-            ValueError: It is the state of another optimizer, or an option is out of range.
-        """
-        state_dict = {**state_dict, "param_groups": [{**_NEW, **group} for group in state_dict["param_groups"]]}
-        for group in state_dict["param_groups"]:
-            missing = [name for name in self.defaults if name not in group]
-            if missing:
-                raise ValueError(
-                    f"`state_dict` should come from an AdaptedGD, but a parameter group has no {', '.join(missing)}."
-                )
-            options.check_options(group)
-        super().load_state_dict(state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        chosen = ("_policy", "_metric", "_line_search", "_trials", "_space", "_kernel", "_solver", "_chunk_size")
-        kept = ("_model", "_criterion", *chosen, "_said", "last_step")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
-            self._recorder = CallRecorder(self._model)
-            for group in self.param_groups:
-                for p in group["params"]:
-                    self._recorder.watch(p)
-
-    def _loss_scale(self) -> float:
-        """What a GradScaler multiplied the loss by."""
-        scale = getattr(self, "grad_scale", None)
-        if scale is None and hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "GradScaler.unscale_(optimizer) divided `.grad`, which AdaptedGD does not read, and hides the scale that the "
-                "outputs' gradient still carries. Leave unscale_ out: scaler.step(optimizer) hands the scale over."
-            )
-        return 1.0 if scale is None else float(scale)
-
-    def _groups(self) -> dict[int, dict[str, Any]]:
-        return {id(p): group for group in self.param_groups for p in group["params"]}
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        """The parameters to step, by name, in the order of the model: those that received a gradient, as in torch."""
-        groups = self._groups()
-        named = underlying(self._model).named_parameters()
-        ours = {name: p for name, p in named if id(p) in groups and p.requires_grad}
-        for name, p in ours.items():
-            options.check_parameter(name, p)  # it may have been cast since
-        trained = {name: p for name, p in ours.items() if id(p) in self._recorder.gradients}
-        if not trained:
-            options.check_membership(self._model, self.param_groups)
-            raise RuntimeError("No parameter of this optimizer requires a gradient any more. Unfreeze some, or do not step.")
-        return trained
+    def _kept_psi(self, trained: dict[str, nn.Parameter]) -> Tensor | None:
+        """ψ of the last step, for conjugate gradients to begin with."""
+        kept = self.state.get(next(iter(trained.values())), {}).get("psi")
+        return None if kept is None else kept.double()
 
     def _warn(self, linearization: Linearization, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor]) -> None:
         for about, text in linearization.remarks():
@@ -391,8 +346,3 @@ class AdaptedGD(Optimizer):
                     "`damping`.",
                 )
                 return
-
-    def _warn_once(self, about: str, text: str) -> None:
-        if about not in self._said:
-            self._said.add(about)
-            warnings.warn(text, stacklevel=7)

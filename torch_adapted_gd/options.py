@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .calls import underlying
-from .checks import real_number
+from .checks import one_of, real_number
 from .damping import LevenbergMarquardt
 from .loss import Criterion, require_reduced
+from .solve import ConjugateGradients
+from .straight import StraightLine
+from .system import SOLVERS
 
 SHARED = ("damping", "rtol", "momentum")  # of the one system that all parameter groups share
 
@@ -29,7 +32,9 @@ def check_options(options: dict[str, Any]) -> None:
         real_number("rtol", options["rtol"], low=0.0, below=1.0)
 
 
-def split_damping(damping: Any, criterion: Criterion | None, line_search: bool) -> tuple[float, LevenbergMarquardt | None]:
+def split_damping(
+    damping: Any, criterion: Criterion | None, line_search: bool | StraightLine
+) -> tuple[float, LevenbergMarquardt | None]:
     """The damping to begin with, and the policy that changes it, if there is one.
 
     Args:
@@ -56,7 +61,9 @@ def split_damping(damping: Any, criterion: Criterion | None, line_search: bool) 
     return real_number("damping", damping, low=0.0), None
 
 
-def check_together(criterion: Criterion | None, metric: str, policy: LevenbergMarquardt | None, line_search: bool) -> None:
+def check_together(
+    criterion: Criterion | None, metric: str, policy: LevenbergMarquardt | None, line_search: bool | StraightLine
+) -> None:
     """Check options that need each other, or exclude each other.
 
     Raises:
@@ -66,8 +73,42 @@ def check_together(criterion: Criterion | None, metric: str, policy: LevenbergMa
         raise ValueError("`line_search` should be left out with LevenbergMarquardt(), which shortens steps itself.")
     if metric == "ggn" and criterion is None:
         raise ValueError('`criterion` should be given for metric="ggn", which is the Hessian of that loss, but got None.')
-    if metric == "ggn" or policy or line_search:
+    if metric == "ggn" or policy or line_search is True:
         require_reduced(criterion)
+
+
+def check_line_search(line_search: Any) -> bool | StraightLine:
+    """Return ``line_search`` if it is a bool or a policy.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if isinstance(line_search, bool | StraightLine):
+        return line_search
+    given = "the class. Write StraightLine()" if line_search is StraightLine else repr(line_search)
+    raise TypeError(f"`line_search` should be True, False or a StraightLine(), but got {given}.")
+
+
+def check_solver(solver: Any, space: str, rtol: float | None) -> str | ConjugateGradients:
+    """Return ``solver`` if it is a way to solve that goes with the other options.
+
+    Raises:
+        TypeError: It is neither a word nor a `ConjugateGradients`.
+        ValueError: It is an unknown word, or does not go with the others.
+    """
+    if not isinstance(solver, str | ConjugateGradients):
+        given = "the class. Write ConjugateGradients()" if solver is ConjugateGradients else repr(solver)
+        raise TypeError(f"`solver` should be a word or a ConjugateGradients(), but got {given}.")
+    if isinstance(solver, str):
+        one_of("solver", solver, SOLVERS)
+    if solver == "cg" or isinstance(solver, ConjugateGradients):
+        if space == "parameter":
+            raise ValueError('`space` should be "sample" or "auto" for conjugate gradients, but got "parameter".')
+        if rtol is not None:
+            raise ValueError(
+                f"`rtol` should be left out for conjugate gradients, which reveal no singular values, but got {rtol!r}."
+            )
+    return solver
 
 
 def check_parameter(name: str | None, p: Tensor) -> None:

@@ -1,7 +1,8 @@
 """What a step did, in numbers."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,9 +17,11 @@ class StepReport:
     Attributes:
         num_outputs: QN, the outputs of all calls that the loss went through.
         num_params: K, the parameters stepped.
-        rank: Rank of D: singular values above ``rtol``·σ_max.
-        condition: σ_max/σ_min of D over those, but by ``"eigh"`` an estimate from below; NaN when the rank is 0.
-        projected_fraction: |Pg|/|g|, the part of the output gradient within reach of the parameters.
+        rank: Rank of D: singular values above ``rtol``·σ_max; None by ``"cg"``, which does not reveal it.
+        condition: σ_max/σ_min of D over those, but by ``"eigh"`` an estimate from below; NaN when the rank is 0, and
+            by ``"cg"``.
+        projected_fraction: |Pg|/|g|, the part of the output gradient within reach of the parameters; by ``"cg"`` |DDᵀψ|/|g|,
+            which damping makes less.
         identity_gap: |ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², zero but for rounding when kernel and Jacobian belong together.
         off_output_fraction: |∇_θC − Dᵀg| / |∇_θC|, the part of the loss's gradient that did not come through the
             outputs; 0 when it is within rounding.
@@ -30,15 +33,23 @@ class StepReport:
         num_calls: Calls of the model whose rows were stacked.
         kernel: How Θ came about: ``"structured"``, ``"jacobian"``, or both for different parameters, with the method of the
             Jacobian.
-        solver: What solved Θψ = Pg: ``"cholesky"``, ``"pivoted_cholesky"`` or ``"eigh"``.
-        status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output). Or, nothing
+        solver: What solved Θψ = Pg: ``"cholesky"``, ``"pivoted_cholesky"``, ``"eigh"``, or ``"cg"`` with its preconditioner.
+        status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output); by ``"cg"``
+            ``"converged"``, or ``"not_converged"`` where the residual is above the tolerance. Or, nothing
             having been changed, ``"rejected"``, when no trial lowered the loss enough, and ``"skipped"``, when a GradScaler
             found scaled gradients that are not finite.
+        fraction: The part of ``lr`` that the step went: less than 1 by a ``line_search``, and by trials that had to be
+            shortened.
+        iterations: Those of conjugate gradients, for all trials of the step; 0 where others solved.
+        residual: Their |g − (Θ + λ1)ψ|/|g| at the end of the last trial's solution, see `ConjugateGradients`: how far the
+            outputs' predicted motion is from that of the exact ψ, at most; NaN where others solved.
+        seconds: Time spent by conjugate gradients on ``"factors"`` (the replay, its checks and what the layers' factors are
+            made from), on the ``"preconditioner"`` and on ``"iterations"``; empty where others solved.
     """
 
     num_outputs: int
     num_params: int
-    rank: int
+    rank: int | None
     condition: float
     projected_fraction: float
     identity_gap: float
@@ -52,10 +63,14 @@ class StepReport:
     kernel: str
     solver: str
     status: str
+    fraction: float = 1.0
+    iterations: int = 0
+    residual: float = math.nan
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def full_rank(self) -> bool:
-        """Whether rank D = QN, the assumption of Proposition 2.4."""
+        """Whether rank D = QN, the assumption of Proposition 2.4; False where the rank is not known."""
         return self.rank == self.num_outputs
 
     @classmethod
@@ -67,7 +82,7 @@ class StepReport:
     @classmethod
     def of(cls, linearization: "Linearization", outcome: "Outcome") -> "StepReport":
         """Report of a step."""
-        system = linearization.system
+        system, iterative = linearization.system, linearization.iterative
         return cls(
             num_outputs=linearization.num_outputs,
             num_params=linearization.num_params,
@@ -85,4 +100,8 @@ class StepReport:
             kernel=system.factors.description,
             solver=system.factorization.method,
             status=linearization.status if outcome.trial else "rejected",
+            fraction=outcome.trial.fraction if outcome.trial else 0.0,
+            iterations=iterative.iterations if iterative else 0,
+            residual=iterative.last.residual if iterative and iterative.last else math.nan,
+            seconds=dict(system.seconds),
         )

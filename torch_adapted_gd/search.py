@@ -8,6 +8,7 @@ from torch import Tensor
 from .damping import LevenbergMarquardt
 from .kernel import norm
 from .linearization import Direction, Linearization, Parts
+from .straight import Progress, StraightLine
 from .trials import Judge, Trial, TrialMaker
 
 _SHORTEST = 40  # halvings of a step, after which float64 would not see it
@@ -75,6 +76,32 @@ class Search:
                 ratio = decrease / -predicted if predicted < 0 else None
                 return Outcome(direction, trial, halvings + 1, ratio, damping)
         return Outcome(direction, None, _SHORTEST, None, damping)
+
+    def straight(
+        self, policy: StraightLine, damping: float, momentum: Parts | None, decay: float, progress: Progress
+    ) -> tuple[Outcome, Progress]:
+        """The longest of ever shorter steps that the outputs follow as predicted."""
+        direction = self._linear.direction(damping, momentum, decay)
+        whole = self._propose(direction)
+        straight = self._linear.linear(whole.change)  # Dδ at the full lr
+        root = math.sqrt(straight.numel())
+        distance = progress.distance
+        if distance is None and self._propose.largest_lr:
+            distance = float(straight.norm()) / root / self._propose.largest_lr
+        fraction, trials = progress.fraction, 0
+        while fraction >= policy.smallest:
+            trial = whole if fraction == 1 else self._propose(direction, fraction)
+            moved = self._moved(trial)
+            trials += 1
+            error = math.inf
+            if moved is not None:
+                apart = float((moved - fraction * straight).norm())
+                error = max(0.0, apart - self._linear.output_rounding) / root / distance if distance else 0.0
+            following = policy.next_fraction(fraction, error)
+            if error <= policy.tolerance:
+                return Outcome(direction, trial, trials, None, damping), Progress(distance, following)
+            fraction = following
+        return Outcome(direction, None, trials, None, damping), progress
 
     def levenberg_marquardt(
         self,

@@ -45,6 +45,11 @@ class TrialMaker:
         self._linear, self._groups = linearization, groups
 
     @property
+    def largest_lr(self) -> float:
+        """The largest lr of any parameter."""
+        return max(float(self._groups[id(p)]["lr"]) for p in self._linear.trained.values())
+
+    @property
     def damped(self) -> bool:
         """Whether damping shortens all of a step: there is no part of a plain gradient in it."""
         return self._linear.off_output is None and all(self._groups[id(p)]["alpha"] == 1 for p in self._linear.trained.values())
@@ -58,7 +63,7 @@ class TrialMaker:
             part: What is added to δ at the largest lr, and less of it at smaller ones.
         """
         linear = self._linear
-        largest = max(float(self._groups[id(p)]["lr"]) for p in linear.trained.values())
+        largest = self.largest_lr
         values: dict[str, Tensor] = {}
         changes: Parts = {}
         for name, p in linear.trained.items():

@@ -4,7 +4,7 @@ from .dense import norm
 from .module_calls import ModuleCall
 from .products import OuterProducts
 from .rules import register_rule
-from .tangent import METHODS, Factors, ntk, tangent_gram, tangent_kernel
+from .tangent import METHODS, Factors, ntk, tangent_factors, tangent_gram, tangent_kernel
 
 __all__ = [
     "METHODS",
@@ -14,6 +14,7 @@ __all__ = [
     "norm",
     "ntk",
     "register_rule",
+    "tangent_factors",
     "tangent_gram",
     "tangent_kernel",
 ]

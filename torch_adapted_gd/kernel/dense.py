@@ -130,6 +130,22 @@ class StackedJacobian:
         self.gradient = gradient
         self.description = description
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.blocks[0].device
+
+    def written_of(self, number: int) -> list[Tensor]:
+        """The Jacobian of one of the calls, ``[N·Q, K]``, as the only one of a list."""
+        return self.blocks[number : number + 1]
+
+    def combinations_at_once(self, count: int) -> int:  # noqa: ARG002
+        """One: each takes N rows of D."""
+        return 1
+
+    def check_products(self) -> None:
+        """Nothing is left to check: D is."""
+
     @classmethod
     def of(cls, parts: list[CallJacobian], numels: dict[str, int]) -> "StackedJacobian":
         """That of the Jacobians of several calls."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _TOUCH = 64  # multiplications that take as long as writing and rearranging one entry of an intermediate
+_CACHED_ELEMENTS = 2**19  # entries of factors that are turned to float64 at a time (4 MiB)
 _WORK_ELEMENTS = 2**23  # entries of an intermediate (64 MiB in float64)
 
 
@@ -70,12 +71,19 @@ class OuterProducts:
 
     def weighted_sum(self, u: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Σ_nq u[n, q] D[n, q] in ``dtype``, flat in the parameter's layout; None for u = 1."""
+        return self.spread(self.contracted(u, dtype), dtype)
+
+    def contracted(self, u: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Σ_q u[n, q] left[n, q], ``[N, G, O, T]``."""
         n, q, g, o, t = self.left.shape
         left = self.left.to(dtype)
         if u is not None:
-            left = (u.to(dtype).unsqueeze(1) @ left.reshape(n, q, -1)).view(n, g, o, t)
-        else:
-            left = left.sum(1) if q > 1 else left.squeeze(1)
+            return (u.to(dtype).unsqueeze(1) @ left.reshape(n, q, -1)).view(n, g, o, t)
+        return left.sum(1) if q > 1 else left.squeeze(1)
+
+    def spread(self, left: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σ_nt left[n, :, :, t] ⊗ right[n, :, :, t] for left ``[N, G, O, T]``, flat in the parameter's layout."""
+        n, g, o, t = left.shape
         if isinstance(self.right, OneHot):
             rows = left.reshape(n, o, t).transpose(1, 2).reshape(n * t, o)
             total = rows.new_zeros(self.width, o).index_add_(0, self.right.index.reshape(-1), rows).T[None]  # [1, O, I]
@@ -84,24 +92,28 @@ class OuterProducts:
             total = by_group @ self.right.to(dtype).permute(1, 0, 3, 2).reshape(g, n * t, -1)
         return (total.transpose(1, 2) if self.flipped else total).reshape(-1)
 
-    def product(self, v: Tensor) -> Tensor:
-        """Σ_k D[n, q, k] v[k] in the dtype of ``v``, which is flat in the parameter's layout: ``[N, Q]``."""
-        n, q, g, o, _ = self.left.shape
+    def image(self, v: Tensor) -> Tensor:
+        """What a matrix v, flat in the parameter's layout, makes of right: ``[N, G, O, T]`` in its dtype."""
+        g, o = self.left.shape[2:4]
         matrix = v.reshape(g, self.width, o).transpose(1, 2) if self.flipped else v.reshape(g, o, self.width)
         if isinstance(self.right, OneHot):
-            image = matrix[0].T[self.right.index].transpose(1, 2)  # [N, O, T]
-        else:
-            image = matrix @ self.right.to(v.dtype)  # [N, G, O, T]
-        return (self.left.to(v.dtype).reshape(n, q, -1) @ image.reshape(n, -1, 1)).squeeze(2)
+            return matrix[0].T[self.right.index].transpose(1, 2).unsqueeze(1)
+        if self.left.shape[4] == g == 1:  # one product instead of one for each sample
+            return (self.right.to(v.dtype).flatten(1) @ matrix[0].T).view(-1, 1, o, 1)
+        return matrix @ self.right.to(v.dtype)
+
+    def product(self, v: Tensor) -> Tensor:
+        """Σ_k D[n, q, k] v[k] in the dtype of ``v``, which is flat in the parameter's layout: ``[N, Q]``."""
+        return self.against(self.image(v))
+
+    def against(self, image: Tensor) -> Tensor:
+        """⟨left[n, q], image[n]⟩ for image ``[N, G, O, T]``: ``[N, Q]``."""
+        n, q = self.left.shape[:2]
+        return (self.left.to(image.dtype).reshape(n, q, -1) @ image.reshape(n, -1, 1)).squeeze(2)
 
     def of_samples(self, samples: slice, dtype: torch.dtype) -> "OuterProducts":
         """Those of some of the samples, in ``dtype``."""
-        right: Tensor | OneHot
-        if isinstance(self.right, OneHot):
-            right = OneHot(self.right.index[samples], self.right.size)
-        else:
-            right = self.right[samples].to(dtype)
-        return OuterProducts(self.left[samples].to(dtype), right, self.flipped)
+        return OuterProducts(self.left[samples].to(dtype), _part(self.right, samples, dtype), self.flipped)
 
     @staticmethod
     def joined(terms: Sequence["OuterProducts"]) -> "OuterProducts":
@@ -142,6 +154,17 @@ class Family:
     def columns(self) -> int:
         """Entries of the parameters: columns of D."""
         return sum(term.left.shape[2] * term.left.shape[3] * term.width for term in self.first)
+
+    def of_output(self, number: int) -> "Family":
+        """That of one of the Q outputs alone."""
+        part = slice(number, number + 1)
+        left1 = self._left1[:, part]
+        left2 = left1 if self._left2 is self._left1 else self._left2[:, part]
+        first = [OuterProducts(left1, term.right, term.flipped) for term in self.first]
+        if self.second is self.first:
+            return Family(first, first)
+        pairs = zip(first, self.first, self.second, strict=True)
+        return Family(first, [mine if a is b else OuterProducts(left2, b.right, b.flipped) for mine, a, b in pairs])
 
     def explicit_is_cheaper(self, size: tuple[int, int] | None = None) -> bool:
         """Whether writing the Jacobian out and multiplying it takes fewer operations than contracting the factors.
@@ -186,10 +209,10 @@ class Family:
             written: D is written out for Θ. It is then here too: where it is rounded, both have to be in the same way.
             limit: See `blocks`.
         """
+        if not written:
+            yield from self._factored_sums(u)
+            return
         for term in self.first:
-            if not written:
-                yield term.weighted_sum(u, u.dtype)
-                continue
             n, q, g, o, _ = term.left.shape
             total = u.new_zeros(g, o, term.width)
             for part in term.column_blocks(limit):
@@ -198,6 +221,28 @@ class Family:
                     block.reshape(g, term.width, -1).transpose(1, 2) if term.flipped else block.reshape(g, -1, term.width)
                 )
             yield (total.transpose(1, 2) if term.flipped else total).reshape(-1)
+
+    def _factored_sums(self, u: Tensor) -> list[Tensor]:
+        totals: list[Tensor] = []
+        for samples in self._samples():
+            parts = self._of_samples(samples, u.dtype)
+            left = parts[0].contracted(u[samples], u.dtype)
+            sums = [part.spread(left, u.dtype) for part in parts]
+            totals = [total.add_(more) for total, more in zip(totals, sums, strict=True)] if totals else sums
+        return totals
+
+    def _of_samples(self, samples: slice, dtype: torch.dtype) -> list[OuterProducts]:
+        """The terms of some of the samples, in ``dtype``, which still have their left factors in common."""
+        left = self._left1[samples].to(dtype)
+        return [OuterProducts(left, _part(term.right, samples, dtype), term.flipped) for term in self.first]
+
+    def _samples(self) -> Iterator[slice]:
+        """Ranges of samples whose factors, in float64, stay in the cache; all of them on a GPU."""
+        n = len(self._left1)
+        entries = self._left1[:1].numel() + sum(1 if isinstance(t.right, OneHot) else t.right[:1].numel() for t in self.first)
+        step = max(1, _CACHED_ELEMENTS // max(1, entries)) if self._left1.device.type == "cpu" else max(1, n)
+        for start in range(0, n, step):
+            yield slice(start, min(start + step, n))
 
     def product(self, vectors: list[Tensor], written: bool, limit: int) -> Tensor:
         """Σ over parameters of Σ_k D[n, q, k] v[k] for a flat vector v of each, ``[N, Q]`` in their dtype.
@@ -209,10 +254,13 @@ class Family:
         """
         n, q, g, o, _ = self._left1.shape
         total = vectors[0].new_zeros(n, q)
+        if not written:
+            for samples in self._samples():
+                parts = self._of_samples(samples, total.dtype)
+                image = functools.reduce(Tensor.add_, (part.image(v) for part, v in zip(parts, vectors, strict=True)))
+                total[samples] = parts[0].against(image)
+            return total
         for term, v in zip(self.first, vectors, strict=True):
-            if not written:
-                total += term.product(v)
-                continue
             by_row = v.reshape(g, term.width, o).transpose(1, 2) if term.flipped else v.reshape(g, o, term.width)
             for part in term.column_blocks(limit):
                 piece = by_row[:, part].transpose(1, 2) if term.flipped else by_row[:, part]
@@ -268,6 +316,10 @@ class Family:
         if not self.single:  # inner: [m, n, T, R, O]; products: [n, T, m, S]
             samples = min(samples, max(1, int((_WORK_ELEMENTS / max(1, t * max(r * o, s))) ** 0.5)))
         return samples
+
+
+def _part(right: Tensor | OneHot, samples: slice, dtype: torch.dtype) -> Tensor | OneHot:
+    return OneHot(right.index[samples], right.size) if isinstance(right, OneHot) else right[samples].to(dtype)
 
 
 def _right_products(first: Tensor | OneHot, second: Tensor | OneHot, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,6 @@
 """Θ summed over layers, each by its own rule, and Dᵀu from the same factors: D itself is never held."""
 
 import itertools
-import math
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from ..calls import Call, underlying
 from ..jacobian import call_jacobian, dtype_and_device, product, transpose_product
+from ..memory import available_bytes
 from ..replay import precision
 from .blocks import BLOCK_ELEMENTS, KernelBlock, Parts
 from .capture import Capture, exactly
@@ -35,6 +35,7 @@ class StructuredKernel:
         verified: Whether each rule is checked first. Without that, what `rows` finds wrong cannot be told apart.
 
     Attributes:
+        device: Where it is.
         unserved: Parameters that have to be served by their Jacobian, and why.
         remarks: What the user should know of these.
         methods: How their Jacobians were computed.
@@ -46,7 +47,7 @@ class StructuredKernel:
         model = underlying(model)
         parameters = {name: p for name, p in model.named_parameters() if name in set(names)}
         self._numels = {name: parameters[name].numel() for name in names}
-        self._dtype, self._device = dtype_and_device(list(parameters.values()))
+        self._dtype, self.device = dtype_and_device(list(parameters.values()))
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
         self._captures = [Capture(model, call, names) for call in calls]
@@ -56,7 +57,8 @@ class StructuredKernel:
             self.remarks += remarks
         self._size = max(c.replay.n for c in self._captures), max(c.replay.q for c in self._captures)
         rows = sum(c.replay.n * c.replay.q for c in self._captures)
-        self._budget = max(_CHUNK_BYTES, 8 * rows**2)
+        free = available_bytes(self.device) if 8 * rows**2 > _CHUNK_BYTES else None  # Θ may never be formed
+        self._budget = max(_CHUNK_BYTES, 8 * rows**2 if free is None else min(8 * rows**2, free // 4))
         self._chunks = list(self._planned(chunk_size))
         if len(self._chunks) == len(calls):
             for chunk in self._chunks:
@@ -69,7 +71,7 @@ class StructuredKernel:
         for call, capture in zip(calls if left else [], self._captures, strict=False):
             if capture.probe_product.keys().isdisjoint(left):  # a call that uses none of them
                 size = capture.replay.n * capture.replay.q, sum(self._left.values())
-                self._dense.append(torch.zeros(size, dtype=self._dtype, device=self._device))
+                self._dense.append(torch.zeros(size, dtype=self._dtype, device=self.device))
                 continue
             part = call_jacobian(model, call, left, chunk_size=chunk_size)
             self._dense.append(part.matrix)
@@ -103,6 +105,30 @@ class StructuredKernel:
         if self.remarks or self.methods not in ([], ["per_sample"]) or len(self.unserved) == len(self._numels):
             raise MismatchError("; ".join(self.remarks) or next(iter(self.unserved.values())))
 
+    def chunks_of(self, number: int) -> list[Chunk]:
+        """The chunks of one of the calls."""
+        return [chunk for chunk in self._chunks if chunk.number == number]
+
+    def written_of(self, number: int) -> list[Tensor]:
+        """The Jacobian of what rules do not serve, ``[N·Q, numel]``, in a list that is empty where they serve all."""
+        return self._dense[number : number + 1]
+
+    def combinations_at_once(self, count: int) -> int:
+        """For how many combinations of the outputs B may be held at a time."""
+        if all(chunk.whole for chunk in self._chunks):
+            return count
+        entries = sum(2 * capture.elements for capture in self._captures)
+        return max(1, min(count, self._budget // max(1, self._dtype.itemsize * entries)))
+
+    def check_products(self) -> None:
+        """Hold Dᵀu for the probe against what backward passes give.
+
+        Raises:
+            MismatchError: They differ.
+        """
+        found = self.transpose_product(torch.cat([capture.replay.probe for capture in self._captures]))
+        self._check_probe(found)
+
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Θ, ``[R, R]`` for all rows of all calls, formed in ``dtype``.
 
@@ -110,8 +136,8 @@ class StructuredKernel:
             MismatchError: uᵀΘu differs from what a backward pass gives for |Dᵀu|², u random.
         """
         size = sum(capture.replay.n * capture.replay.q for capture in self._captures)
-        theta = new_kernel(size, size, self._device, dtype)
-        with exactly(self._device):
+        theta = new_kernel(size, size, self.device, dtype)
+        with exactly(self.device):
             for i, first in enumerate(self._chunks):
                 row_calls = first.module_calls()
                 self._fill(theta, first, first, row_calls, row_calls)
@@ -129,9 +155,9 @@ class StructuredKernel:
             MismatchError: uᵀΘv differs from what backward passes give for ⟨D₁ᵀu, D₂ᵀv⟩, u and v random.
         """
         rows, columns = (capture.replay.n * capture.replay.q for capture in self._captures)
-        theta = new_kernel(rows, columns, self._device, dtype)
-        with exactly(self._device):
-            firsts, seconds = ([chunk for chunk in self._chunks if chunk.number == number] for number in (0, 1))
+        theta = new_kernel(rows, columns, self.device, dtype)
+        with exactly(self.device):
+            firsts, seconds = self.chunks_of(0), self.chunks_of(1)
             for first in firsts:
                 row_calls = first.module_calls()
                 for second in seconds:
@@ -148,7 +174,7 @@ class StructuredKernel:
         Θ is to float64's precision: so the rounding of D costs κ(D)ε, not κ(D)²ε.
         """
         sums: list[dict[str, Tensor]] = []
-        with exactly(self._device):
+        with exactly(self.device):
             for chunk in self._chunks:
                 part = chunk.of(u)
                 for place, (_, calls) in enumerate(chunk.components(chunk.module_calls())):
@@ -163,8 +189,8 @@ class StructuredKernel:
 
     def product(self, v: dict[str, Tensor]) -> Tensor:
         """Dv in float64, ``[R]``, for v by parameter, flat, from the factors that Θ was made of."""
-        total = torch.zeros(sum(c.replay.n * c.replay.q for c in self._captures), dtype=torch.float64, device=self._device)
-        with exactly(self._device):
+        total = torch.zeros(sum(c.replay.n * c.replay.q for c in self._captures), dtype=torch.float64, device=self.device)
+        with exactly(self.device):
             for chunk in self._chunks:
                 part = chunk.of(total)
                 for place, (_, calls) in enumerate(chunk.components(chunk.module_calls())):
@@ -191,15 +217,15 @@ class StructuredKernel:
         ends = dict(zip(self._numels, itertools.accumulate(self._numels.values()), strict=True))
         columns = {name: slice(end - self._numels[name], end) for name, end in ends.items()}
         size = sum(self._numels.values())
-        found = torch.zeros(size, dtype=torch.float64, device=self._device)
+        found = torch.zeros(size, dtype=torch.float64, device=self.device)
         for number, capture in enumerate(self._captures):
             n, q = capture.replay.n, capture.replay.q
             step = max(1, limit // max(1, q * size))
             for first in range(0, n, step):
                 samples = slice(first, min(first + step, n))
-                block = torch.zeros(samples.stop - first, q, size, dtype=torch.float64, device=self._device)
-                with exactly(self._device):
-                    for chunk in (chunk for chunk in self._chunks if chunk.number == number):
+                block = torch.zeros(samples.stop - first, q, size, dtype=torch.float64, device=self.device)
+                with exactly(self.device):
+                    for chunk in self.chunks_of(number):
                         part = block[:, chunk.outputs.start : chunk.outputs.stop]
                         for place, (_, calls) in enumerate(chunk.components(chunk.module_calls())):
                             for name, jacobian in chunk.parts(place, calls).rows(samples):
@@ -212,10 +238,13 @@ class StructuredKernel:
                     rows = block.flatten(0, 1)
                     found.addmv_(rows.T, capture.replay.probe[first * q : samples.stop * q])
                 yield rows
+        self._check_probe({name: found[part] for name, part in columns.items()})
+
+    def _check_probe(self, found: dict[str, Tensor]) -> None:
+        """Compare Dᵀu for the probes with that of plain backward passes."""
         u = _added([capture.probe_product for capture in self._captures])
-        difference = math.sqrt(
-            sum(float((found[columns[n]] - u[n].reshape(-1) if n in u else found[columns[n]]).norm()) ** 2 for n in columns)
-        )
+        apart = {name: part - u[name].reshape(-1) if name in u else part for name, part in found.items()}
+        difference = norm(apart)
         if not difference <= min(1e3 * self._precision(torch.float64), 0.05) * norm(u):
             raise MismatchError(f"Dᵀu differs by {difference:.6g} for random u from that of backward passes, {norm(u):.6g}")
 

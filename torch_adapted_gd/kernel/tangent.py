@@ -193,6 +193,27 @@ def tangent_gram(
     return ParameterGram(total, products, square, factors, remark)
 
 
+def tangent_factors(
+    model: nn.Module, calls: list[Call], names: list[str], *, method: str = "auto", chunk_size: int | None = None
+) -> tuple[Factors, str | None]:
+    """What Θ of recorded calls is made of, without Θ, and what the user should be told of that.
+
+    Args:
+        model: The network.
+        calls: Its calls; their rows are stacked.
+        names: The parameters θ.
+        method: One of `METHODS`.
+        chunk_size: See `ntk`.
+
+    Raises:
+        RuntimeError: A call cannot be repeated, or ``method="structured"`` is not right for the model.
+        ValueError: The outputs do not have the batch first.
+        MemoryError: It would not fit.
+    """
+    _, factors, remark = _served(lambda factors: factors.check_products(), model, calls, names, method, chunk_size)
+    return factors, remark
+
+
 _Result = TypeVar("_Result")
 
 

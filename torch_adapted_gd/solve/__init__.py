@@ -2,6 +2,7 @@
 
 from .choice import factorize
 from .factorization import Factorization, Status
+from .krylov import ConjugateGradients
 from .lstsq import LeastSquares, rank_revealing_lstsq
 from .solution import METHODS, KernelSolution
 from .spectrum import default_rtol
@@ -9,6 +10,7 @@ from .system import solve_kernel, solve_symmetric
 
 __all__ = [
     "METHODS",
+    "ConjugateGradients",
     "Factorization",
     "KernelSolution",
     "LeastSquares",

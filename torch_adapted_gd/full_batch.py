@@ -1,0 +1,51 @@
+"""One loss over all batches of a loader."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .loss import Criterion
+
+
+def full_loss(model: nn.Module, criterion: Criterion, loader: Iterable[Any], device: torch.device) -> Tensor:
+    """The criterion's loss of all batches at once, by a call of the model for each, with their graphs.
+
+    Args:
+        model: The network.
+        criterion: The loss.
+        loader: Gives pairs (inputs, targets): inputs a tensor, a tuple of positional ones or a dict of keywords.
+        device: Where the network is; batches are moved there.
+
+    Raises:
+        TypeError: A batch is not a pair, or the model returns something else than a tensor.
+        ValueError: There are no batches.
+    """
+    outputs, targets = [], []
+    for batch in loader:
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            what = f"{len(batch)} things" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
+            raise TypeError(
+                f"`loader` should give pairs of inputs and a tensor of targets, but gave {what}. Wrap it in a generator that "
+                "makes pairs: ((batch['x'], batch['y']) for batch in loader)."
+            )
+        inputs, target = tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, tuple(batch))
+        if isinstance(inputs, dict):
+            output = model(**inputs)
+        else:
+            output = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"`full_batch` needs a model that returns a tensor, but it returned a {type(output).__name__}. For others call "
+                "the model batch by batch, the criterion once on what you stack, `backward` once, and `step`."
+            )
+        outputs.append(output)
+        targets.append(target)
+    if not outputs:
+        raise ValueError(
+            "`loader` should give at least one batch, but gave none. An iterator is used up by one step: pass the DataLoader."
+        )
+    loss: Tensor = criterion(torch.cat(outputs), torch.cat(targets))
+    return loss

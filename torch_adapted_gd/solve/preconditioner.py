@@ -1,0 +1,149 @@
+"""Approximations of (Θ + μ1)⁻¹ for conjugate gradients."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_JITTER = 4e-7  # of the mean of a block's diagonal: what is added at first where rounding in float32 made it indefinite
+
+
+class OutputBlockInverse:
+    """Outputs in another basis, and blocks of Θ between all samples for each of the new outputs.
+
+    With the basis V and T_c the block of its column c, (Θ + μ1)⁻¹ ≈ (1 ⊗ V) diag_c (s_c T_c + μ1)⁻¹ (1 ⊗ Vᵀ). Columns may
+    share a block, each with a factor s_c of its own.
+
+    Args:
+        blocks: T ``[G, N, N]``, on and above the diagonal; the rest is used to keep factors in.
+        rotation: V, ``[Q, Q]``, orthogonal, in float64.
+        owner: Which block each of the Q columns uses.
+        scales: s, ``[Q]``.
+    """
+
+    name = "output blocks"
+
+    def __init__(self, blocks: Tensor, rotation: Tensor, owner: Sequence[int], scales: Tensor) -> None:
+        self._blocks, self._rotation = blocks, rotation
+        self._owner, self._scales = list(owner), scales
+        self._diagonals = blocks.diagonal(dim1=1, dim2=2).clone()  # [G, N]: factors are written over them
+
+    def factor(self, shift: float) -> None:
+        """Make the factors for a μ."""
+        for g, block in enumerate(self._blocks):
+            members = [c for c, owner in enumerate(self._owner) if owner == g]
+            part = shift / float(self._scales[members].mean())
+            diagonal = self._diagonals[g]
+            extra = 0.0
+            while True:
+                block.diagonal().copy_(diagonal + (part + extra))
+                factor, info = torch.linalg.cholesky_ex(block, upper=True)  # reads what is on and above the diagonal alone
+                if not int(info) and bool(torch.isfinite(factor.diagonal()).all()):
+                    break
+                extra = max(4 * extra, _JITTER * float(diagonal.mean()) + torch.finfo(block.dtype).tiny)
+                if not extra < torch.finfo(block.dtype).max:
+                    raise RuntimeError("A block of the preconditioner has no factor: Θ is not finite, or not that of a D.")
+            _keep_below(block, factor.mT)
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """The approximation applied to r ``[N·Q]``, in float64."""
+        turned = r.view(-1, len(self._owner)) @ self._rotation
+        columns = (turned / self._scales).to(self._blocks.dtype).T.contiguous()  # [Q, N]
+        solved = torch.empty_like(columns)
+        for g, block in enumerate(self._blocks):
+            members = [c for c, owner in enumerate(self._owner) if owner == g]
+            right = columns[members].T
+            half = torch.linalg.solve_triangular(block, right, upper=False)
+            solved[members] = torch.linalg.solve_triangular(block.mT, half, upper=True).T
+        return (solved.T.to(r.dtype) @ self._rotation.T).reshape(-1)
+
+
+class SampleBlockInverse:
+    """The blocks of single samples, Θ(x_n, x_n) + μ1, and nothing between samples.
+
+    Args:
+        blocks: ``[N, Q, Q]`` in float64.
+    """
+
+    name = "sample blocks"
+
+    def __init__(self, blocks: Tensor) -> None:
+        self._values, self._vectors = torch.linalg.eigh(blocks)
+        self._shift = 0.0
+
+    def factor(self, shift: float) -> None:
+        """Make it for a μ."""
+        self._shift = shift
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """The approximation applied to r ``[N·Q]``."""
+        by_sample = r.view(*self._values.shape, 1)
+        turned = self._vectors.mT @ by_sample
+        turned /= (self._values.clamp(min=0) + self._shift).unsqueeze(2).clamp(min=torch.finfo(r.dtype).tiny)
+        image: Tensor = (self._vectors @ turned).reshape(-1)
+        return image
+
+
+class Identity:
+    """No preconditioner."""
+
+    name = "none"
+
+    def factor(self, shift: float) -> None:
+        """Nothing to make."""
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """R."""
+        return r.clone()
+
+
+Inverse = OutputBlockInverse | SampleBlockInverse | Identity
+
+
+class Preconditioner:
+    """An approximation for each set of rows, such as those of all calls with as many outputs.
+
+    Args:
+        parts: The rows of each, in slices, and the approximation.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[slice], Inverse]]) -> None:
+        self._parts = parts
+        self._shift: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is made of."""
+        return ", ".join(dict.fromkeys(inverse.name for _, inverse in self._parts))
+
+    def at(self, shift: float) -> Callable[[Tensor], Tensor]:
+        """R ↦ (Θ + μ1)⁻¹r, about, good until it is asked for with another μ.
+
+        Args:
+            shift: μ > 0.
+        """
+        if shift != self._shift:
+            for _, inverse in self._parts:
+                inverse.factor(shift)
+            self._shift = shift
+        return self._apply
+
+    def _apply(self, r: Tensor) -> Tensor:
+        if len(self._parts) == 1:
+            return self._parts[0][1](r)
+        result = torch.empty_like(r)
+        for spans, inverse in self._parts:
+            image = inverse(torch.cat([r[span] for span in spans]))
+            for span, part in zip(spans, image.split([span.stop - span.start for span in spans]), strict=True):
+                result[span] = part
+        return result
+
+
+def _keep_below(block: Tensor, factor: Tensor) -> None:
+    """Write a lower triangular factor on and below the diagonal of a block, strip by strip."""
+    step = 512
+    for i in range(0, len(block), step):
+        rows = slice(i, i + step)
+        block[rows, :i] = factor[rows, :i]
+        tile = block[rows, rows]
+        tile.copy_(factor[rows, rows].tril() + tile.triu(1))
