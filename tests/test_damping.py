@@ -77,7 +77,7 @@ def test_options_of_the_optimizer_are_checked():
         AdaptedGD(model, damping="auto")
     with pytest.raises(TypeError, match=r"but got the class. Write LevenbergMarquardt\(\)"):
         AdaptedGD(model, damping=LevenbergMarquardt)
-    with pytest.raises(TypeError, match="`line_search` should be True, False or a StraightLine\(\), but got 'armijo'"):
+    with pytest.raises(TypeError, match=r"`line_search` should be True, False or a StraightLine\(\), but got 'armijo'"):
         AdaptedGD(model, line_search="armijo")
     with pytest.raises(ValueError, match="`line_search` should be left out with LevenbergMarquardt"):
         AdaptedGD(model, line_search=True, damping=LevenbergMarquardt())
