@@ -1,4 +1,4 @@
-"""One exact step over a whole training set: time, memory and iterations, by size, against the dense way and other preconditioners.
+"""One exact step over a whole training set: time, memory, iterations, against the dense way and other preconditioners.
 
     python -m benchmarks.fullbatch                                  # one step on 5,000 digits, at the start and after 5 steps
     python -m benchmarks.fullbatch --compare preconditioners --samples 500
@@ -96,7 +96,7 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
         "solver": report.solver,
         "status": report.status,
         "num_params": report.num_params,
-        **{part: report.seconds.get(part, math.nan) for part in PARTS},
+        **{f"{part}_s": report.seconds.get(part, math.nan) for part in PARTS},
     }
 
 
@@ -114,7 +114,7 @@ def in_process(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
 
 def show(name: str, figures: dict[str, Any]) -> None:
     """One row."""
-    parts = " ".join(f"{figures[part]:8.1f}" for part in PARTS)
+    parts = " ".join(f"{figures[f'{part}_s']:8.1f}" for part in PARTS)
     print(
         f"{name:28} {figures['loss']:9.2e} {figures['seconds']:8.1f} {parts} {figures['iterations']:6d} "
         f"{figures['residual']:9.1e} {figures['peak']:7.2f}  {figures['solver']}, {figures['status']}",
@@ -135,7 +135,7 @@ def compare_sizes(options: argparse.Namespace) -> None:
         rows[samples] = in_process(options, samples=samples)
         show(f"N = {samples}", rows[samples])
     n = torch.tensor(SIZES, dtype=torch.float64).log()
-    for what in ("seconds", *PARTS, "peak"):
+    for what in ("seconds", *(f"{part}_s" for part in PARTS), "peak"):
         values = torch.tensor([rows[samples][what] for samples in SIZES], dtype=torch.float64)
         if what == "peak":
             values = values - in_process(options, samples=10)["peak"]

@@ -193,7 +193,7 @@ class AdaptedGD(WatchingOptimizer):
         """
         if self._criterion is None or self._criterion.reduction == "none":
             given = "None" if self._criterion is None else 'reduction="none"'
-            raise ValueError(f'`criterion` should be a loss with reduction "mean" or "sum" for `full_batch`, but is {given}.')
+            raise ValueError(f'`criterion` should be a loss of reduction "mean" or "sum" for `full_batch`, but got {given}.')
         self.zero_grad()
         with torch.enable_grad():
             device = self.param_groups[0]["params"][0].device

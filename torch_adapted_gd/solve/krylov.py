@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import one_of, positive_integer, real_number
 
 PRECONDITIONERS = ("outputs", "samples", "none")
-_REGULARIZED = 1e-4  # relative to the mean of diag Θ: the shift of the systems that a singular one is solved by
+_ZERO = 1e-8  # relative to the mean of diag Θ: the shift of the systems that a singular one is solved by
 _ROUNDS = 30  # of these
 _PATIENCE = 60  # iterations without any progress of the residual after which a system without shift counts as singular
 _INNER = 0.1  # of the tolerance, for the systems of the rounds
@@ -25,9 +25,11 @@ class ConjugateGradients:
     r = g − (Θ + λ1)ψ is at most ``tolerance``·|g|. The outputs' predicted motion Θψ is then within that of the exact one,
     because Θ(Θ + λ1)⁻¹ shortens everything. So a tolerance of 1e-2 means: the outputs are sent where they should go to within
     1 % of the way. For λ = 0 and a Θ whose rank is short the right-hand side has a part out of reach, which no ψ removes from
-    r. This is noticed, and D⁺g = lim Dᵀ(Θ + μ1)⁻¹g is approached by repeated solutions with one μ, each for what the last ones
-    left (iterated Tikhonov regularization), until Θψ settles to within the tolerance. If the iterations run out before, the
-    report's status is ``"not_converged"``, a warning says so once, and the step is taken with what was reached.
+    r. This is noticed, and D⁺g = lim Dᵀ(Θ + μ1)⁻¹g is approached by repeated solutions with μ = 10⁻⁸ of the mean of diag Θ,
+    each for what the last ones left (iterated Tikhonov regularization), until Θψ settles to within the tolerance; singular
+    values of D far below √μ count as zero, and tolerances below 10⁻⁶ are beyond rounding. If the iterations run out before, the
+    report's status is ``"not_converged"``, a warning says so once, and the step is taken with what was reached. Singular
+    systems often end so, if inputs are not simply there twice: damp.
 
     ``preconditioner="outputs"``, the default: outputs are turned into the basis of the eigenvectors of the mean of Θ(x_n, x_n)
     over samples, and blocks of Θ between all samples for each of these Q combinations are formed in float32 and factored. They
@@ -127,7 +129,7 @@ def solve_by_cg(
     if found.converged or shift > 0 or found.iterations >= options.iterations:
         residual = float(torch.linalg.vector_norm(g - found.image - shift * found.psi)) / size
         return Iterate(found.psi, found.image, residual, found.iterations, found.converged)
-    return _in_rounds(product, g, _REGULARIZED * scale, precondition, options, found.iterations)
+    return _in_rounds(product, g, _ZERO * scale, precondition, options, found.iterations)
 
 
 def _in_rounds(
@@ -138,7 +140,10 @@ def _in_rounds(
     options: ConjugateGradients,
     spent: int,
 ) -> Iterate:
-    """Iterated Tikhonov regularization: ψ ← ψ + (Θ + μ1)⁻¹(g − Θψ), so that Dᵀψ → D⁺g with Pg, and no more, reached."""
+    """Iterated Tikhonov regularization: ψ ← ψ + (Θ + μ1)⁻¹(g − Θψ), so that Dᵀψ → D⁺g with Pg, and no more, reached.
+
+    Only solutions whose residual is small in all directions count, those out of reach too: then nothing above μ was missed.
+    """
     size = float(torch.linalg.vector_norm(g))
     inverse = precondition(shift)
     psi, image = torch.zeros_like(g), torch.zeros_like(g)
@@ -152,14 +157,10 @@ def _in_rounds(
         moves.append(float(torch.linalg.vector_norm(part.image)))
         if not part.converged:
             break
-        if len(moves) > 1:
-            ratio = moves[-1] / max(moves[-2], 1e-300)
-            left = moves[-1] * ratio / (1 - ratio) if ratio < 1 else math.inf  # of a geometric series
-            left = max(left, goal)
-            if left <= options.tolerance * size:
-                return Iterate(psi, image, left / size, spent, True, singular=True)
-    left = moves[-1] * (1 if len(moves) < 2 else max(1.0, moves[-1] / max(moves[-2], 1e-300)))
-    return Iterate(psi, image, left / size, spent, False, singular=True)
+        if len(moves) > 1 and moves[-1] <= options.tolerance * size:
+            return Iterate(psi, image, max(moves[-1], goal) / size, spent, True, singular=True)
+    unsolved = float(torch.linalg.vector_norm(g - (image - part.image) - part.image - shift * part.psi))
+    return Iterate(psi, image, max(unsolved, moves[-1] if len(moves) > 1 else 0.0) / size, spent, False, singular=True)
 
 
 def _iterate(product: Product, g: Tensor, shift: float, inverse: Product, goal: float, limit: int, begin: Iterate) -> Iterate:
