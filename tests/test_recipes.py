@@ -41,6 +41,7 @@ def race():
 
 @pytest.fixture(scope="module")
 def mnist(digits, race):
+    load("mnist_run")
     return load("mnist")
 
 
@@ -222,7 +223,10 @@ def test_wrong_options_of_races_give_one_clear_line(request, capsys, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--samples", "5000"), "--samples should be at most 4000 for mnist5k, but got 5000"),
+        (("--samples", "5001"), "--samples should be at most 5000 for mnist5k, but got 5001"),
+        (("--samples", "125001", "--data", "mnist5k-shifted"), "--samples should be at most 125000 for mnist5k-shifted"),
+        (("--solver", "lu"), "argument --solver: invalid choice: 'lu'"),
+        (("--damping", "-1"), "argument --damping: should be a number, at least 0, but got '-1'"),
         (("--samples", "0"), "argument --samples: should be a whole number above 0, but got '0'"),
         (("--steps", "ten"), "argument --steps: should be a whole number above 0, but got 'ten'"),
         (("--lr", "nan", "--optimizer", "sgd"), "argument --lr: should be a number above 0, but got 'nan'"),
@@ -232,7 +236,7 @@ def test_wrong_options_of_races_give_one_clear_line(request, capsys, tmp_path, m
         (("--data", "cifar"), "argument --data: invalid choice: 'cifar'"),
         (("--device", "cuda"), "--device cuda: torch finds no CUDA device here"),
         (("--device", "mps"), "argument --device: should be cpu, cuda or cuda:N, but got 'mps'"),
-        (("--samples", "4000", "--width", "4000"), "needs"),
+        (("--samples", "4000", "--width", "4000", "--solver", "dense"), "needs"),
         (("--out", "/dev/null"), "--out /dev/null is a file: name a folder"),
         (("--out", "/dev/null/x"), "Not a directory"),
     ],
@@ -252,7 +256,7 @@ def test_missing_data_without_a_network_gives_one_clear_line(mnist, capsys, tmp_
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     line = refused(mnist, capsys, "--data", "fashion-mnist", "--root", tmp_path, "--out", tmp_path)
     assert f"fashion-mnist is not under {tmp_path} and could not be downloaded" in line
-    assert "or use --data mnist5k, which needs no download" in line
+    assert "or use --data mnist5k or mnist5k-shifted, which need no download" in line
 
 
 def write_idx(folder, kind, count):
