@@ -76,7 +76,8 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
     model = network(options)
     train(model, x, y, options, steps=options.after)
     solver: Any = "auto" if options.dense else ConjugateGradients(options.tolerance, warm_start=False)
-    optimizer = AdaptedGD(model, lr=0.0, criterion=HalfSquaredLoss(), solver=solver, damping=options.damping)
+    rtol = 1e-7 if options.dense else None  # which only a matrix can be cut at
+    optimizer = AdaptedGD(model, lr=0.0, criterion=HalfSquaredLoss(), solver=solver, damping=options.damping, rtol=rtol)
     batches = list(zip(x.split(options.batch), y.split(options.batch), strict=True))
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +140,7 @@ def compare_sizes(options: argparse.Namespace) -> None:
         values = torch.tensor([rows[samples][what] for samples in SIZES], dtype=torch.float64)
         if what == "peak":
             values = values - in_process(options, samples=10)["peak"]
-        logs = values.log()
+        logs = values.clamp(min=1e-3).log()
         slope = float(((n - n.mean()) * (logs - logs.mean())).sum() / (n - n.mean()).square().sum())
         last = float((logs[-1] - logs[-2]) / (n[-1] - n[-2]))
         at = float(values[-1]) * (60000 / SIZES[-1]) ** last

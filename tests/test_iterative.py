@@ -113,7 +113,7 @@ def test_short_rank_gives_the_pseudoinverse():
     jacobian = output_jacobian(model, x)
     g = (model(x) - y).detach().flatten()
     expected = torch.linalg.pinv(jacobian, rtol=1e-8) @ g
-    assert report.status == "converged"
+    assert report.status == "rank_deficient"
     assert relative(step, expected) < 1e-6
     assert report.projected_fraction == pytest.approx(float((jacobian @ expected).norm() / g.norm()), rel=1e-6)
 
@@ -140,7 +140,7 @@ def test_never_silently_wrong(name, iterations):
     step, report = moved(model, [(x, y)], damping=0.0, solver=ConjugateGradients(tolerance=1e-2, iterations=iterations))
     assert report.iterations <= iterations + 1
     assert step.isfinite().all()
-    if report.status == "converged":
+    if report.status in ("converged", "rank_deficient"):
         jacobian = output_jacobian(copy.deepcopy(model).double(), x.double())
         g = (model(x) - y).detach().double().flatten()
         values, vectors = torch.linalg.eigh(jacobian @ jacobian.T)

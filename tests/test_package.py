@@ -30,7 +30,7 @@ def test_all_is_there_and_documented():
 @pytest.mark.filterwarnings("default")  # Lightning's own
 def test_the_readmes_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {}
     for block in blocks:
         exec(block, names)

@@ -74,11 +74,13 @@ class KernelOperator:
         self._add_time("preconditioner", started)
 
     @property
-    def status(self) -> Literal["converged", "not_converged", "not_finite"]:
-        """Whether the last solution for a step converged; ``"not_finite"`` for a Θ̃ that is not."""
+    def status(self) -> Literal["converged", "rank_deficient", "not_converged", "not_finite"]:
+        """Whether the last solution for a step converged, and if to that of a singular Θ̃; ``"not_finite"`` if it is not."""
         if not math.isfinite(self.scale) or not all(all_finite(b) for b in self._blocks):
             return "not_finite"
-        return "converged" if self.last is None or self.last.converged else "not_converged"
+        if self.last is not None and not self.last.converged:
+            return "not_converged"
+        return "rank_deficient" if self.last is not None and self.last.singular else "converged"
 
     @property
     def method(self) -> str:

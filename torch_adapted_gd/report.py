@@ -35,7 +35,8 @@ class StepReport:
             Jacobian.
         solver: What solved Θψ = Pg: ``"cholesky"``, ``"pivoted_cholesky"``, ``"eigh"``, or ``"cg"`` with its preconditioner.
         status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output); by ``"cg"``
-            ``"converged"``, or ``"not_converged"`` where the residual is above the tolerance. Or, nothing
+            ``"converged"``, ``"rank_deficient"`` where Θ was found singular and small singular values count as zero, or
+            ``"not_converged"``, see `ConjugateGradients`. Or, nothing
             having been changed, ``"rejected"``, when no trial lowered the loss enough, and ``"skipped"``, when a GradScaler
             found scaled gradients that are not finite.
         fraction: The part of ``lr`` that the step went: less than 1 by a ``line_search``, and by trials that had to be

@@ -26,10 +26,11 @@ class ConjugateGradients:
     because Θ(Θ + λ1)⁻¹ shortens everything. So a tolerance of 1e-2 means: the outputs are sent where they should go to within
     1 % of the way. For λ = 0 and a Θ whose rank is short the right-hand side has a part out of reach, which no ψ removes from
     r. This is noticed, and D⁺g = lim Dᵀ(Θ + μ1)⁻¹g is approached by repeated solutions with μ = 10⁻⁸ of the mean of diag Θ,
-    each for what the last ones left (iterated Tikhonov regularization), until Θψ settles to within the tolerance; singular
-    values of D far below √μ count as zero, and tolerances below 10⁻⁶ are beyond rounding. If the iterations run out before, the
-    report's status is ``"not_converged"``, a warning says so once, and the step is taken with what was reached. Singular
-    systems often end so, if inputs are not simply there twice: damp.
+    each for what the last ones left (iterated Tikhonov regularization), until Θψ settles to within the tolerance; the
+    report's status is ``"rank_deficient"`` then, as singular values of D far below √μ count as zero, if there are any.
+    Tolerances below 10⁻⁶ are beyond rounding there. If the iterations run out before, the report's status is
+    ``"not_converged"``, a warning says so once, and the step is taken with what was reached. Singular systems often end so, if
+    inputs are not simply there twice: damp.
 
     ``preconditioner="outputs"``, the default: outputs are turned into the basis of the eigenvectors of the mean of Θ(x_n, x_n)
     over samples, and blocks of Θ between all samples for each of these Q combinations are formed in float32 and factored. They
@@ -190,7 +191,8 @@ def _recur(
     descent = inverse(residual)
     direction = descent.clone()
     energy = float(residual @ descent)
-    best, best_size, since = psi, math.inf, 0
+    best, best_size = psi, float(torch.linalg.vector_norm(residual))
+    lowest, since = math.inf, 0  # residuals grow at first
     while spent < limit:
         image = product(direction)
         if shift:
@@ -203,7 +205,8 @@ def _recur(
         residual = residual - step * image
         spent += 1
         size = float(torch.linalg.vector_norm(residual))
-        since = 0 if size < 0.99 * best_size else since + 1
+        since = 0 if size < 0.99 * lowest else since + 1
+        lowest = min(lowest, size)
         if size < best_size:
             best, best_size = psi, size
         if size <= goal:
