@@ -39,7 +39,7 @@ class StraightLine:
 
     Example:
         >>> policy = StraightLine(tolerance=0.02)
-        >>> round(policy.next_fraction(0.1, error=0.005), 6)  # an error of a quarter allows for twice the length, less a reserve
+        >>> round(policy.next_fraction(0.1, error=0.005), 6)  # a quarter of the error: twice the length, less a reserve
         0.16
     """
 
