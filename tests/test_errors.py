@@ -238,7 +238,7 @@ def test_unscaling_hides_the_scale():
 
 def test_a_step_that_cannot_fit_is_refused_before_it_is_made(monkeypatch):
     model = nn.Linear(1, 100)
-    optimizer = AdaptedGD(model, space="sample")
+    optimizer = AdaptedGD(model, space="sample", solver="eigh")
     model(torch.ones(50_000, 1)).sum().backward()
     match = r"A step on 5,000,000 outputs \(kernel 2e\+05 GB, and its eigenvectors\) needs .* smaller batch"
     assert_step_refused(optimizer, model, MemoryError, match)

@@ -60,7 +60,7 @@ class KernelOperator:
         self.seconds = {"preconditioner": 0.0, "iterations": 0.0}
         started = time.perf_counter()
         require_memory(
-            2 * 8 * sum(n * q * q for n, q in shapes),
+            5 * 8 * sum(n * q * q for n, q in shapes),  # with eigenvectors, and what makes them
             factors.device,
             f"Θ of {len(shapes)} calls between the outputs of single samples",
             "Use fewer samples at a time.",
