@@ -93,7 +93,7 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "peak": torch.cuda.max_memory_allocated() / 1e9 if x.is_cuda else peak(),
         "iterations": report.iterations,
-        "residual": report.residual,
+        "residual": math.nan if report.residual is None else report.residual,
         "solver": report.solver,
         "status": report.status,
         "num_params": report.num_params,

@@ -29,16 +29,18 @@ class Digits:
     test_labels: Tensor
 
 
-def load_digits(source: str, root: Path, samples: int, seed: int) -> Digits:
+def load_digits(source: str, root: Path, samples: int, seed: int, *, use_test_images: bool = False) -> Digits:
     """Load ``samples`` training images, as evenly spread over the classes as the number allows, and the test images.
 
     Args:
-        source: ``"mnist5k"`` (no download; the last 1,000 of a shuffle that never changes are the test images, and beyond 4,000
-            samples those that are left, which may be none), ``"mnist5k-shifted"`` (all 5,000, each repeated with different
+        source: ``"mnist5k"`` (no download; the last 1,000 of a shuffle that never changes are the test images),
+            ``"mnist5k-shifted"`` (all 5,000, each repeated with different
             random shifts of up to 2 pixels as often as it takes; no test images), ``"mnist"`` or ``"fashion-mnist"``.
         root: Where torchvision looks for the data, and downloads it to.
         samples: How many training images.
         seed: Which of them, and of the shifts.
+        use_test_images: Train on those of mnist5k, too, where more samples are wanted than there are others; the test images
+            are those that are left then, which may be none.
 
     Raises:
         ValueError: There are fewer training images than that.
@@ -50,7 +52,7 @@ def load_digits(source: str, root: Path, samples: int, seed: int) -> Digits:
     else:
         parts = _mnist5k() if source == "mnist5k" else _torchvision(source, root)
     images, labels, test_images, test_labels = parts
-    left_over = source == "mnist5k" and samples > len(images)
+    left_over = use_test_images and source == "mnist5k" and samples > len(images)
     if left_over:  # one pool, of which those not chosen are the test images
         images, labels = torch.cat([images, test_images]), torch.cat([labels, test_labels])
     if samples > len(images):

@@ -246,7 +246,7 @@ def prepare(options: argparse.Namespace) -> Job:
         raise ValueError("--device cuda: torch finds no CUDA device here.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices here.")
-    digits: Digits = load_digits(options.data, options.root, options.samples, options.seed)
+    digits: Digits = load_digits(options.data, options.root, options.samples, options.seed, use_test_images=True)
 
     def build() -> nn.Module:
         torch.manual_seed(options.seed)

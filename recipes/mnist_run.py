@@ -133,5 +133,6 @@ def _of_iterations(report: StepReport | None) -> dict[str, float]:
     nan = math.nan
     if report is None:
         return {"iterations": nan, "residual": nan, "fraction": nan, **{f"seconds_{part}": nan for part in PARTS}}
-    own = {"iterations": report.iterations, "residual": report.residual, "fraction": report.fraction}
+    residual = nan if report.residual is None else report.residual
+    own = {"iterations": report.iterations, "residual": residual, "fraction": report.fraction}
     return own | {f"seconds_{part}": report.seconds.get(part, nan) for part in PARTS}

@@ -79,12 +79,12 @@ def test_without_test_images_no_accuracy_is_made_up(mnist, capsys, tmp_path):  #
 
 
 def test_all_real_digits_are_used_and_the_rest_tests(digits):  # noqa: F811
-    everything = digits.load_digits("mnist5k", Path("nowhere"), 5000, seed=0)
+    everything = digits.load_digits("mnist5k", Path("nowhere"), 5000, seed=0, use_test_images=True)
     assert everything.train_images.shape == (5000, 784)
     assert everything.test_images.shape == (0, 784)
     assert everything.test_labels.shape == (0,)
     assert torch.equal(torch.bincount(everything.train_labels), torch.full((10,), 500))
-    most = digits.load_digits("mnist5k", Path("nowhere"), 4990, seed=0)
+    most = digits.load_digits("mnist5k", Path("nowhere"), 4990, seed=0, use_test_images=True)
     assert most.test_labels.sort().values.tolist() == list(range(10))
     assert not (most.train_images[:, None] == most.test_images[None, :2]).all(2).any()
 
@@ -98,7 +98,11 @@ def test_shifted_digits(digits):  # noqa: F811
     assert torch.equal(torch.bincount(data.train_labels), torch.full((10,), 1200))
     rows = (data.train_images * 255).round().to(torch.uint8)
     assert len({bytes(row.numpy()) for row in rows}) == 12_000  # no shift of an image comes twice
-    real = (digits.load_digits("mnist5k", Path("nowhere"), 5000, seed=0).train_images * 255).round().to(torch.uint8)
+    real = (
+        (digits.load_digits("mnist5k", Path("nowhere"), 5000, seed=0, use_test_images=True).train_images * 255)
+        .round()
+        .to(torch.uint8)
+    )
     known = set()
     for down in range(-2, 3):
         for right in range(-2, 3):

@@ -43,7 +43,7 @@ class StepReport:
             shortened.
         iterations: Those of conjugate gradients, for all trials of the step; 0 where others solved.
         residual: Their |g − (Θ + λ1)ψ|/|g| at the end of the last trial's solution, see `ConjugateGradients`: how far the
-            outputs' predicted motion is from that of the exact ψ, at most; NaN where others solved.
+            outputs' predicted motion is from that of the exact ψ, at most; None where others solved.
         seconds: Time spent by conjugate gradients on ``"factors"`` (the replay, its checks and what the layers' factors are
             made from), on the ``"preconditioner"`` and on ``"iterations"``; empty where others solved.
     """
@@ -66,7 +66,7 @@ class StepReport:
     status: str
     fraction: float = 1.0
     iterations: int = 0
-    residual: float = math.nan
+    residual: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -103,6 +103,6 @@ class StepReport:
             status=linearization.status if outcome.trial else "rejected",
             fraction=outcome.trial.fraction if outcome.trial else 0.0,
             iterations=iterative.iterations if iterative else 0,
-            residual=iterative.last.residual if iterative and iterative.last else math.nan,
+            residual=iterative.last.residual if iterative and iterative.last else None,
             seconds=dict(system.seconds),
         )
