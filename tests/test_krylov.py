@@ -39,6 +39,7 @@ def normed():
 # name -> (model, shape of the inputs)
 MODELS = {
     "mlp": (lambda: mlp(sizes=(8, 30, 30, 3)), (20, 8)),
+    "relu": (lambda: mlp(nn.ReLU, sizes=(8, 60, 30, 3)), (40, 8)),
     "cnn": (lambda: cnn(), (10, 1, 8, 8)),
     "vision transformer": (VisionTransformer, (8, 1, 4, 4)),
     "batch norm in eval mode": (normed, (4, 4)),
@@ -86,12 +87,10 @@ def assert_like_dense(model, batches, tolerance=1e-6, steps=1, solver=TIGHT, **o
     ("preconditioner", "damping"), [("outputs", 1e-3), ("samples", 1e-3), ("none", 1e-3), ("outputs", 1e-6)]
 )
 def test_two_hundred_samples(preconditioner, damping):
-    model = mlp(sizes=(64, 32, 10)).double()
+    model = mlp(sizes=(64, 80, 60, 10)).double()
     batch = torch.rand(200, 64, dtype=DOUBLE), torch.randn(200, 10, dtype=DOUBLE)
     # The motion of the outputs is within the tolerance; that of the parameters, by up to 1/σ worse.
-    report = assert_like_dense(
-        model, [batch], solver=ConjugateGradients(1e-10, 5000, preconditioner), damping=damping, tolerance=1e-5
-    )
+    report = assert_like_dense(model, [batch], solver=ConjugateGradients(1e-10, 5000, preconditioner), damping=damping)
     names = {"outputs": "cg (output blocks)", "samples": "cg (sample blocks)", "none": "cg (none)"}
     assert report.solver == names[preconditioner]
 
@@ -119,7 +118,7 @@ def test_cross_entropy_and_metrics(kernel, metric, parts):
 
 def test_momentum():
     model, x, y = of("mlp")
-    assert_like_dense(model, [(x, y)], steps=3, momentum=0.7, lr=0.3, tolerance=1e-5)
+    assert_like_dense(model, [(x, y)], steps=3, momentum=0.7, lr=0.3)
 
 
 @pytest.mark.parametrize("preconditioner", ["outputs", "samples", "none"])
@@ -221,7 +220,7 @@ def test_other_solvers_report_no_iterations():
     model, x, y = of("mlp")
     report = stepped(model, [(x, y)])[1].last_step
     assert (report.iterations, report.seconds, report.fraction) == (0, {}, 1.0)
-    assert math.isnan(report.residual)
+    assert report.residual is None
     assert isinstance(report.rank, int)
 
 

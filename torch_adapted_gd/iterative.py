@@ -11,6 +11,7 @@ from torch import Tensor
 from .checks import all_finite
 from .curvature import OutputLoss
 from .kernel import Factors
+from .kernel.dense import spans
 from .kernel.diagonal import output_blocks, sample_blocks
 from .memory import available_bytes, require_memory
 from .solve.krylov import ConjugateGradients, Iterate, solve_by_cg
@@ -53,7 +54,8 @@ class KernelOperator:
         start: Tensor | None = None,
     ) -> None:
         self._factors, self._metric, self._shapes, self._options = factors, metric, shapes, options
-        self.size = sum(n * q for n, q in shapes)
+        self._spans = spans([n * q for n, q in shapes])  # the rows of each call
+        self.size = self._spans[-1].stop
         self._start = start if start is not None and start.numel() == self.size else None
         self.last: Iterate | None = None
         self.iterations = 0
@@ -68,7 +70,7 @@ class KernelOperator:
         self._blocks = sample_blocks(factors, shapes)
         self.square = sum(float(b.diagonal(dim1=1, dim2=2).sum()) for b in self._blocks)
         if metric is not None:
-            self._blocks = [self._weighed(b, span.start) for b, span in zip(self._blocks, self._spans(), strict=True)]
+            self._blocks = [self._weighed(b, span.start) for b, span in zip(self._blocks, self._spans, strict=True)]
         self.scale = sum(float(b.diagonal(dim1=1, dim2=2).sum()) for b in self._blocks) / self.size
         self._preconditioner: Preconditioner | None = None
         self._add_time("preconditioner", started)
@@ -134,10 +136,9 @@ class KernelOperator:
         if self._options.preconditioner == "none":
             return Preconditioner([([slice(0, self.size)], Identity())])
         parts: list[tuple[list[slice], Inverse]] = []
-        spans = self._spans()
         for q in dict.fromkeys(q for _, q in self._shapes):
             numbers = [number for number, (_, outputs) in enumerate(self._shapes) if outputs == q]
-            parts.append(([spans[number] for number in numbers], self._inverse_of(numbers, q)))
+            parts.append(([self._spans[number] for number in numbers], self._inverse_of(numbers, q)))
         return Preconditioner(parts)
 
     def _inverse_of(self, numbers: list[int], q: int) -> Inverse:
@@ -158,11 +159,10 @@ class KernelOperator:
         out = torch.empty(len(chosen), samples, samples, dtype=torch.float32, device=device)
         directions = basis[:, chosen]  # [Q, C]
         rotations = []
-        for number, span in ((number, self._spans()[number]) for number in numbers):
-            n = self._shapes[number][0]
-            weights = directions.expand(n, q, len(chosen))
+        for number in numbers:
+            weights = directions.expand(self._shapes[number][0], q, len(chosen))
             if self._metric is not None:
-                weights = self._rooted(weights, span)
+                weights = self._rooted(weights, self._spans[number])
             rotations.append(weights)
         output_blocks(self._factors, rotations, numbers, out)
         return OutputBlockInverse(out, basis, owner, scales)
@@ -180,11 +180,6 @@ class KernelOperator:
         for _ in range(2):
             blocks = self._metric.hessian_root_transpose(blocks.flatten(0, 1), start).view(blocks.shape).mT.contiguous()
         return blocks
-
-    def _spans(self) -> list[slice]:
-        """The rows of each call."""
-        ends = [sum(n * q for n, q in self._shapes[: i + 1]) for i in range(len(self._shapes))]
-        return [slice(end - n * q, end) for end, (n, q) in zip(ends, self._shapes, strict=True)]
 
     def _add_time(self, part: str, started: float, without: float = 0.0) -> None:
         if self._factors.device.type == "cuda":

@@ -112,8 +112,7 @@ class Linearization:
         if krylov is not None:
             self.system, square = problem.without_matrix(krylov, start if krylov.warm_start else None)
         else:
-            method = "auto" if isinstance(solver, ConjugateGradients) else solver
-            solving = {"rtol": default_rtol(rows, eps) if rtol is None else rtol, "method": method, "firm": rtol is not None}
+            solving = {"rtol": default_rtol(rows, eps) if rtol is None else rtol, "method": solver, "firm": rtol is not None}
             build = problem.in_parameter_space if space == "parameter" else problem.in_sample_space
             self.system, square = build(solving)
         self._check_solved()

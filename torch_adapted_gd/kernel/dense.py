@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from ..memory import require_memory
 _LEAST_WIDTH = 1024  # columns multiplied at a time: fewer would read and write Θ too often
 ROWS_ELEMENTS = 2**22  # entries of D that are written out at a time for DᵀD
 TILE_ROWS = 128  # the least number of rows of a symmetric product that are computed at a time
+
+
+def spans(sizes: Sequence[int]) -> list[slice]:
+    """Ranges of these sizes, one after the other."""
+    ends = list(itertools.accumulate(sizes))
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def summed(vectors: list[Tensor]) -> Tensor:
@@ -157,12 +163,12 @@ class StackedJacobian:
         """Θ = DDᵀ in float64, ``[R, R]``."""
         if len(self.blocks) == 1:
             return gram(self.blocks[0])
-        spans = self._spans()
-        size = spans[-1].stop
+        rows = spans([len(block) for block in self.blocks])
+        size = rows[-1].stop
         theta = torch.empty(size, size, dtype=torch.float64, device=self.blocks[0].device)
-        for i, first in enumerate(spans):
+        for i, first in enumerate(rows):
             theta[first, first] = gram(self.blocks[i])
-            for j, second in enumerate(spans[:i]):
+            for j, second in enumerate(rows[:i]):
                 theta[first, second] = gram(self.blocks[i], self.blocks[j])
                 theta[second, first] = theta[first, second].T
         return theta
@@ -180,17 +186,14 @@ class StackedJacobian:
 
     def transpose_product(self, u: Tensor) -> dict[str, Tensor]:
         """Dᵀu in float64 for u of shape ``[R]``, by parameter, flat."""
-        products = [transpose_product(block, u[span]) for block, span in zip(self.blocks, self._spans(), strict=True)]
+        parts = u.split([len(block) for block in self.blocks])
+        products = [transpose_product(block, part) for block, part in zip(self.blocks, parts, strict=True)]
         return _by_name(summed(products), self.numels)
 
     def product(self, v: dict[str, Tensor]) -> Tensor:
         """Dv in float64, ``[R]``, for v by parameter, flat."""
         vector = torch.cat([v[name] for name in self.numels])
         return torch.cat([product(block, vector) for block in self.blocks])
-
-    def _spans(self) -> list[slice]:
-        ends = list(itertools.accumulate(block.shape[0] for block in self.blocks))
-        return [slice(end - block.shape[0], end) for end, block in zip(ends, self.blocks, strict=True)]
 
 
 def _by_name(vector: Tensor, numels: dict[str, int]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .blocks import BLOCK_ELEMENTS, Parts, Terms
 from .capture import exactly
 from .chunks import Chunk
-from .dense import StackedJacobian, add_gram
+from .dense import StackedJacobian, add_gram, spans
 from .products import Family, OneHot, OuterProducts, tiles
 from .structured import StructuredKernel
 
@@ -51,8 +51,7 @@ def output_blocks(factors: Factors, rotations: Sequence[Tensor], numbers: Sequen
             the diagonal, what is below is undefined.
     """
     out.zero_()
-    ends = [sum(len(r) for r in rotations[: i + 1]) for i in range(len(rotations))]
-    spans = [slice(end - len(r), end) for end, r in zip(ends, rotations, strict=True)]
+    places = spans([len(r) for r in rotations])
     count = rotations[0].shape[2]
     step = factors.combinations_at_once(count)
     with exactly(factors.device):
@@ -62,7 +61,7 @@ def output_blocks(factors: Factors, rotations: Sequence[Tensor], numbers: Sequen
                 rows = _combined(factors, numbers[i], first[:, :, some])
                 for j in range(i, len(rotations)):
                     columns = None if i == j else _combined(factors, numbers[j], rotations[j][:, :, some])
-                    _add_output_blocks(out[some, spans[i], spans[j]], rows, columns)
+                    _add_output_blocks(out[some, places[i], places[j]], rows, columns)
 
 
 @dataclass(frozen=True)

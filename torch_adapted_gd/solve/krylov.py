@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..checks import one_of, positive_integer, real_number
+from ..checks import one_of, positive_integer, real_number, true_or_false
 
 PRECONDITIONERS = ("outputs", "samples", "none")
 _ZERO = 1e-8  # relative to the mean of diag Θ: the shift of the systems that a singular one is solved by
 _ROUNDS = 30  # of these
 _PATIENCE = 60  # iterations without any progress of the residual after which a system without shift counts as singular
+_LEAST = 1e-6  # relative to that too: the least shift of the preconditioner
 _INNER = 0.1  # of the tolerance, for the systems of the rounds
 _AGAIN = 3  # times that the recurrence may start again from the residual itself, which rounding has taken it away from
 
@@ -65,8 +66,7 @@ class ConjugateGradients:
         real_number("tolerance", self.tolerance, low=1e-14, below=1.0)
         positive_integer("iterations", self.iterations)
         one_of("preconditioner", self.preconditioner, PRECONDITIONERS)
-        if not isinstance(self.warm_start, bool):
-            raise TypeError(f"`warm_start` should be True or False, but got {self.warm_start!r}.")
+        true_or_false("warm_start", self.warm_start)
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,24 @@ def solve_by_cg(
         start: A ψ to begin with a multiple of.
     """
     size = float(torch.linalg.vector_norm(g))
-    zero = Iterate(torch.zeros_like(g), torch.zeros_like(g), 0.0, 0, True)
+    begin = _zero(g, 0)
     if size == 0 or scale == 0:
-        return zero
-    begin, spent = zero, 0
+        return begin
     if start is not None and float(torch.linalg.vector_norm(start)):
-        image, spent = product(start), 1
+        image = product(start)
         energy = float(start @ image) + shift * float(start @ start)
         if energy > 0:  # the multiple that is nearest to ψ in the energy: never farther than zero
             factor = float(start @ g) / energy
-            begin = Iterate(factor * start, factor * image, 1.0, spent, False)
-    least = 1e-6 * scale
-    found = _iterate(product, g, shift, precondition(max(shift, least)), options.tolerance * size, options.iterations, begin)
+            begin = Iterate(factor * start, factor * image, 1.0, 1, False)
+    inverse = precondition(max(shift, _LEAST * scale))
+    found = _iterate(product, g, shift, inverse, options.tolerance * size, options.iterations, begin)
     if found.converged or shift > 0 or found.iterations >= options.iterations:
-        residual = float(torch.linalg.vector_norm(g - found.image - shift * found.psi)) / size
-        return Iterate(found.psi, found.image, residual, found.iterations, found.converged)
+        return replace(found, residual=found.residual / size)
     return _in_rounds(product, g, _ZERO * scale, precondition, options, found.iterations)
+
+
+def _zero(g: Tensor, spent: int) -> Iterate:
+    return Iterate(torch.zeros_like(g), torch.zeros_like(g), 0.0, spent, True)
 
 
 def _in_rounds(
@@ -146,42 +148,36 @@ def _in_rounds(
     Only solutions whose residual is small in all directions count, those out of reach too: then nothing above μ was missed.
     """
     size = float(torch.linalg.vector_norm(g))
-    inverse = precondition(shift)
+    inverse, goal = precondition(shift), _INNER * options.tolerance * size
     psi, image = torch.zeros_like(g), torch.zeros_like(g)
-    moves: list[float] = []
-    for _ in range(_ROUNDS):
-        zero = Iterate(torch.zeros_like(g), torch.zeros_like(g), 0.0, spent, True)
-        goal = _INNER * options.tolerance * size
-        part = _iterate(product, g - image, shift, inverse, goal, options.iterations, zero)
+    for number in range(_ROUNDS):
+        part = _iterate(product, g - image, shift, inverse, goal, options.iterations, _zero(g, spent))
         spent = part.iterations
         psi, image = psi + part.psi, image + part.image
-        moves.append(float(torch.linalg.vector_norm(part.image)))
-        if not part.converged:
+        left = float(torch.linalg.vector_norm(part.image)) if number else part.residual  # what the first moved is the step
+        settled = number > 0 and left <= options.tolerance * size
+        if settled or not part.converged:
             break
-        if len(moves) > 1 and moves[-1] <= options.tolerance * size:
-            return Iterate(psi, image, max(moves[-1], goal) / size, spent, True, singular=True)
-    unsolved = float(torch.linalg.vector_norm(g - (image - part.image) - part.image - shift * part.psi))
-    return Iterate(psi, image, max(unsolved, moves[-1] if len(moves) > 1 else 0.0) / size, spent, False, singular=True)
+    left = max(left, part.residual)
+    return Iterate(psi, image, left / size, spent, settled and part.converged, singular=True)
 
 
 def _iterate(product: Product, g: Tensor, shift: float, inverse: Product, goal: float, limit: int, begin: Iterate) -> Iterate:
-    """Preconditioned conjugate gradients on (Θ + λ1)ψ = g, until the residual is at most ``goal``.
+    """Preconditioned conjugate gradients on (Θ + λ1)ψ = g, until the residual, not over |g| here, is at most ``goal``.
 
     What counts is the residual itself and not that of the recurrence, which rounding takes away from it.
     """
-    psi, image, spent = begin.psi.clone(), begin.image.clone(), begin.iterations
-    goal_of_recurrence = goal
+    psi, image, spent = begin.psi, begin.image, begin.iterations
+    residual = g - image - shift * psi
+    left, aim, exhausted = float(torch.linalg.vector_norm(residual)), goal, False
     for _ in range(_AGAIN):
-        residual = g - image - shift * psi
-        if not float(torch.linalg.vector_norm(residual)) > goal:
-            return Iterate(psi, image, 0.0, spent, True)
-        psi, spent, exhausted = _recur(product, psi, residual, shift, inverse, goal_of_recurrence, spent, limit)
-        image = product(psi)
-        left = float(torch.linalg.vector_norm(g - image - shift * psi))
         if left <= goal or exhausted:
-            return Iterate(psi, image, 0.0, spent, left <= goal)
-        goal_of_recurrence = 0.5 * goal
-    return Iterate(psi, image, 0.0, spent, False)
+            break
+        psi, spent, exhausted = _recur(product, psi, residual, shift, inverse, aim, spent, limit)
+        image = product(psi)
+        residual = g - image - shift * psi
+        left, aim = float(torch.linalg.vector_norm(residual)), 0.5 * goal
+    return Iterate(psi, image, left, spent, left <= goal)
 
 
 def _recur(
