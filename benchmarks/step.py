@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "check of the rules": (None, "torch_adapted_gd.kernel.structured.verify_rules"),
     "Q backward passes to the layers": (Capture, "rows"),
     "contraction to the kernel, and its check": (StructuredKernel, "gram"),
-    "solve": (None, "torch_adapted_gd.linearization.factorize"),
+    "solve": (None, "torch_adapted_gd.system.factorize"),
     "direction in parameters": (StructuredKernel, "transpose_product"),
 }
 
