@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torch_adapted_gd.kernel import rules
+from torch_adapted_gd.jacobian import rules
 
 
 @pytest.fixture(autouse=True)

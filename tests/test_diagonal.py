@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd.jacobian import recorded
-from torch_adapted_gd.kernel.chunks import Chunk
-from torch_adapted_gd.kernel.dense import StackedJacobian
-from torch_adapted_gd.kernel.diagonal import output_blocks, sample_blocks
-from torch_adapted_gd.kernel.structured import StructuredKernel
-from torch_adapted_gd.kernel.tangent import tangent_factors
+from torch_adapted_gd.jacobian import tangent_jacobian
+from torch_adapted_gd.jacobian.definition import recorded
+from torch_adapted_gd.jacobian.dense import DenseJacobian
+from torch_adapted_gd.jacobian.factored import FactoredJacobian
 
 from .cases import cnn, dense_jacobian, mlp
 from .layers import LAYERS, draw
@@ -37,7 +35,7 @@ NAMES = [
     "called_three_times",
     "tied_linears",
     "tied_embedding",
-    "tied_autoencoder",  # from here on, some by per-sample Jacobians
+    "tied_autoencoder",
     "used_elsewhere",
     "positions",
     "lists",
@@ -58,10 +56,11 @@ def assert_blocks(model, batches, method="auto", chunk_size=None, dtype=torch.fl
     """Both kinds of blocks are those of DDᵀ; returns the factors."""
     jacobians = [dense_jacobian(model, *x) for x in batches]
     records = [recorded(model, x) for x in batches]
-    factors, _ = tangent_factors(model, [call for call, _ in records], records[0][1], method=method, chunk_size=chunk_size)
+    jacobian = tangent_jacobian(model, [call for call, _ in records], records[0][1], method=method, chunk_size=chunk_size)
     sizes = [len(x[0]) for x in batches]
     outputs = [len(d) // n for d, n in zip(jacobians, sizes, strict=True)]
-    blocks = sample_blocks(factors, list(zip(sizes, outputs, strict=True)))
+    assert jacobian.shapes == list(zip(sizes, outputs, strict=True))
+    blocks = jacobian.sample_blocks()
     for block, d, n, q in zip(blocks, jacobians, sizes, outputs, strict=True):
         by_sample = d.view(n, q, -1)
         assert block.dtype == torch.float64
@@ -75,31 +74,28 @@ def assert_blocks(model, batches, method="auto", chunk_size=None, dtype=torch.fl
         ]
         combined = torch.cat(rows, 1)  # [C, N, K]
         out = torch.full((q + 1, combined.shape[1], combined.shape[1]), 7.0, dtype=dtype)
-        output_blocks(factors, rotations, numbers, out)
+        jacobian.output_blocks(rotations, numbers, out)
         assert error(out.triu().double(), (combined @ combined.mT).triu()) <= tolerance
-    return factors
+    return jacobian
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_blocks_are_those_of_the_dense_kernel(name, chunk_size):
-    build, shape, description = LAYERS[name]
+    build, shape = LAYERS[name]
     model = build().double()
     one = assert_blocks(model, [draw(shape, 5, torch.float64)], chunk_size=chunk_size)
-    assert one.description == description
-    assert isinstance(one, StructuredKernel)
     assert (len(one.chunks_of(0)) > 1) == (chunk_size is not None)
-    assert bool(one.written_of(0)) == ("jacobian" in description)
     assert_blocks(model, [draw(shape, 4, torch.float64), draw(shape, 3, torch.float64)], chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("name", ["linear", "cnn", "batch_norm_train_first", "tied_autoencoder", "branching"])
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_blocks_of_a_jacobian(name, chunk_size):
-    build, shape, _ = LAYERS[name]
+    build, shape = LAYERS[name]
     model = build().double()
     batches = [draw(shape, 4, torch.float64), draw(shape, 3, torch.float64)]
-    assert isinstance(assert_blocks(model, batches, "jacobian", chunk_size), StackedJacobian)
+    assert isinstance(assert_blocks(model, batches, "jacobian", chunk_size), DenseJacobian)
 
 
 @pytest.mark.parametrize("build", [lambda: mlp(), cnn], ids=["mlp", "cnn"])
@@ -111,10 +107,10 @@ def test_blocks_in_float32_of_float32_factors(build):
 @pytest.mark.parametrize("name", ["linear", "linear_wide_on_short_sequences", "conv2d", "conv2d_one_place", "embedding"])
 def test_blocks_in_small_pieces(name, monkeypatch):
     """Of samples, of tiles, of columns and of combinations."""
-    monkeypatch.setattr("torch_adapted_gd.kernel.diagonal.BLOCK_ELEMENTS", 7)
-    monkeypatch.setattr("torch_adapted_gd.kernel.diagonal._TILE_ROWS", 2)
-    monkeypatch.setattr(StructuredKernel, "combinations_at_once", lambda self, count: 2)
-    build, shape, _ = LAYERS[name]
+    monkeypatch.setattr("torch_adapted_gd.jacobian.diagonal.BLOCK_ELEMENTS", 7)
+    monkeypatch.setattr("torch_adapted_gd.jacobian.diagonal._TILE_ROWS", 2)
+    monkeypatch.setattr(FactoredJacobian, "combinations_at_once", lambda self, count: 2)
+    build, shape = LAYERS[name]
     assert_blocks(build().double(), [draw(shape, 5, torch.float64), draw(shape, 3, torch.float64)], chunk_size=2)
 
 
@@ -140,14 +136,13 @@ def test_outputs_held_are_not_changed():
     """Chunks that are held give the same blocks twice, and Θ as before."""
     model = mlp().double()
     call, names = recorded(model, torch.randn(5, 4, dtype=torch.float64))
-    factors, _ = tangent_factors(model, [call], names)
-    assert isinstance(factors.chunks_of(0)[0], Chunk)
-    before = factors.gram()
+    jacobian = tangent_jacobian(model, [call], names)
+    before = jacobian.gram()
     rotation = torch.randn(5, 3, 2, dtype=torch.float64)
     found = []
     for _ in range(2):
         out = torch.empty(2, 5, 5, dtype=torch.float64)
-        output_blocks(factors, [rotation], [0], out)
-        found.append((sample_blocks(factors, [(5, 3)])[0], out.triu()))
+        jacobian.output_blocks([rotation], [0], out)
+        found.append((jacobian.sample_blocks()[0], out.triu()))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert torch.equal(factors.gram(), before)
+    assert torch.equal(jacobian.gram(), before)

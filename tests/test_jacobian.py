@@ -5,7 +5,7 @@ from torch import nn
 
 from torch_adapted_gd import memory, output_jacobian
 from torch_adapted_gd.calls import record
-from torch_adapted_gd.jacobian import METHODS, call_jacobian
+from torch_adapted_gd.jacobian.definition import METHODS, call_jacobian
 
 from .cases import CASES, MaskedMean, cnn, dense_jacobian, make, mlp
 

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import memory, ntk
-from torch_adapted_gd.jacobian import CallJacobian
-from torch_adapted_gd.kernel.dense import StackedJacobian, gram
+from torch_adapted_gd.jacobian.dense import DenseJacobian, gram
 
 from .cases import dense_jacobian, make, mlp
 
@@ -36,8 +35,8 @@ def test_ntk_symmetry_dtype_and_chunks():
 
 @pytest.mark.parametrize("rows", [1, 5, 300, 700])
 def test_gram_in_tiles_and_blocks(rows, monkeypatch):
-    monkeypatch.setattr("torch_adapted_gd.kernel.dense.BLOCK_ELEMENTS", 16 * rows)
-    monkeypatch.setattr("torch_adapted_gd.kernel.dense._LEAST_WIDTH", 1)
+    monkeypatch.setattr("torch_adapted_gd.jacobian.dense.BLOCK_ELEMENTS", 16 * rows)
+    monkeypatch.setattr("torch_adapted_gd.jacobian.dense._LEAST_WIDTH", 1)
     a, b = torch.randn(rows, 50), torch.randn(7, 50)
     torch.testing.assert_close(gram(a), a.double() @ a.double().T, rtol=0, atol=1e-12)
     torch.testing.assert_close(gram(a, b), a.double() @ b.double().T, rtol=0, atol=1e-12)
@@ -46,13 +45,11 @@ def test_gram_in_tiles_and_blocks(rows, monkeypatch):
 
 def test_stacked_jacobian_is_one_matrix_in_blocks():
     blocks = [torch.randn(n, 9, dtype=torch.float64) for n in (2, 5, 1)]
-    whole, stacked = (
-        torch.cat(blocks),
-        StackedJacobian.of([CallJacobian(b, "per_sample", b[0]) for b in blocks], {"a": 4, "b": 5}),
-    )
+    whole = torch.cat(blocks)
+    stacked = DenseJacobian(blocks, [(2, 1), (5, 1), (1, 1)], {"a": 4, "b": 5}, "")
     u = torch.randn(8, dtype=torch.float64)
     torch.testing.assert_close(stacked.gram(), whole @ whole.T)
-    torch.testing.assert_close(torch.cat(list(stacked.transpose_product(u).values())), whole.T @ u)
+    torch.testing.assert_close(torch.cat(list(stacked.rmv(u).values())), whole.T @ u)
 
 
 def test_bad_arguments(monkeypatch):

@@ -98,7 +98,10 @@ def test_coupling_of_neighbours_is_found_out_in_low_precision():
     for seed in range(3):
         torch.manual_seed(seed)
         model, x = Shifted(), torch.randn(60, 8)
-        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="interact behind 'first'"):
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.warns(UserWarning, match="interact behind linear of 'first.bias', 'first.weight'"),
+        ):
             ntk(model, x)
 
 
@@ -121,13 +124,13 @@ def test_one_of_several_outputs_coupled():
 
 @pytest.mark.usefixtures("table")
 def test_a_rule_that_fails_for_several_outputs_alone():
-    @register_rule(Scale)
-    def rule(call):
-        if call.gradient.shape[1] > 1:
+    @register_rule(torch.Tensor.mul, names=("scale", "input"))
+    def rule(use):
+        if use.gradient.shape[1] > 1:
             raise ValueError("one at a time")
-        return {"scale": call.gradient * call.input.unsqueeze(1)}
+        return {"scale": use.gradient * use.samples_first(use.argument("input")).unsqueeze(1)}
 
-    with pytest.warns(UserWarning, match="one at a time"):
+    with pytest.raises(ValueError, match="one at a time"):
         assert_exact(nn.Sequential(nn.Linear(4, 5), Scale(5)).double(), torch.randn(3, 4).double())
 
 

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from torch_adapted_gd import ntk
-from torch_adapted_gd.jacobian import recorded
-from torch_adapted_gd.kernel import tangent_gram, tangent_kernel
-from torch_adapted_gd.kernel.blocks import Parts
-from torch_adapted_gd.kernel.dense import StackedJacobian
-from torch_adapted_gd.kernel.structured import StructuredKernel
+from torch_adapted_gd.jacobian import tangent_gram, tangent_jacobian, written_if_small
+from torch_adapted_gd.jacobian.blocks import Parts
+from torch_adapted_gd.jacobian.definition import recorded
 
 from .cases import dense_jacobian, mlp
 from .layers import LAYERS, draw
@@ -20,18 +18,18 @@ def relative_error(model, x, **options):
     """Of the kernel, and of Dᵀu."""
     d = dense_jacobian(model, *x)
     call, names = recorded(model, x)
-    kernel = tangent_kernel(model, [call], names, method="structured", **options)
+    jacobian = tangent_jacobian(model, [call], names, method="structured", **options)
     u = torch.randn(len(d), dtype=torch.float64)
-    product = torch.cat(list(kernel.factors.transpose_product(u).values()))
+    product = torch.cat(list(jacobian.rmv(u).values()))
     return max(
-        float((got - expected).norm() / expected.norm()) for got, expected in ((kernel.theta, d @ d.T), (product, d.T @ u))
+        float((got - expected).norm() / expected.norm()) for got, expected in ((jacobian.gram(), d @ d.T), (product, d.T @ u))
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
 def test_kernel_and_products_are_those_of_the_dense_jacobian(name, dtype):
-    build, shape, description = LAYERS[name]
+    build, shape = LAYERS[name]
     model = build().to(dtype)
     x1, x2 = draw(shape, 5, dtype), draw(shape, 3, dtype)
     first, second = dense_jacobian(model, *x1), dense_jacobian(model, *x2)
@@ -49,25 +47,26 @@ def test_kernel_and_products_are_those_of_the_dense_jacobian(name, dtype):
         cross = ntk(model, x1, x2, **options).reshape(5 * q, 3 * q)
         assert error(cross, first @ second.T) <= TOLERANCE[dtype]
         call, names = recorded(model, x1)
-        kernel = tangent_kernel(model, [call], names, **options)
-        assert kernel.factors.description == description
+        jacobian = tangent_jacobian(model, [call], names, **options)
+        assert jacobian.description == "structured"
+        assert jacobian.shape == first.shape
         u = torch.randn(5 * q, dtype=torch.float64)
-        assert error(torch.cat(list(kernel.factors.transpose_product(u).values())), first.T @ u) <= TOLERANCE[dtype]
+        assert error(torch.cat(list(jacobian.rmv(u).values())), first.T @ u) <= TOLERANCE[dtype]
         v = torch.randn(first.shape[1], dtype=torch.float64)
         parts = dict(zip(names, v.split([model.get_parameter(name).numel() for name in names]), strict=True))
         typical = first.norm() * v.norm() / len(v) ** 0.5  # |Dv|, but for chance
-        assert (kernel.factors.product(parts) - first @ v).norm() <= TOLERANCE[dtype] * typical
-        if isinstance(kernel.factors, StructuredKernel):
-            assert error(torch.cat(list(kernel.factors.rows(limit=1))), first) <= TOLERANCE[dtype]
-        gram = tangent_gram(model, [call], names, torch.stack([u, -u], 1), **options)
-        assert error(gram.gram, first.T @ first) <= TOLERANCE[dtype]
-        assert error(gram.products, torch.stack([first.T @ u, -first.T @ u], 1)) <= TOLERANCE[dtype]
-    both = tangent_kernel(model, [recorded(model, x)[0] for x in (x1, x2)], names, method="structured")
+        assert (jacobian.mv(parts) - first @ v).norm() <= TOLERANCE[dtype] * typical
+        assert error(torch.cat(list(jacobian.rows(limit=1))), first) <= TOLERANCE[dtype]
+        gram, products, square = tangent_gram(jacobian, torch.stack([u, -u], 1))
+        assert error(gram, first.T @ first) <= TOLERANCE[dtype]
+        assert error(products, torch.stack([first.T @ u, -first.T @ u], 1)) <= TOLERANCE[dtype]
+        assert square == pytest.approx(float(first.square().sum()), rel=TOLERANCE[dtype])
+    both = tangent_jacobian(model, [recorded(model, x)[0] for x in (x1, x2)], names, method="structured")
     stacked = torch.cat([first, second])
-    assert error(both.theta, stacked @ stacked.T) <= TOLERANCE[dtype]
-    assert (both.factors.product(parts) - stacked @ v).norm() <= 2 * TOLERANCE[dtype] * typical
+    assert error(both.gram(), stacked @ stacked.T) <= TOLERANCE[dtype]
+    assert (both.mv(parts) - stacked @ v).norm() <= 2 * TOLERANCE[dtype] * typical
     u = torch.randn(8 * q, dtype=torch.float64)
-    assert error(torch.cat(list(both.factors.transpose_product(u).values())), stacked.T @ u) <= TOLERANCE[dtype]
+    assert error(torch.cat(list(both.rmv(u).values())), stacked.T @ u) <= TOLERANCE[dtype]
     assert error(ntk(model, x1, dtype=torch.float32).reshape(5 * q, 5 * q), first @ first.T) <= 2e-6
     # The model and the random stream are as they were.
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -92,17 +91,16 @@ def test_gram_of_several_calls_in_blocks_and_weighed(method, monkeypatch):
         return root[part, part].T @ rows
 
     for limit, blocks in ((2**22, [(0, 15), (15, 9)]), (1, [(3 * i, 3) for i in range(8)])):
-        monkeypatch.setattr("torch_adapted_gd.kernel.tangent.ROWS_ELEMENTS", limit)  # D is kept or not
-        monkeypatch.setattr(StackedJacobian.rows, "__defaults__", (limit, ()))
-        monkeypatch.setattr(StructuredKernel.rows, "__defaults__", (limit,))
+        monkeypatch.setattr("torch_adapted_gd.jacobian.tangent.ROWS_ELEMENTS", limit)  # D is kept or not
         calls = [recorded(model, x)[0] for x in (x1, x2)]
         seen.clear()
         v = torch.randn(24, 1, dtype=torch.float64)
-        found = tangent_gram(model, calls, names, v, weigh=weigh, method=method)
+        jacobian = written_if_small(tangent_jacobian(model, calls, names, method=method))
+        gram, products, _ = tangent_gram(jacobian, v, weigh)
         weighed = root.T @ d
-        torch.testing.assert_close(found.gram, weighed.T @ weighed)
-        torch.testing.assert_close(found.products, d.T @ v)
-        torch.testing.assert_close(torch.cat(list(found.factors.transpose_product(v[:, 0]).values())), d.T @ v[:, 0])
+        torch.testing.assert_close(gram, weighed.T @ weighed)
+        torch.testing.assert_close(products, d.T @ v)
+        torch.testing.assert_close(torch.cat(list(jacobian.rmv(v[:, 0]).values())), d.T @ v[:, 0])
         assert seen == blocks
 
 
@@ -111,5 +109,5 @@ def test_a_gram_of_wrong_rows_is_found_out(monkeypatch):
     call, names = recorded(model, torch.randn(5, 4, dtype=torch.float64))
     rows = Parts.rows
     monkeypatch.setattr(Parts, "rows", lambda self, samples: [(name, 1.01 * part) for name, part in rows(self, samples)])
-    with pytest.raises(RuntimeError, match=r"structured kernel is not right for this model: Dᵀu differs by"):
-        tangent_gram(model, [call], names, torch.zeros(15, 1, dtype=torch.float64), method="structured")
+    with pytest.raises(RuntimeError, match=r"Dᵀu differs by"):
+        tangent_gram(tangent_jacobian(model, [call], names), torch.zeros(15, 1, dtype=torch.float64))

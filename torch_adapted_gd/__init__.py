@@ -10,8 +10,7 @@ from .damping import LevenbergMarquardt
 from .definite import Definiteness, effective_kernel, is_positive_definite, kernel_block
 from .field import Equilibrium, GradientField, gradient_field, is_equilibrium, metric_tensor
 from .flow import FlowResult, InterpolationDeviation, PathResult, adapted_flow, follow_path, interpolation_deviation
-from .jacobian import output_jacobian
-from .kernel import ModuleCall, OuterProducts, ntk, register_rule
+from .jacobian import OuterProducts, Use, ntk, output_jacobian, register_rule
 from .lines import LineLosses, line_losses
 from .loss import HalfSquaredLoss
 from .optimizer import AdaptedGD
@@ -42,11 +41,11 @@ __all__ = [
     "LineLosses",
     "LinearInterpolationLR",
     "LinearPath",
-    "ModuleCall",
     "OuterProducts",
     "PathResult",
     "StepReport",
     "StraightLine",
+    "Use",
     "adapted_flow",
     "effective_kernel",
     "follow_path",

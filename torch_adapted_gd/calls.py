@@ -3,13 +3,17 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+if TYPE_CHECKING:
+    from .jacobian.factored import Piece
+    from .tracking.tape import Tape
 
 _thread = threading.local()
 
@@ -17,6 +21,17 @@ _thread = threading.local()
 def replaying() -> bool:
     """Whether this thread is replaying a call: no recorder may take a replay for a call of the user's."""
     return getattr(_thread, "replaying", False)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Context for passes of our own, of which no recorder may take notice."""
+    outer = replaying()
+    _thread.replaying = True
+    try:
+        yield
+    finally:
+        _thread.replaying = outer
 
 
 def underlying(model: nn.Module) -> nn.Module:
@@ -28,6 +43,11 @@ def underlying(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether any part of a model was given to ``torch.compile``."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _version(tensor: Tensor) -> int:
@@ -91,7 +111,7 @@ class Conditions:
             for kind, dtype, enabled in self.autocast:
                 # No cache of low-precision weights: under torch.func they are wrappers that must not outlive it.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules):
+            if compiled(model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 _thread.replaying = True
@@ -123,6 +143,9 @@ class Call:
         random: Whether the pass drew random numbers.
         nested: Whether an input was computed from another recorded call's output.
         gradients: What the loss sent back to each output, float64, by the same places. Filled by backward passes.
+        tape: The uses of parameters in it, while its graph is alive; None where nobody could follow it.
+        behind: Its outputs as they are in the graph, likewise.
+        linearized: What they were linearized by, in the backward pass that first came by each.
         backward_pass: Identifies the last backward pass that came by.
     """
 
@@ -132,6 +155,9 @@ class Call:
     outputs: dict[int, Tensor]
     random: bool
     nested: bool = False
+    tape: "Tape | None" = None
+    behind: dict[int, Tensor] = field(default_factory=dict)
+    linearized: "dict[int, Piece]" = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     backward_pass: int = -1
     _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)
@@ -153,6 +179,17 @@ class Call:
     def places(self) -> list[int]:
         """The outputs that the loss saw; before any backward pass, all of them."""
         return sorted(self.gradients or self.outputs)
+
+    def pieces(self) -> "list[Piece]":
+        """What of it was linearized while its graph was alive, by output; nothing if it has to be repeated for that."""
+        if any(place not in self.linearized for place in self.places):
+            return []
+        first, pieces = 0, []
+        for place in self.places:
+            piece = self.linearized[place]
+            pieces.append(replace(piece, first=first))
+            first += piece.linearized.q
+        return pieces
 
     def check_unchanged(self, model: nn.Module) -> None:
         """Make sure that the model is still that of the call, and the call one that a step can be taken on.
@@ -203,7 +240,7 @@ class Call:
     def release(self) -> None:
         """Give back all that a replay needs: the call was stepped on, and the user's graph may live on for long."""
         self.inputs = Inputs((), {})
-        self.outputs = {}
+        self.outputs, self.behind, self.linearized, self.tape = {}, {}, {}, None
         self.conditions.buffers = {}
 
     def function(self, model: nn.Module) -> Callable[..., list[Tensor]]:
@@ -280,6 +317,14 @@ def stacked(tensors: list[Tensor]) -> Tensor:
     """Outputs with the batch first, as one vector x in sample-major order (2.9): ``[N, ...]`` each → ``[N·Q]``."""
     n = tensors[0].shape[0]
     return torch.cat([t.reshape(n, -1) for t in tensors], dim=1).reshape(-1)
+
+
+def hides_its_graph(tensor: Tensor) -> bool:
+    """Whether a tensor comes from `torch.utils.checkpoint` with ``use_reentrant=True``.
+
+    That hides its parameters from `torch.autograd.grad`, which would return zeros for them.
+    """
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph(tensor))
 
 
 def graph(tensor: Tensor) -> Iterator[Any]:

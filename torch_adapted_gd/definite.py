@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import real_number
-from .kernel import ntk
+from .jacobian import ntk
 from .local import OutputMap
 from .solve.spectrum import default_rtol
 

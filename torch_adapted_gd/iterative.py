@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .checks import all_finite
 from .curvature import OutputLoss
-from .kernel import Factors
-from .kernel.dense import spans
-from .kernel.diagonal import output_blocks, sample_blocks
+from .jacobian import Jacobian
+from .jacobian.dense import spans
 from .memory import available_bytes, require_memory
 from .solve.krylov import ConjugateGradients, Iterate, solve_by_cg
 from .solve.preconditioner import Identity, Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
@@ -25,9 +24,8 @@ class KernelOperator:
     """Θ̃ = SᵀDDᵀS of some calls, to be applied and to be solved with, never formed.
 
     Args:
-        factors: What D is made of.
+        jacobian: D.
         metric: Where S comes from, H = SSᵀ; None for S = 1.
-        shapes: N and Q of each call.
         options: How to solve.
         start: A ψ̃ to begin the first solution with, or None.
 
@@ -47,13 +45,13 @@ class KernelOperator:
 
     def __init__(
         self,
-        factors: Factors,
+        jacobian: Jacobian,
         metric: OutputLoss | None,
-        shapes: Sequence[tuple[int, int]],
         options: ConjugateGradients,
         start: Tensor | None = None,
     ) -> None:
-        self._factors, self._metric, self._shapes, self._options = factors, metric, shapes, options
+        shapes = jacobian.shapes
+        self._jacobian, self._metric, self._shapes, self._options = jacobian, metric, shapes, options
         self._spans = spans([n * q for n, q in shapes])  # the rows of each call
         self.size = self._spans[-1].stop
         self._start = start if start is not None and start.numel() == self.size else None
@@ -63,11 +61,11 @@ class KernelOperator:
         started = time.perf_counter()
         require_memory(
             5 * 8 * sum(n * q * q for n, q in shapes),  # with eigenvectors, and what makes them
-            factors.device,
+            jacobian.device,
             f"Θ of {len(shapes)} calls between the outputs of single samples",
             "Use fewer samples at a time.",
         )
-        self._blocks = sample_blocks(factors, shapes)
+        self._blocks = jacobian.sample_blocks()
         self.square = sum(float(b.diagonal(dim1=1, dim2=2).sum()) for b in self._blocks)
         if metric is not None:
             self._blocks = [self._weighed(b, span.start) for b, span in zip(self._blocks, self._spans, strict=True)]
@@ -92,8 +90,8 @@ class KernelOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """Θ̃v."""
         if self._metric is None:
-            return self._factors.product(self._factors.transpose_product(v))
-        image = self._factors.product(self._factors.transpose_product(self._metric.hessian_root(v)))
+            return self._jacobian.mv(self._jacobian.rmv(v))
+        image = self._jacobian.mv(self._jacobian.rmv(self._metric.hessian_root(v)))
         return self._metric.hessian_root_transpose(image)
 
     def solve(self, g: Tensor, shift: float = 0.0, *, beside: bool = False) -> Tensor:
@@ -144,7 +142,7 @@ class KernelOperator:
     def _inverse_of(self, numbers: list[int], q: int) -> Inverse:
         """The preconditioner for some calls with as many outputs each."""
         blocks = torch.cat([self._blocks[number] for number in numbers])
-        samples, device = len(blocks), self._factors.device
+        samples, device = len(blocks), self._jacobian.device
         free = available_bytes(device)
         room = q if free is None else int(_SHARE * free / (4 * samples**2)) - _WORKSPACE
         if self._options.preconditioner == "samples" or room < 1:
@@ -164,7 +162,7 @@ class KernelOperator:
             if self._metric is not None:
                 weights = self._rooted(weights, self._spans[number])
             rotations.append(weights)
-        output_blocks(self._factors, rotations, numbers, out)
+        self._jacobian.output_blocks(rotations, numbers, out)
         return OutputBlockInverse(out, basis, owner, scales)
 
     def _rooted(self, weights: Tensor, span: slice) -> Tensor:
@@ -182,6 +180,6 @@ class KernelOperator:
         return blocks
 
     def _add_time(self, part: str, started: float, without: float = 0.0) -> None:
-        if self._factors.device.type == "cuda":
-            torch.cuda.synchronize(self._factors.device)
+        if self._jacobian.device.type == "cuda":
+            torch.cuda.synchronize(self._jacobian.device)
         self.seconds[part] += time.perf_counter() - started - without

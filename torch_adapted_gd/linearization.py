@@ -12,7 +12,7 @@ from .calls import Call, stacked, underlying
 from .checks import all_finite
 from .curvature import OutputLoss, largest_curvature
 from .iterative import KernelOperator
-from .kernel import norm
+from .jacobian import norm
 from .loss import Criterion
 from .replay import Replay, batch_and_outputs, precision
 from .solve import ConjugateGradients, default_rtol
@@ -188,7 +188,7 @@ class Linearization:
         if momentum is not None and decay:
             momentum = {name: decay * part for name, part in momentum.items()}
             if self.system.space == "sample":
-                right = right - self._weigh(self.curvature * self.system.factors.product(momentum))
+                right = right - self._weigh(self.curvature * self.system.jacobian.mv(momentum))
             else:
                 right = right - self.curvature * (self.system.matrix @ self._flat(momentum))
         adapted, weights = self._solved(right, shift)
@@ -206,13 +206,13 @@ class Linearization:
         """
         right = self._weigh(bend)
         if self.system.space == "parameter":
-            right = self._flat(self.system.factors.transpose_product(self._unweigh(right)))
+            right = self._flat(self.system.jacobian.rmv(self._unweigh(right)))
         parts, _ = self._solved(right, direction.damping, beside=True)
         return {name: -part for name, part in parts.items()}
 
     def linear(self, change: Parts) -> Tensor:
         """Dδ, ``[R]``."""
-        return self.system.factors.product(change)
+        return self.system.jacobian.mv(change)
 
     def slope(self, change: Parts) -> float:
         """∇_θC·δ."""
@@ -263,8 +263,8 @@ class Linearization:
                 "hook edits gradients. That part takes a plain gradient step, lr times itself; only the outputs' part is "
                 "preconditioned. For an L2 penalty use `weight_decay`.",
             )
-        if self.system.remark:
-            yield "kernel", self.system.remark
+        if self.system.jacobian.remark:
+            yield "kernel", self.system.jacobian.remark
         if (iterative := self.iterative) and iterative.last and not iterative.last.converged:
             yield (
                 "cg",
@@ -280,21 +280,16 @@ class Linearization:
                     f"The loss's gradient in parameter '{name}' is not finite although that in the outputs is, so nothing was "
                     "changed. Look at penalties and other terms that do not come through the outputs, and at their derivatives."
                 )
-        # Zero by (2.16) for a loss of the outputs alone. Dᵀg by the same arithmetic as the gradient's: under autocast, only
-        # that leaves nothing but the rounding of sums.
-        plain = self.system.factors.gradient
-        off_output = {
-            name: tensor - plain[name].reshape(tensor.shape) / self._loss_scale if name in plain else tensor
-            for name, tensor in self.gradient.items()
-        }
+        # Zero by (2.16) for a loss of the outputs alone.
+        plain = self.system.jacobian.rmv(self._g)
+        off_output = {name: tensor.double() - plain[name].reshape(tensor.shape) for name, tensor in self.gradient.items()}
         size, whole = norm(off_output), norm(self.gradient)
-        # |D|_F |g| bounds the sums of products in Dᵀg. Under autocast, gradients of a weight that is used more than once add
-        # up in low precision.
+        # |D|_F |g| bounds the sums of products in Dᵀg. Under autocast the user's backward pass rounds each of them.
         rounding = 16 * torch.finfo(dtype).eps * math.sqrt(square) * float(torch.linalg.vector_norm(self._g))
         if eps > torch.finfo(dtype).eps:
-            rounding += eps * whole
+            rounding += 2 * eps * whole
         negligible = size <= rounding
-        self.off_output = None if negligible else {name: tensor.double().reshape(-1) for name, tensor in off_output.items()}
+        self.off_output = None if negligible else {name: tensor.reshape(-1) for name, tensor in off_output.items()}
         self.off_output_fraction = 0.0 if negligible else size / max(whole, size)
 
     def _check_solved(self) -> None:
@@ -319,7 +314,7 @@ class Linearization:
             )
         if self.system.space == "parameter":
             return dict(zip(self._numels, solution.split(list(self._numels.values())), strict=True)), None
-        return self.system.factors.transpose_product(self._unweigh(solution)), solution
+        return self.system.jacobian.rmv(self._unweigh(solution)), solution
 
     def _weigh(self, v: Tensor) -> Tensor:
         """Sᵀv."""

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .calls import Call, underlying
 from .checks import real_number
-from .jacobian import recorded
-from .kernel import tangent_kernel
-from .kernel.tangent import Factors
+from .jacobian import Jacobian, tangent_jacobian
+from .jacobian.definition import recorded
 from .replay import batch_and_outputs
 from .solve.choice import factorize
 from .solve.factorization import Factorization
@@ -32,14 +31,14 @@ class Tangent:
         outputs: x(θ), ``[QN]``.
         theta: Θ = DDᵀ, ``[QN, QN]``.
         factorization: Of Θ, its rank revealed.
-        factors: What Θ was made of.
+        jacobian: D.
         sizes: Number of entries of each parameter.
     """
 
     outputs: Tensor
     theta: Tensor
     factorization: Factorization
-    factors: Factors
+    jacobian: Jacobian
     sizes: dict[str, int]
 
     @property
@@ -50,11 +49,11 @@ class Tangent:
     def push(self, change: Tensor) -> Tensor:
         """Dv, how outputs move when parameters move by v ``[K]`` (2.15)."""
         parts = change.double().split(list(self.sizes.values()))
-        return self.factors.product(dict(zip(self.sizes, parts, strict=True)))
+        return self.jacobian.mv(dict(zip(self.sizes, parts, strict=True)))
 
     def pull(self, u: Tensor) -> Tensor:
         """Dᵀu ``[K]``: with u = ∇ₓC the gradient ∇_θC (2.16)."""
-        parts = self.factors.transpose_product(u)
+        parts = self.jacobian.rmv(u)
         return torch.cat([parts[name].flatten().double() for name in self.sizes])
 
     def solve(self, u: Tensor) -> Tensor:
@@ -171,16 +170,17 @@ class OutputMap:
             self.load(theta)
         call, output, names = self._call()
         with torch.inference_mode(False), torch.enable_grad():
-            kernel = tangent_kernel(self.model, [call], names)
+            jacobian = tangent_jacobian(self.model, [call], names)
+            theta = jacobian.gram()
         # Rounding in Θ of the parameters' dtype is no rank.
         rtol = default_rtol(self.num_outputs, self.eps) if self.rtol is None else self.rtol
-        factorization = factorize(kernel.theta, rtol=rtol, eps=self.eps)
+        factorization = factorize(theta, rtol=rtol, eps=self.eps)
         if factorization.status in ("not_finite", "not_converged"):
             raise RuntimeError(
                 f"The tangent kernel is {factorization.status.replace('_', ' ')} there: the parameters have diverged."
             )
         sizes = {name: self._parameters[name].numel() for name in names}
-        return Tangent(output.flatten().double(), kernel.theta, factorization, kernel.factors, sizes)
+        return Tangent(output.flatten().double(), theta, factorization, jacobian, sizes)
 
     def _call(self) -> tuple[Call, Tensor, list[str]]:
         """A call of the network at its present θ, the one output of it, and the names of θ's parts."""

@@ -12,7 +12,7 @@ from .checks import all_finite, one_of, positive_integer
 from .closure import Closure
 from .damping import CarryOver, LevenbergMarquardt
 from .full_batch import full_loss
-from .kernel import METHODS
+from .jacobian import METHODS
 from .linearization import METRICS, Linearization
 from .loss import check_criterion
 from .recorder import CallRecorder

@@ -15,9 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .calls import Call, Conditions, Inputs, graph, output_leaves, replaying
+from .calls import Call, Conditions, Inputs, compiled, graph, output_leaves, replaying, underlying
+from .live import linearized_live
+from .tracking import private
+from .tracking.tape import Tape, constants_of
 
 _MARK = "torch_adapted_gd"  # set in the metadata of the graph node that a recorded output comes from
 
@@ -29,10 +33,10 @@ class _Hook:
         self._recorder = weakref.ref(recorder)
         self._method = method
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim does: not to be traced into a compiled model
+    @private.disable_compilation
     def __call__(self, *arguments: Any) -> Any:
         recorder = self._recorder()
-        if recorder is not None and not replaying() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if recorder is not None and not replaying() and not private.is_tracing():
             return self._method(recorder, *arguments)
         return None
 
@@ -40,6 +44,24 @@ class _Hook:
         # A copy of the model is not watched. nullcontext().__exit__ takes any arguments and does nothing, so that a
         # saved model loads where this package is not installed.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _Running:
+    """A forward pass under way: what it started from, and the tape that notes its uses of parameters."""
+
+    def __init__(self, inputs: Inputs, conditions: Conditions, nested: bool) -> None:
+        self.inputs, self.conditions, self.nested = inputs, conditions, nested
+        self.tape: Tape | None = None
+
+    def begin(self, model: nn.Module, parameters: dict[str, Tensor], differentiable: bool) -> None:
+        """Start noting."""
+        self.tape = Tape(parameters, constants_of(model, parameters), differentiable=differentiable)
+        self.tape.__enter__()
+
+    def end(self) -> None:
+        """Stop it."""
+        if self.tape is not None and private.is_innermost(self.tape):
+            self.tape.__exit__(None, None, None)
 
 
 class CallRecorder:
@@ -58,10 +80,11 @@ class CallRecorder:
         self.gradients: dict[int, Tensor] = {}
         self.dropped_by: str | None = None
         self.unusable_output: str | None = None
-        self._running: list[tuple[Inputs, Conditions, bool] | None] = []  # forward passes under way, the outermost first
+        self._running: list[_Running | None] = []  # forward passes under way, the outermost first
         self._count = 0
         self._pending: list[tuple[Call, int, Tensor]] = []
         self._pass = -1
+        self._model = weakref.ref(model)
         self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
         self._incoming: dict[int, Tensor] = {}
         self._frozen: dict[int, nn.Parameter] = {}
@@ -84,7 +107,7 @@ class CallRecorder:
 
         def arriving(gradient: Tensor) -> None:
             recorder = reference()
-            if recorder is not None and not replaying() and not _is_batched(gradient):
+            if recorder is not None and not replaying() and not private.is_batched(gradient):
                 recorder._arriving(key, gradient)
 
         def accumulated(parameter: Tensor) -> None:
@@ -166,40 +189,52 @@ class CallRecorder:
             del self._frozen[id(parameter)]
             self.watch(parameter)
         if self._running and not _calls_itself(model):
-            self._running.clear()  # left over from a pass that was interrupted, which no hook is told of
+            for left in self._running:  # over from a pass that was interrupted, which no hook is told of
+                if left is not None:
+                    left.end()
+            self._running.clear()
         inner = bool(self._running)  # a model that calls itself: the outermost call counts
         if inner or not torch.is_grad_enabled():
             self._running.append(None)
             return
-        nested = any(self._comes_from_a_call(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        self._running.append((Inputs(args, kwargs), Conditions.now(model), nested))
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        nested = any(self._comes_from_a_call(leaf) for leaf in leaves)
+        running = _Running(Inputs(args, kwargs), Conditions.now(model), nested)
+        self._running.append(running)
+        if not compiled(model):  # what was compiled runs as a whole, and is run again to be differentiated
+            running.begin(underlying(model), self._named(model), any(leaf.requires_grad for leaf in leaves))
+
+    def _named(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters to be stepped, by name."""
+        named = underlying(model).named_parameters()
+        return {name: p for name, p in named if id(p) in self._parameters and p.requires_grad}
 
     def _after(self, model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Any:
         """Take the call down and wait for gradients of its outputs."""
-        start = self._running.pop() if self._running else None
-        if start is None:
+        running = self._running.pop() if self._running else None
+        if running is None:
             return None
+        running.end()
         leaves = output_leaves(output)
         self.unusable_output = None if leaves or output is None else type(output).__name__  # None: it raised, or so
         if not leaves:
             return None
-        inputs, conditions, nested = start
-        call = Call.of(self._count, model, inputs, conditions, output)
-        call.nested = nested
+        call = Call.of(self._count, model, running.inputs, running.conditions, output)
+        call.nested = running.nested
         self._count += 1
-        replaced = None
-        if len(leaves) > 1 or any(leaf._is_view() for leaf in leaves.values()):
-            # One output may be computed from another: copies keep the gradient that the user's loss sends to each apart
-            # from what flows on from one to the other. And changing a view in place takes its hooks out of the graph.
-            all_leaves, structure = tree_flatten(output)
-            copies = {id(leaf): leaf.clone() for leaf in leaves.values()}
-            replaced = tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
-            leaves = {place: copies[id(leaf)] for place, leaf in leaves.items()}
+        # What is returned are copies. The hooks are on them, and what is behind them can be differentiated without these being
+        # called; one output may be computed from another, and the gradient that the user's loss sends to each stays apart; and
+        # a view may be changed in place.
+        all_leaves, structure = tree_flatten(output)
+        copies = {id(leaf): leaf.clone() for leaf in leaves.values()}
+        if running.tape is not None:
+            call.tape, call.behind = running.tape, leaves
         reference = weakref.ref(self)
         for place, leaf in leaves.items():
-            leaf.register_hook(_arrival(reference, call, place))
-            cast(Any, leaf.grad_fn).metadata[_MARK] = id(self)
-        return replaced
+            copy = copies[id(leaf)]
+            copy.register_hook(_arrival(reference, call, place))
+            cast(Any, copy.grad_fn).metadata[_MARK] = id(self)
+        return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
     def _comes_from_a_call(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the output of a recorded call."""
@@ -211,17 +246,26 @@ class CallRecorder:
         `torch.autograd.grad(output, input)`, as in physics-informed losses, comes by here too and must not count: the
         end of its backward pass takes away what no parameter has confirmed. One that raised never came to its end.
         """
-        if self._pass != torch._C._current_graph_task_id():
+        if self._pass != private.backward_pass():
             self._forget_pending()
             self._notice_new_pass()
         if not self._pending:
-            torch.autograd.Variable._execution_engine.queue_callback(self._forget_pending)
+            private.at_end_of_backward(self._forget_pending)
         call.backward_pass = self._pass
+        if call.tape is not None and place not in call.linearized and self._will_be_filled():
+            linearized_live(call, place, self._model())
         self._pending.append((call, place, gradient.detach().to(torch.float64, copy=True)))
+
+    def _will_be_filled(self) -> bool:
+        """Whether the backward pass under way is about to fill ``.grad`` of a parameter."""
+        parameters = (reference() for reference in self._parameters.values())
+        return any(
+            private.will_reach(get_gradient_edge(p).node, else_=False) for p in parameters if p is not None and p.requires_grad
+        )
 
     def _notice_new_pass(self) -> None:
         """Before anything of a backward pass is taken down: was what earlier ones left cleared by other means than ours?"""
-        self._pass = torch._C._current_graph_task_id()
+        self._pass = private.backward_pass()
         pending, self._pending = self._pending, []
         self.notice_cleared()
         self._pending = pending
@@ -239,7 +283,7 @@ class CallRecorder:
 
     def _arriving(self, key: int, gradient: Tensor) -> None:
         """A parameter is about to receive a gradient."""
-        if self._pass != torch._C._current_graph_task_id():
+        if self._pass != private.backward_pass():
             self._notice_new_pass()
         # Never the tensor itself, which becomes `.grad` and may be clipped in place.
         self._incoming[key] = gradient.detach().to_dense().clone()
@@ -268,7 +312,7 @@ def _arrival(reference: "weakref.ref[CallRecorder]", call: Call, place: int) -> 
     def arrived(gradient: Tensor | None) -> None:
         recorder = reference()
         # None: an output that the loss does not use, of an operation that has another one that it does.
-        if recorder is not None and gradient is not None and not _is_batched(gradient):
+        if recorder is not None and gradient is not None and not replaying() and not private.is_batched(gradient):
             recorder._arrived(call, place, gradient)
 
     return arrived
@@ -282,12 +326,6 @@ def _calls_itself(model: nn.Module) -> bool:
         passes += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
         frame = frame.f_back
     return passes > 1
-
-
-def _is_batched(gradient: Tensor) -> bool:
-    """Whether this is many backward passes at once, as `torch.autograd.functional.jacobian(vectorize=True)` makes them."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(gradient) or functorch.is_functorch_wrapped_tensor(gradient)
 
 
 def _remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, graph, stacked
+from .calls import Call, hides_its_graph, stacked
 
 State = dict[str, Tensor]
 
@@ -76,8 +76,7 @@ class Replay:
             self.given = {name: p.clone() for name, p in moving.items()}
             x = stacked(self.forward({**fixed, **self.call.buffers(self.model), **self.given}, *inputs))
         self.check_outputs(x.detach())
-        if any(node.name() == "CheckpointFunctionBackward" for node in graph(x)):
-            # It hides its parameters from torch.autograd.grad, which would return zeros for them.
+        if hides_its_graph(x):
             raise DisagreementError("the model uses torch.utils.checkpoint, of which only use_reentrant=False works")
         return moving, x
 

@@ -98,7 +98,7 @@ class StepReport:
             trials=outcome.trials,
             gain_ratio=outcome.gain_ratio,
             num_calls=linearization.num_calls,
-            kernel=system.factors.description,
+            kernel=system.jacobian.description,
             solver=system.factorization.method,
             status=linearization.status if outcome.trial else "rejected",
             fraction=outcome.trial.fraction if outcome.trial else 0.0,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .damping import LevenbergMarquardt
-from .kernel import norm
+from .jacobian import norm
 from .linearization import Direction, Linearization, Parts
 from .straight import Progress, StraightLine
 from .trials import Judge, Trial, TrialMaker

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from .calls import Call
 from .curvature import OutputLoss
 from .iterative import KernelOperator
-from .kernel import Factors, tangent_factors, tangent_gram, tangent_kernel
+from .jacobian import Jacobian, tangent_gram, tangent_jacobian, written_if_small
 from .memory import available_bytes, require_memory
-from .replay import batch_and_outputs
 from .solve import ConjugateGradients, Factorization, factorize
 
 SPACES = ("auto", "sample", "parameter")
@@ -35,8 +34,7 @@ class System:
         right: g̃ ``[R]`` or Dᵀg ``[K]``.
         size: |g̃|.
         scale: The mean of diag Θ̃.
-        factors: What it was made of, for Dᵀu and Dv.
-        remark: What the user should be told of that, or None.
+        jacobian: D.
         seconds: Time spent, by part, where it was taken.
     """
 
@@ -46,8 +44,7 @@ class System:
     right: Tensor
     size: float
     scale: float
-    factors: Factors
-    remark: str | None
+    jacobian: Jacobian
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -93,8 +90,8 @@ class Problem:
             f"A step on {rows:,} outputs (kernel {8 * rows**2 / 1e9:.3g} GB, and its eigenvectors)",
             'Use a smaller batch, or solver="cg".',
         )
-        kernel = tangent_kernel(self.model, self.calls, self.names, method=self.kernel, chunk_size=self.chunk_size)
-        theta = kernel.theta  # [R, R]
+        jacobian = self._jacobian()
+        theta = jacobian.gram()  # [R, R]
         square = float(theta.diagonal().sum())
         if self.metric is not None:  # SᵀΘS, Θ symmetric
             theta = self.metric.hessian_root_transpose(self.metric.hessian_root_transpose(theta).T.contiguous())
@@ -106,40 +103,33 @@ class Problem:
             right=right,
             size=float(torch.linalg.vector_norm(right)),
             scale=float(theta.diagonal().mean()),
-            factors=kernel.factors,
-            remark=kernel.remark,
+            jacobian=jacobian,
         )
         return system, square
 
     def in_parameter_space(self, solving: dict[str, Any]) -> tuple[System, float]:
         """The system with M, and |D|²."""
-        gram = tangent_gram(
-            self.model,
-            self.calls,
-            self.names,
-            self.g[:, None],
-            weigh=self.metric.hessian_root_transpose if self.metric else None,
-            method=self.kernel,
-            chunk_size=self.chunk_size,
-        )
+        jacobian = written_if_small(self._jacobian())
+        weigh = self.metric.hessian_root_transpose if self.metric else None
+        gram, products, square = tangent_gram(jacobian, self.g[:, None], weigh)
         system = System(
             space="parameter",
-            matrix=gram.gram,
-            factorization=factorize(gram.gram, **solving),
-            right=gram.products[:, 0],
+            matrix=gram,
+            factorization=factorize(gram, **solving),
+            right=products[:, 0],
             size=float(torch.linalg.vector_norm(self._right())),
-            scale=float(gram.gram.diagonal().sum()) / len(self.g),
-            factors=gram.factors,
-            remark=gram.remark,
+            scale=float(gram.diagonal().sum()) / len(self.g),
+            jacobian=jacobian,
         )
-        return system, gram.square
+        return system, square
 
     def without_matrix(self, options: ConjugateGradients, start: Tensor | None) -> tuple[System, float]:
         """The system with Θ̃ to be applied, and |D|²."""
         started = time.perf_counter()
-        factors, remark = tangent_factors(self.model, self.calls, self.names, method=self.kernel, chunk_size=self.chunk_size)
+        jacobian = self._jacobian()
+        jacobian.check_products()
         seconds = time.perf_counter() - started
-        operator = KernelOperator(factors, self.metric, list(map(batch_and_outputs, self.calls)), options, start)
+        operator = KernelOperator(jacobian, self.metric, options, start)
         operator.seconds["factors"] = seconds
         right = self._right()
         system = System(
@@ -149,11 +139,13 @@ class Problem:
             right=right,
             size=float(torch.linalg.vector_norm(right)),
             scale=operator.scale,
-            factors=factors,
-            remark=remark,
+            jacobian=jacobian,
             seconds=operator.seconds,
         )
         return system, operator.square
+
+    def _jacobian(self) -> Jacobian:
+        return tangent_jacobian(self.model, self.calls, self.names, method=self.kernel, chunk_size=self.chunk_size)
 
     def _right(self) -> Tensor:
         return self.g if self.metric is None else self.metric.hessian_root_inverse(self.g)

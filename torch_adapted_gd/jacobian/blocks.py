@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from .products import Family, OuterProducts, tiles
 
 TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
 BLOCK_ELEMENTS = 2**22  # entries of a layer's Jacobian that are written out at a time
-Terms = dict[str, list[Tensor | OuterProducts]]  # by parameter, one for each use of it
+Part = str | tuple[str, tuple[Any, ...]]  # a parameter's name, with a view of it if it is used in parts
+Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Parts:
     """
 
     terms: Terms
-    families: list[tuple[list[str], Family]]
-    written: dict[str, tuple[Tensor, Tensor | None]]
+    families: list[tuple[list[Part], Family]]
+    written: dict[Part, tuple[Tensor, Tensor | None]]
 
     @classmethod
     def of(cls, first: Terms, second: Terms | None = None) -> "Parts":
@@ -37,8 +39,8 @@ class Parts:
             first: The terms on the rows' side.
             second: Those on the columns' side, or None if they are the same.
         """
-        outer: dict[tuple[int, ...], tuple[list[str], list[OuterProducts], list[OuterProducts]]] = {}
-        written: dict[str, tuple[Tensor, Tensor | None]] = {}
+        outer: dict[tuple[Any, ...], tuple[list[Part], list[OuterProducts], list[OuterProducts]]] = {}
+        written: dict[Part, tuple[Tensor, Tensor | None]] = {}
         for name, terms in first.items():
             others = terms if second is None else second.get(name)
             if others is None:
@@ -47,7 +49,7 @@ class Parts:
             if len(products) < len(terms) + len(others) or len({term.kind for term in products}) > 1:
                 written[name] = _written(terms), None if second is None else _written(others)
                 continue
-            key = tuple(id(term.left) for term in products)
+            key = tuple((term.left.data_ptr(), term.left.shape, term.left.stride()) for term in products)
             names, mine, theirs = outer.setdefault(key, ([], [], []))
             joined = OuterProducts.joined(products[: len(terms)])
             names.append(name)
@@ -55,7 +57,7 @@ class Parts:
             theirs.append(joined if second is None else OuterProducts.joined(products[len(terms) :]))
         return cls(first, [(names, Family(mine, theirs)) for names, mine, theirs in outer.values()], written)
 
-    def rows(self, samples: slice) -> Iterator[tuple[str, Tensor]]:
+    def rows(self, samples: slice) -> Iterator[tuple[Part, Tensor]]:
         """The Jacobians of some samples written out in float64, ``[n, Q, numel]``, by parameter."""
         for name, (jacobian, _) in self.written.items():
             yield name, jacobian[samples].double()
@@ -73,8 +75,20 @@ class Parts:
 
 
 def _written(terms: list[Tensor | OuterProducts]) -> Tensor:
-    parts = [term.explicit() if isinstance(term, OuterProducts) else term.flatten(2) for term in terms]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    """Their sum written out, ``[N, Q, numel]``; those of one kind by one product."""
+    kinds: dict[Any, list[OuterProducts]] = {}
+    total: Tensor | None = None
+    for term in terms:
+        if isinstance(term, OuterProducts):
+            kinds.setdefault(term.kind, []).append(term)
+        else:
+            flat = term.reshape(*term.shape[:2], -1)
+            total = flat if total is None else total + flat
+    for alike in kinds.values():
+        part = OuterProducts.joined(alike).explicit()
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 class KernelBlock:

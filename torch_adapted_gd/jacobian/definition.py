@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from .calls import Call, record, stacked, underlying
-from .checks import one_of, positive_integer
-from .memory import require_memory
-from .replay import DisagreementError, Replay, State, precision
+from ..calls import Call, record, stacked, underlying
+from ..checks import one_of, positive_integer
+from ..memory import require_memory
+from ..replay import DisagreementError, Replay, State, precision
 
 METHODS = ("per_sample", "whole_batch", "row_by_row")
 BLOCK_ELEMENTS = 2**21  # columns of D are turned to float64 this many entries (16 MiB) at a time

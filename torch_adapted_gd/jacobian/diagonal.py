@@ -1,66 +1,47 @@
 """Blocks of Θ that are cheap without the whole: of single samples, and of single combinations of all samples' outputs."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .blocks import BLOCK_ELEMENTS, Parts, Terms
-from .capture import exactly
 from .chunks import Chunk
-from .dense import StackedJacobian, add_gram, spans
+from .dense import add_gram, add_products, ranges_of_samples, spans
 from .products import Family, OneHot, OuterProducts, tiles
-from .structured import StructuredKernel
 
-Factors = StructuredKernel | StackedJacobian
 _TILE_ROWS = 512  # of a block, worked on at a time on the CPU: such a tile of float32 stays in the cache
 
 
-def sample_blocks(factors: Factors, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Θ(x_n, x_n) of all samples of each call, ``[N, Q, Q]`` in float64.
-
-    Args:
-        factors: What Θ is made of.
-        shapes: N and Q of each call.
-    """
-    blocks = []
+def sample_blocks(chunks: Sequence[Chunk], n: int, q: int, device: torch.device) -> Tensor:
+    """Θ(x_n, x_n) of all samples of one call, ``[N, Q, Q]`` in float64."""
+    total = torch.zeros(n, q, q, dtype=torch.float64, device=device)
     with torch.no_grad():
-        for number, (n, q) in enumerate(shapes):
-            total = torch.zeros(n, q, q, dtype=torch.float64, device=factors.device)
-            for written in factors.written_of(number):
-                _add_products(total, written.view(n, q, -1), written.view(n, q, -1))
-            if isinstance(factors, StructuredKernel):
-                with exactly(factors.device):
-                    chunks = factors.chunks_of(number)
-                    for i, first in enumerate(chunks):
-                        for second in chunks[i:]:
-                            _add_sample_blocks(total, first, second)
-            blocks.append(total)
-    return blocks
+        for i, first in enumerate(chunks):
+            for second in chunks[i:]:
+                _add_sample_blocks(total, first, second)
+    return total
 
 
-def output_blocks(factors: Factors, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
-    """Blocks of Θ between all samples for single combinations v_c of their outputs: v_cᵀΘv_c for each c.
+def output_blocks(calls: Sequence[Sequence[Chunk]], rotations: Sequence[Tensor], out: Tensor, at_once: int) -> None:
+    """Blocks of Θ between all samples for single combinations of their outputs, see `Jacobian.output_blocks`.
 
     Args:
-        factors: What Θ is made of.
-        rotations: The weights v_c of a sample's outputs, ``[N_i, Q, C]`` for each of some calls.
-        numbers: Which calls these are.
-        out: Where to write them, ``[C, N, N]`` with N the samples of these calls, in the dtype of the arithmetic: on and above
-            the diagonal, what is below is undefined.
+        calls: The chunks of some calls.
+        rotations: The weights of a sample's outputs, ``[N_i, Q, C]`` for each.
+        out: Where to write the blocks.
+        at_once: How many combinations may be made at a time.
     """
     out.zero_()
     places = spans([len(r) for r in rotations])
-    count = rotations[0].shape[2]
-    step = factors.combinations_at_once(count)
-    with exactly(factors.device):
-        for start in range(0, count, step):
-            some = slice(start, min(start + step, count))
+    with torch.no_grad():
+        for start in range(0, rotations[0].shape[2], at_once):
+            some = slice(start, min(start + at_once, rotations[0].shape[2]))
             for i, first in enumerate(rotations):
-                rows = _combined(factors, numbers[i], first[:, :, some])
+                rows = _combined(calls[i], first[:, :, some])
                 for j in range(i, len(rotations)):
-                    columns = None if i == j else _combined(factors, numbers[j], rotations[j][:, :, some])
+                    columns = None if i == j else _combined(calls[j], rotations[j][:, :, some])
                     _add_output_blocks(out[some, places[i], places[j]], rows, columns)
 
 
@@ -70,26 +51,33 @@ class _Combined:
 
     Attributes:
         components: By component, its parameters' names and their terms.
-        written: Jacobians of what rules do not serve, ``[N, C, numel]``.
     """
 
     components: list[tuple[set[str], Terms]]
-    written: list[Tensor]
 
 
-def _combined(factors: Factors, number: int, rotation: Tensor) -> _Combined:
-    n, q, _ = rotation.shape
-    written = [torch.bmm(rotation.to(w.dtype).transpose(1, 2), w.view(n, q, -1)) for w in factors.written_of(number)]
-    components = []
-    if isinstance(factors, StructuredKernel):
-        chunks = factors.chunks_of(number)
-        calls = chunks[0].rotated(rotation[:, chunks[0].outputs])
-        for chunk in chunks[1:]:
-            for call, more in zip(calls, chunk.rotated(rotation[:, chunk.outputs]), strict=True):
+def _combined(chunks: Sequence[Chunk], rotation: Tensor) -> _Combined:
+    components: list[tuple[set[str], Terms]] = []
+    for first in chunks:
+        if any(chunk.piece is first.piece for chunk in chunks[: chunks.index(first)]):
+            continue
+        together = [chunk for chunk in chunks if chunk.piece is first.piece]
+        uses = first.rotated(rotation[:, first.outputs.start : first.outputs.stop])
+        for chunk in together[1:]:
+            for use, more in zip(uses, chunk.rotated(rotation[:, chunk.outputs.start : chunk.outputs.stop]), strict=True):
                 for place, gradient in more.gradients.items():
-                    call.gradients[place] += gradient
-        components = [(names, chunks[0].terms(members)) for names, members in chunks[0].components(calls)]
-    return _Combined(components, written)
+                    use.gradients[place] += gradient
+        whole = replace(first, outputs=range(first.first, first.first + first.piece.q), kept={})
+        weights = rotation[:, whole.outputs.start : whole.outputs.stop]
+        for names, members in whole.components(uses):
+            terms = whole.terms(names, members, weights)
+            for other, found in [c for c in components if c[0] & names]:  # other outputs of the call
+                components.remove((other, found))
+                names = names | other
+                for key, more_terms in found.items():
+                    terms.setdefault(key, []).extend(more_terms)
+            components.append((names, terms))
+    return _Combined(components)
 
 
 def _add_output_blocks(out: Tensor, rows: _Combined, columns: _Combined | None) -> None:
@@ -98,14 +86,16 @@ def _add_output_blocks(out: Tensor, rows: _Combined, columns: _Combined | None) 
         if columns is None:
             parts = Parts.of(terms)
         else:
-            theirs = {name: t for other, found in columns.components if other & names for name, t in found.items()}
+            theirs: Terms = {}
+            for other, found in columns.components:
+                if other & names:
+                    for key, more in found.items():
+                        theirs.setdefault(key, []).extend(more)
             parts = Parts.of(terms, theirs)
         for first, second in parts.written.values():
             _add_grams(out, first, second)
         for _, family in parts.families:
             _add_family(out, family, columns is None)
-    for number, first in enumerate(rows.written):
-        _add_grams(out, first, None if columns is None else columns.written[number])
 
 
 def _add_grams(out: Tensor, first: Tensor, second: Tensor | None) -> None:
@@ -146,28 +136,24 @@ def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
     rows, columns = (slice(c.outputs.start, c.outputs.stop) for c in (first, second))
     block = total[:, rows, columns]
     part = block if first is second else torch.zeros_like(block)
-    theirs = [] if first is second else [(n, second.terms(c)) for n, c in second.components(second.module_calls())]
-    for place, (names, calls) in enumerate(first.components(first.module_calls())):
-        parts = first.parts(place, calls)
+    theirs = [] if first is second else [(n, second.terms(n, c)) for n, c in second.components(second.uses())]
+    for place, (names, uses) in enumerate(first.components(first.uses())):
+        parts = first.parts(place, names, uses)
         if first is not second:
-            found = {name: t for other, terms in theirs if other & names for name, t in terms.items()}
+            found: Terms = {}
+            for other, terms in theirs:
+                if other & names:
+                    for key, more in terms.items():
+                        found.setdefault(key, []).extend(more)
             parts = Parts.of(parts.terms, found)
-        for jacobian, other in parts.written.values():
-            _add_products(part, jacobian, jacobian if other is None else other)
+        for jacobian, other_jacobian in parts.written.values():
+            add_products(part, jacobian, jacobian if other_jacobian is None else other_jacobian)
         for _, family in parts.families:
             for a, b in zip(family.first, family.second, strict=True):
                 _add_term(part, a, b)
     if first is not second:
         total[:, rows, columns] += part
         total[:, columns, rows] += part.transpose(1, 2)
-
-
-def _add_products(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """Add products of written-out rows of each sample, ``[N, Q, numel]`` and ``[N, R, numel]``, to ``[N, Q, R]``."""
-    for samples in _samples(first):
-        left = first[samples].double()
-        right = left if second is first else second[samples].double()
-        total[samples].baddbmm_(left, right.transpose(1, 2))
 
 
 def _add_term(total: Tensor, first: OuterProducts, second: OuterProducts) -> None:
@@ -178,14 +164,14 @@ def _add_term(total: Tensor, first: OuterProducts, second: OuterProducts) -> Non
     contracted = t * s * (0 if onehot else first.width) + q * o * t * s + q * r * o * t
     written = (q * t + r * s) * o * (1 if onehot else first.width) + q * r * o * first.width
     if written < contracted:
-        for samples in _samples(first.left, g * o * first.width * q):
+        for samples in ranges_of_samples(first.left, g * o * first.width * q):
             mine = first.of_samples(samples, torch.float64)
             theirs = mine if second is first else second.of_samples(samples, torch.float64)
             for columns in mine.column_blocks(BLOCK_ELEMENTS):
                 jacobian = mine.explicit(columns)
                 total[samples].baddbmm_(jacobian, (jacobian if theirs is mine else theirs.explicit(columns)).transpose(1, 2))
         return
-    for samples in _samples(first.left, max(1, g * t * (s + q * o))):
+    for samples in ranges_of_samples(first.left, max(1, g * t * (s + q * o))):
         for group in range(g):
             left = first.left[samples, :, group].double()  # [n, Q, O, T]
             other = left if second is first else second.left[samples, :, group].double()
@@ -198,12 +184,3 @@ def _add_term(total: Tensor, first: OuterProducts, second: OuterProducts) -> Non
                 weights = one.transpose(1, 2) @ two  # [n, T, S]
             weighted = (left.flatten(1, 2) @ weights).view(len(left), q, -1)
             total[samples].baddbmm_(weighted, other.reshape(len(left), r, -1).transpose(1, 2))
-
-
-def _samples(tensor: Tensor, elements: int | None = None) -> Iterator[slice]:
-    """Ranges of samples of at most `BLOCK_ELEMENTS` entries, or one sample."""
-    n = len(tensor)
-    each = tensor[0].numel() if elements is None and n else elements or 1
-    step = max(1, BLOCK_ELEMENTS // max(1, each))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))

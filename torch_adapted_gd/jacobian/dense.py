@@ -1,5 +1,7 @@
 """Θ = DDᵀ from Jacobians that are held, accumulated in float64."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..jacobian import BLOCK_ELEMENTS, CallJacobian, product, transpose_product
 from ..memory import require_memory
+from .definition import BLOCK_ELEMENTS, CallJacobian, product, transpose_product
+from .operator import Jacobian, Parts
 
 _LEAST_WIDTH = 1024  # columns multiplied at a time: fewer would read and write Θ too often
 ROWS_ELEMENTS = 2**22  # entries of D that are written out at a time for DᵀD
@@ -120,47 +123,43 @@ def parameter_gram(
     return total.triu_().add_(total.triu(1).T), products, square
 
 
-class StackedJacobian:
-    """D held in blocks of rows, never copied into one matrix.
+class DenseJacobian(Jacobian):
+    """D held in blocks of rows, one for each call, never copied into one matrix.
 
     Args:
         blocks: Rows ``[R_i, K]``, in their order.
+        shapes: N and Q of each.
         numels: Entries of each parameter, by name, in the order of the columns.
-        gradient: Dᵀg by plain backward passes, by parameter, flat.
         description: How D came about, for the report.
     """
 
-    def __init__(self, blocks: list[Tensor], numels: dict[str, int], gradient: dict[str, Tensor], description: str) -> None:
+    def __init__(self, blocks: list[Tensor], shapes: list[tuple[int, int]], numels: dict[str, int], description: str) -> None:
         self.blocks = blocks
+        self.shapes = shapes
         self.numels = numels
-        self.gradient = gradient
+        self.device = blocks[0].device
         self.description = description
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.blocks[0].device
-
-    def written_of(self, number: int) -> list[Tensor]:
-        """The Jacobian of one of the calls, ``[N·Q, K]``, as the only one of a list."""
-        return self.blocks[number : number + 1]
-
-    def combinations_at_once(self, count: int) -> int:  # noqa: ARG002
-        """One: each takes N rows of D."""
-        return 1
-
-    def check_products(self) -> None:
-        """Nothing is left to check: D is."""
+        self.remark: str | None = None
 
     @classmethod
-    def of(cls, parts: list[CallJacobian], numels: dict[str, int]) -> "StackedJacobian":
+    def of(cls, parts: list[CallJacobian], shapes: list[tuple[int, int]], numels: dict[str, int]) -> DenseJacobian:
         """That of the Jacobians of several calls."""
-        gradient = _by_name(summed([part.gradient for part in parts]), numels)
         description = f"jacobian ({', '.join(sorted({part.method for part in parts}))})"
-        return cls([part.matrix for part in parts], numels, gradient, description)
+        return cls([part.matrix for part in parts], shapes, numels, description)
 
-    def gram(self) -> Tensor:
-        """Θ = DDᵀ in float64, ``[R, R]``."""
+    def mv(self, v: Parts) -> Tensor:
+        """See `Jacobian`."""
+        vector = torch.cat([v[name] for name in self.numels])
+        return torch.cat([product(block, vector) for block in self.blocks])
+
+    def rmv(self, u: Tensor) -> Parts:
+        """See `Jacobian`."""
+        parts = u.split([len(block) for block in self.blocks])
+        products = [transpose_product(block, part) for block, part in zip(self.blocks, parts, strict=True)]
+        return dict(zip(self.numels, summed(products).split(list(self.numels.values())), strict=True))
+
+    def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002
+        """See `Jacobian`; in float64."""
         if len(self.blocks) == 1:
             return gram(self.blocks[0])
         rows = spans([len(block) for block in self.blocks])
@@ -173,28 +172,50 @@ class StackedJacobian:
                 theta[second, first] = theta[first, second].T
         return theta
 
-    def rows(self, limit: int = ROWS_ELEMENTS, groups: tuple[int, ...] = ()) -> Iterator[Tensor]:
-        """D in pieces of at most ``limit`` entries, or one group.
+    def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002
+        """See `Jacobian`; in float64."""
+        return gram(*self.blocks)
 
-        Args:
-            limit: Entries of a piece.
-            groups: How many rows belong together in each block of D: Q; by default 1.
-        """
-        for number, block in enumerate(self.blocks):
-            together = groups[number] if groups else 1
-            yield from block.split(together * max(1, limit // max(1, together * block.shape[1])))
+    def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
+        """See `Jacobian`."""
+        for block, (_, q) in zip(self.blocks, self.shapes, strict=True):
+            yield from block.split(q * max(1, limit // max(1, q * block.shape[1])))
 
-    def transpose_product(self, u: Tensor) -> dict[str, Tensor]:
-        """Dᵀu in float64 for u of shape ``[R]``, by parameter, flat."""
-        parts = u.split([len(block) for block in self.blocks])
-        products = [transpose_product(block, part) for block, part in zip(self.blocks, parts, strict=True)]
-        return _by_name(summed(products), self.numels)
+    def sample_blocks(self) -> list[Tensor]:
+        """See `Jacobian`."""
+        found = []
+        for block, (n, q) in zip(self.blocks, self.shapes, strict=True):
+            total = torch.zeros(n, q, q, dtype=torch.float64, device=self.device)
+            add_products(total, block.view(n, q, -1), block.view(n, q, -1))
+            found.append(total)
+        return found
 
-    def product(self, v: dict[str, Tensor]) -> Tensor:
-        """Dv in float64, ``[R]``, for v by parameter, flat."""
-        vector = torch.cat([v[name] for name in self.numels])
-        return torch.cat([product(block, vector) for block in self.blocks])
+    def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
+        """See `Jacobian`; one combination at a time, as each takes N rows of D."""
+        out.zero_()
+        places = spans([len(r) for r in rotations])
+        for c, block in enumerate(out):
+            rows = []
+            for rotation, number in zip(rotations, numbers, strict=True):
+                weights = rotation[:, None, :, c].to(self.blocks[number].dtype)
+                rows.append(torch.bmm(weights, self.blocks[number].view(*rotation.shape[:2], -1)).squeeze(1))
+            for i, first in enumerate(rows):
+                for j in range(i, len(rows)):
+                    add_gram(block[places[i], places[j]], first, None if i == j else rows[j])
 
 
-def _by_name(vector: Tensor, numels: dict[str, int]) -> dict[str, Tensor]:
-    return dict(zip(numels, vector.split(list(numels.values())), strict=True))
+def add_products(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """Add products of written-out rows of each sample, ``[N, Q, numel]`` and ``[N, R, numel]``, to ``[N, Q, R]``."""
+    for samples in ranges_of_samples(first):
+        left = first[samples].double()
+        right = left if second is first else second[samples].double()
+        total[samples].baddbmm_(left, right.transpose(1, 2))
+
+
+def ranges_of_samples(tensor: Tensor, elements: int | None = None) -> Iterator[slice]:
+    """Ranges of samples of at most 4 million entries, or one sample."""
+    n = len(tensor)
+    each = tensor[0].numel() if elements is None and n else elements or 1
+    step = max(1, ROWS_ELEMENTS // max(1, each))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))

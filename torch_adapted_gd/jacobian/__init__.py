@@ -1,0 +1,23 @@
+"""The output Jacobian D as an operator, and the empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15)."""
+
+from .definition import output_jacobian
+from .dense import norm
+from .operator import Jacobian
+from .products import OuterProducts
+from .rules import register_rule
+from .tangent import METHODS, ntk, tangent_gram, tangent_jacobian, written_if_small
+from .uses import Use
+
+__all__ = [
+    "METHODS",
+    "Jacobian",
+    "OuterProducts",
+    "Use",
+    "norm",
+    "ntk",
+    "output_jacobian",
+    "register_rule",
+    "tangent_gram",
+    "tangent_jacobian",
+    "written_if_small",
+]

@@ -1,0 +1,234 @@
+"""Rows of D that are worked on at a time: some outputs of each sample of one call, and what the rules make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..tracking.tape import Source
+from .blocks import Part, Parts, Terms
+from .linearized import Linearized
+from .sources import Derived, index_of, is_transposed, is_whole, turned, written
+from .uses import Use
+
+Way = Literal["whole", "views", "written"]
+
+
+def ways(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, Way]:
+    """How each parameter is served: as it is, in views that do not overlap, or written out.
+
+    Args:
+        pieces: All that is linearized: rows that belong to one D have to decide alike.
+        numels: Entries of each parameter.
+    """
+    views: dict[str, set[Any]] = {name: set() for name in numels}
+    for piece in pieces:
+        for use in piece.uses:
+            for source in use.sources.values():
+                for name in source.names & views.keys():
+                    views[name].add(_view(source))
+        for name in piece.unserved.keys() & views.keys():
+            views[name].add("written")
+    return {name: _way(frozenset(found), numels[name]) for name, found in views.items()}
+
+
+def _view(source: Source) -> Any:
+    if is_whole(source) or is_transposed(source):
+        return "whole"
+    return "written" if source.view is None else source.view
+
+
+@functools.lru_cache(maxsize=4096)
+def _way(views: frozenset[Any], numel: int) -> Way:
+    if views <= {"whole"}:
+        return "whole"
+    if "whole" in views or "written" in views:
+        return "written"
+    taken = torch.zeros(numel, dtype=torch.bool)
+    count = 0
+    for _, offset, size, stride in views:
+        index = torch.as_strided(torch.arange(numel), size, stride, offset).reshape(-1)
+        taken[index] = True
+        count += len(index)
+    return "views" if int(taken.sum()) == count else "written"
+
+
+@dataclass
+class Chunk:
+    """Some outputs of each sample of one call: the rows (n, q) of D with q in ``outputs``.
+
+    Attributes:
+        piece: What they are linearized by.
+        number: Which of the calls it is.
+        start: The row of D at which the call's begin.
+        n: N, the samples of the call.
+        q: Q, the outputs of each.
+        outputs: Those in the chunk.
+        first: The output of the call that is the first of the piece.
+        ways: How each parameter is served.
+        budget: Bytes that may be kept of parts made of the uses, if these are held.
+        held: The uses with B, where they need not be made again each time.
+        kept: Parts made of these, by the place of the component, as far as they are small.
+    """
+
+    piece: Linearized
+    number: int
+    start: int
+    n: int
+    q: int
+    outputs: range
+    first: int
+    ways: dict[str, Way]
+    parameters: dict[str, Tensor]
+    budget: int
+    held: list[Use] | None = None
+    kept: dict[int, Parts] = field(default_factory=dict)
+
+    def uses(self) -> list[Use]:
+        """The uses with B."""
+        return self.piece.at(self._own) if self.held is None else self.held
+
+    @property
+    def _own(self) -> range:
+        return range(self.outputs.start - self.first, self.outputs.stop - self.first)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and the number of outputs of each sample in the chunk."""
+        return self.n, len(self.outputs)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all outputs."""
+        return len(self.outputs) == self.q
+
+    def of(self, u: Tensor) -> Tensor:
+        """Its part of the rows of a vector or matrix, ``[N, len(outputs), ...]``."""
+        by_sample: Tensor = u[self.start : self.start + self.n * self.q].unflatten(0, (self.n, self.q))
+        return by_sample[:, self.outputs.start : self.outputs.stop]
+
+    def components(self, uses: list[Use]) -> list[tuple[set[str], list[Use]]]:
+        """Uses that share parameters, together, with the parameters' names; those of rows without uses, too."""
+        groups: list[tuple[set[str], list[Use]]] = [({name}, []) for name in self.piece.rows if name in self.ways]
+        for use in uses:
+            names, members = use.names & self.ways.keys(), [use]
+            if not names:
+                continue
+            apart = []
+            for group in groups:
+                if group[0] & names:
+                    names, members = names | group[0], group[1] + members
+                else:
+                    apart.append(group)
+            groups = [*apart, (names, members)]
+        return groups
+
+    def terms(self, names: set[str], uses: list[Use], rotation: Tensor | None = None) -> Terms:
+        """What the rules give for uses, and rows that were written out, by parameter or part of it.
+
+        Args:
+            names: The parameters of a component.
+            uses: Its uses.
+            rotation: See `rotated`, for the rows.
+        """
+        terms: Terms = {}
+        derived: dict[int, tuple[Source, Tensor]] = {}
+        for use in uses:
+            for key, term in self.piece.terms(use).items():
+                source = use.sources.get(key)
+                if source is None:
+                    continue
+                if _view(source) == "written":
+                    before = derived.get(id(source))
+                    rows = written(term)
+                    derived[id(source)] = (source, rows if before is None else before[1] + rows)
+                    continue
+                (name,) = source.names
+                if name not in self.ways or name in self.piece.unserved:
+                    continue
+                way, whole = self.ways[name], is_whole(source)
+                if not whole and is_transposed(source):
+                    term, whole = turned(term, source.tensor.shape), True
+                if way == "whole":
+                    terms.setdefault(name, []).append(term)
+                elif way == "views":
+                    terms.setdefault((name, source.view or ()), []).append(term)
+                elif whole:
+                    terms.setdefault(name, []).append(written(term))
+                else:
+                    rows = written(term)
+                    spread = rows.new_zeros(*rows.shape[:2], self.parameters[name].numel())
+                    spread.index_add_(2, index_of(source, spread.shape[2], rows.device), rows)
+                    terms.setdefault(name, []).append(spread)
+        for source, rows in derived.values():
+            pulled = Derived(source, self.parameters).pulled(rows.flatten(0, 1))
+            for name, part in pulled.items():
+                if name in self.ways and name not in self.piece.unserved:
+                    terms.setdefault(name, []).append(part.view(*rows.shape[:2], -1))
+        for name in names & self.piece.rows.keys():
+            rows = self.piece.rows[name][:, self._own.start : self._own.stop]
+            if rotation is not None:
+                rows = torch.bmm(rotation.to(rows.dtype).transpose(1, 2), rows)
+            terms.setdefault(name, []).append(rows)
+        return terms
+
+    def parts(self, place: int, names: set[str], uses: list[Use]) -> Parts:
+        """The same of a component, sorted; kept for the next time if it is worth the memory."""
+        if place in self.kept:
+            return self.kept[place]
+        parts = Parts.of(self.terms(names, uses))
+        if self.held is not None and parts.nbytes + sum(p.nbytes for p in self.kept.values()) <= self.budget:
+            self.kept[place] = parts
+        return parts
+
+    def all_parts(self) -> Iterator[Parts]:
+        """Those of all components, one after the other."""
+        for place, (names, uses) in enumerate(self.components(self.uses())):
+            yield self.parts(place, names, uses)
+
+    def rotated(self, rotation: Tensor) -> list[Use]:
+        """The uses with B for linear combinations of its outputs.
+
+        Args:
+            rotation: ``[N, len(outputs), C]``: column c of sample n has the weights of the outputs in combination c.
+        """
+        uses = []
+        for use in self.uses():
+            gradients = {}
+            for place, b in use.gradients.items():
+                weights = rotation.to(b.dtype).transpose(1, 2)
+                gradients[place] = torch.bmm(weights, b.flatten(2)).view(b.shape[0], -1, *b.shape[2:])
+            uses.append(dataclasses.replace(use, gradients=gradients))
+        return uses
+
+    def scatter(self, part: Part, vector: Tensor, totals: dict[str, Tensor]) -> None:
+        """Add a vector of a parameter or part of it to sums by parameter, flat."""
+        name, index = self._where(part, vector.device)
+        if index is None:
+            totals[name] = totals[name] + vector if name in totals else vector
+            return
+        if name not in totals:
+            totals[name] = vector.new_zeros(self.parameters[name].numel())
+        totals[name] = totals[name].index_add(0, index, vector)
+
+    def gather(self, part: Part, vectors: dict[str, Tensor]) -> Tensor:
+        """That part of vectors by parameter, flat."""
+        name, index = self._where(part, next(iter(vectors.values())).device)
+        return vectors[name] if index is None else vectors[name][index]
+
+    def place(self, part: Part, device: torch.device) -> tuple[str, Tensor | None]:
+        """A part's parameter, and which of its entries it has; None for all."""
+        return self._where(part, device)
+
+    def _where(self, part: Part, device: torch.device) -> tuple[str, Tensor | None]:
+        if isinstance(part, str):
+            return part, None
+        name, (_, offset, size, stride) = part
+        numel = self.parameters[name].numel()
+        return name, torch.as_strided(torch.arange(numel, device=device), size, stride, offset).reshape(-1)

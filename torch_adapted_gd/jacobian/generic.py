@@ -1,0 +1,175 @@
+"""The way of any function: its own vector-Jacobian products, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+if TYPE_CHECKING:
+    from .uses import Use
+
+_SET_ITEM = Tensor.__setitem__
+_BYTES = 2**27  # of vectors that are pulled back at a time
+
+
+def any_function(use: Use) -> dict[Any, Tensor]:
+    """Jacobians ``[N, Q, *operand.shape]`` of the operands that were computed from parameters, by where they are.
+
+    With one operand for each sample the function is differentiated for all samples at once; where samples cannot be taken
+    apart, with a gradient that is zero but for one sample's, one after the other.
+    """
+    keys = list(use.sources)
+    moving = tuple(use.sources[key].tensor.detach() for key in keys)
+    of = _Function(use)
+    found = _by_sample(use, of, keys, moving)
+    if found is None:
+        found = _by_masks(use, of, keys, moving)
+    return dict(zip(keys, found, strict=True))
+
+
+class _Function:
+    """The function with its other operands: of the moving ones, and of those that have the samples."""
+
+    def __init__(self, use: Use) -> None:
+        self.use = use
+        self.function = use.note.function
+        self.args = [_detached(a) for a in use.note.args]
+        self.kwargs = {name: _detached(a) for name, a in use.note.kwargs.items()}
+
+    def __call__(self, keys: list[Any], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        args = [list(a) if isinstance(a, (tuple, list)) else a for a in self.args]
+        kwargs = dict(self.kwargs)
+        for key, value in zip(keys, values, strict=True):
+            if isinstance(key, tuple):
+                args[key[0]][key[1]] = value
+            elif isinstance(key, str):
+                kwargs[key] = value
+            else:
+                args[key] = value
+        name = getattr(self.function, "__name__", "")
+        if self.function is _SET_ITEM or name.endswith("_") or name.startswith("__i") or kwargs.get("inplace") is True:
+            args[0] = args[0].clone() * 1  # changed in place
+            result = self.function(*args, **kwargs)
+            result = args[0]
+        else:
+            result = self.function(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return (result,)
+        return tuple(r for r in result if isinstance(r, Tensor))
+
+    def operands(self) -> dict[Any, Tensor]:
+        """The tensors among its operands that are no parameters."""
+        from ..tracking.tape import _tensors
+
+        given = dict(_tensors(tuple(self.args), self.kwargs))
+        return {key: tensor for key, tensor in given.items() if key not in self.use.sources}
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)):
+        return [_detached(inner) for inner in value]
+    return value
+
+
+def _pull(of: Callable[..., tuple[Tensor, ...]], moving: tuple[Tensor, ...], places: list[int]) -> Callable[..., Any]:
+    """The vector-Jacobian product at some of the outputs."""
+    values, back = vjp(lambda *values: tuple(of(*values)[place] for place in places), *moving)
+    return lambda *gradients: back(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))
+
+
+def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """``vmap`` over samples; None where a sample alone does not give its part of what the batch gives."""
+    places = list(use.layouts)
+    if any(layout.spread or layout.places is not None for layout in use.layouts.values()):
+        return None
+    (n,) = {layout.samples for layout in use.layouts.values()}
+    operands = of.operands()
+    likely = [layout.dim for layout in use.layouts.values()]
+    rank = max(len(shape) for shape in use.shapes.values())
+    dims = {key: _sample_dim(tensor, n, likely, rank) for key, tensor in operands.items()}
+    having = [key for key, dim in dims.items() if dim is not None]
+    if not having:
+        return None
+    samples = [operands[key].movedim(dims[key], 0) for key in having]  # type: ignore[arg-type]
+
+    def one(moving: tuple[Tensor, ...], *sample: Tensor) -> tuple[Tensor, ...]:
+        parts = tuple(part.unsqueeze(dims[key]) for key, part in zip(having, sample, strict=True))  # type: ignore[arg-type]
+        found = of([*keys, *having], (*moving, *parts))
+        return tuple(found[place].squeeze(layout.dim) for place, layout in use.layouts.items())
+
+    def of_sample(gradients: tuple[Tensor, ...], *sample: Tensor) -> tuple[Tensor, ...]:
+        values, back = vjp(lambda *moving: one(moving, *sample), *moving)
+        return vmap(back)(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))  # type: ignore[no-any-return]
+
+    try:
+        values = vmap(lambda *sample: one(moving, *sample))(*samples)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # torch.func's refusals, or the function's of one sample
+        return None
+    whole = of(keys, moving)
+    for place, value in zip(places, values, strict=True):
+        expected = use.layouts[place].samples_first(whole[place])
+        eps = torch.finfo(expected.dtype).eps
+        if value.shape != expected.shape or not torch.allclose(
+            value, expected, rtol=0, atol=min(1e3 * eps, 0.05) * float(expected.abs().max() if expected.numel() else 0)
+        ):
+            return None
+    gradients = tuple(use.gradients[place] for place in places)
+    try:
+        return vmap(of_sample)(gradients, *samples)  # type: ignore[no-any-return]
+    except RuntimeError:  # an operation without a batching rule
+        return None
+
+
+def _by_masks(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A backward pass through the function for each sample and output."""
+    places = list(use.layouts)
+    n, q = next(iter(use.gradients.values())).shape[:2]
+    pull = _pull(lambda *values: of(keys, values), moving, places)
+    entries = sum(use.shapes[place].numel() for place in places) + sum(m.numel() for m in moving)
+    step = max(1, _BYTES // (8 * max(1, entries)))
+    rows: list[list[Tensor]] = [[] for _ in keys]
+    numbers = [(i, j) for i in range(n) for j in range(q)]
+    batched = True
+    for start in range(0, len(numbers), step):
+        some = numbers[start : start + step]
+        vectors = tuple(torch.stack([_alone(use, place, i, j) for i, j in some]) for place in places)
+        if batched:
+            try:
+                parts = vmap(pull)(*vectors)
+            except RuntimeError:  # an operation without a batching rule
+                batched = False
+        if not batched:
+            each = [pull(*(v[row] for v in vectors)) for row in range(len(some))]
+            parts = tuple(torch.stack(part) for part in zip(*each, strict=True))
+        for row, part in zip(rows, parts, strict=True):
+            row.append(part)
+    return tuple(torch.cat(row).unflatten(0, (n, q)) for row in rows)
+
+
+def _alone(use: Use, place: int, sample: int, output: int) -> Tensor:
+    """B of one sample and output where the function has it, zero elsewhere."""
+    layout, shape, b = use.layouts[place], use.shapes[place], use.gradients[place]
+    zero = b.new_zeros(shape)
+    if layout.places is not None:
+        flat = zero.flatten(0, layout.leading - 1)
+        there = layout.places[sample] >= 0
+        flat[layout.places[sample][there]] = b[sample, output][there]
+        return flat.view(shape)
+    layout.samples_first(zero)[sample] = b[sample, output]  # a view
+    return zero
+
+
+def _sample_dim(tensor: Tensor, n: int, likely: list[int], rank: int) -> int | None:
+    """The dimension of an operand that holds the samples: where the outputs have them, if it has their size; else the first.
+
+    With as many or fewer dimensions than the outputs, as operands have that are broadcast, dimensions are counted from the end.
+    """
+    aligned = [dim - (rank - tensor.ndim) for dim in likely]
+    dims = [dim for dim in (*aligned, *likely, *range(tensor.ndim)) if 0 <= dim < tensor.ndim and tensor.shape[dim] == n]
+    return dims[0] if dims else None

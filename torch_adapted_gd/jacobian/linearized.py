@@ -1,0 +1,326 @@
+"""Outputs whose graph is alive, linearized: the uses of parameters behind them, where these have the samples, and B."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from ..checks import all_finite
+from ..tracking.tape import Key, Note, Source
+from .products import OuterProducts
+from .rules import GENERIC, Term, UnsupportedError, rule_for
+from .sources import accumulated
+from .uses import Layout, Use
+
+_ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
+# Of vmap, for an operation without a batching rule, or of a user's own backward pass under it; plain passes follow.
+_REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
+_ROW_BYTES = 2**28  # of rows of D that are differentiated at a time
+
+
+class Linearized:
+    """Outputs of one call with their graph, from which gradients at the uses of parameters can be had.
+
+    Two plain backward passes come first. That of a random u gives Dᵀu, which what the rules make of it is held against. That
+    of s∘u, s a factor for each sample, finds where a use has the samples: its gradient has to be scaled by s there, or samples
+    interact behind it. What was computed from parameters alone and has the samples in this sense (an embedding of the batch's
+    own numbers, a parameter expanded to the batch) is where they come apart: a use itself.
+
+    Args:
+        outputs: Tensors of the graph with the samples first, ``[N, ...]`` each.
+        parameters: What to differentiate by, by name: the tensors that the graph ends in.
+        notes: The operations with parameters behind the outputs.
+        eps: Machine epsilon of the arithmetic.
+        dtype: The parameters'.
+        vectorized: Whether several backward passes may be made as one.
+        conditions: Makes the context that backward passes and functions run in.
+
+    Attributes:
+        n: N.
+        q: Q, the outputs of each sample.
+        uses: The uses of parameters that can be served, with Σ_q u_q B_q for B, as if Q were 1.
+        probe: u, ``[NQ]`` in float64.
+        probe_product: Dᵀu by a plain backward pass, by parameter; one that is not there has none.
+        unserved: Parameters that are served by rows of D, and why.
+        remarks: Why, where the user should know of it.
+        rows: These rows by parameter, ``[N, Q, numel]``.
+    """
+
+    def __init__(
+        self,
+        outputs: list[Tensor],
+        parameters: dict[str, Tensor],
+        notes: list[Note],
+        *,
+        eps: float,
+        dtype: torch.dtype,
+        vectorized: bool = True,
+        conditions: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self.n = n = outputs[0].shape[0]
+        with torch.enable_grad():
+            self._x: Tensor | None = (
+                torch.cat([x.reshape(n, -1) for x in outputs], 1) if len(outputs) > 1 else outputs[0].reshape(n, -1)
+            )
+        self.q = self._x.shape[1]
+        self.device = self._x.device
+        self._parameters, self._dtype, self.eps = parameters, dtype, eps
+        self._vectorized, self._conditions = vectorized, conditions
+        self.unserved: dict[str, str] = {}
+        self.remarks: list[str] = []
+        generator = torch.Generator("cpu").manual_seed(0)  # the user's random stream is not touched
+        probe = torch.randn(n, self.q, generator=generator, dtype=torch.float64, device="cpu").to(self.device)
+        # Even steps, in no order: a gradient's ratio to another one tells the sample.
+        self._order = torch.randperm(n, generator=generator, device="cpu").to(self.device)
+        scale = (2 * self._order.double() + 1) / max(1, n) - 1  # s, [N], within (−1, 1)
+        self.probe = probe.reshape(-1)
+        edges = [edge for note in notes for edge in note.edges.values()]
+        with self._running():
+            found = self._backward(probe, [*parameters.values(), *edges])
+            scaled = self._backward(probe * scale[:, None], edges)
+        self.probe_product = {
+            name: product.to_dense() for name, product in zip(parameters, found, strict=False) if product is not None
+        }
+        self.uses = self._find_uses(notes, found[len(parameters) :], scaled, scale)
+        with self._running(), torch.no_grad():
+            self._check()
+        self.rows: dict[str, Tensor] = {}
+        if self.unserved:
+            self.rows = self._rows_of([name for name in parameters if name in self.unserved])
+
+    @property
+    def elements(self) -> int:
+        """Entries of B for one output of all samples."""
+        return sum(g.numel() for use in self.uses for g in use.gradients.values())
+
+    def release(self) -> None:
+        """Give the graph back."""
+        self._x = None
+
+    def at(self, outputs: range) -> list[Use]:
+        """The uses with B for some of the Q outputs of each sample, ``[N, len(outputs), ...]``."""
+        edges = [use.note.edges[place] for use in self.uses for place in use.layouts]
+        if not edges:
+            return []
+        layouts = [layout for use in self.uses for layout in use.layouts.values()]
+        limit = _ELEMENTS_AT_ONCE if self.device.type == "cpu" else 2**40
+        step = max(1, limit // max(1, self.elements))
+        gradients: list[Tensor] = []
+        with self._running():
+            for start in range(0, len(outputs), step):
+                found = self._unit_backward(outputs[start : start + step], edges)
+                same: dict[Any, Tensor] = {}
+                parts = []
+                for b, layout in zip(found, layouts, strict=True):
+                    key = (b.data_ptr(), b.shape, b.stride(), layout)
+                    if layout.places is not None or key not in same:
+                        same[key] = layout.samples_first(b, 1).transpose(0, 1).to(self._dtype)
+                    parts.append(same[key])
+                if step >= len(outputs):
+                    gradients = parts
+                    break
+                if start == 0:
+                    gradients = [b.new_empty(b.shape[0], len(outputs), *b.shape[2:]) for b in parts]
+                for whole, part in zip(gradients, parts, strict=True):
+                    whole[:, start : start + step] = part
+        values = iter(gradients)
+        return [dataclasses.replace(use, gradients={place: next(values) for place in use.layouts}) for use in self.uses]
+
+    def terms(self, use: Use) -> dict[Key, Term]:
+        """What the rule of a use gives, by where its operands are."""
+        if use.rule is not GENERIC:
+            try:
+                return {use.key(name) if isinstance(name, str) else name: t for name, t in self._run(use).items()}
+            except NotImplementedError:
+                pass
+        found: dict[Key, Term] = dict(self._run(dataclasses.replace(use, rule=GENERIC)))  # type: ignore[arg-type]
+        return found
+
+    def _run(self, use: Use) -> dict[Any, Term]:
+        with self._conditions(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return dict(use.rule.function(use))
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """The conditions of backward passes, which do not run under autocast."""
+        with self._conditions(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def _unit_backward(self, outputs: range, edges: list[Any]) -> list[Tensor]:
+        """Gradients of Σ_i x_iq at the edges for a few q, ``[len(outputs), ...]`` each."""
+        units = torch.zeros(len(outputs), self.n, self.q, dtype=self._x_alive.dtype, device=self.device)
+        for row, output in enumerate(outputs):
+            units[row, :, output] = 1
+        return self._many_backward(units, edges)
+
+    def _many_backward(self, vectors: Tensor, edges: list[Any]) -> list[Tensor]:
+        if self._vectorized and len(vectors) > 1:
+            try:
+                return list(vmap(lambda u: self._gradients(u, edges))(vectors))
+            except _REFUSALS as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._vectorized = False
+        rows = [self._gradients(u, edges) for u in vectors]
+        return [parts[0][None] if len(rows) == 1 else torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+    @property
+    def _x_alive(self) -> Tensor:
+        assert self._x is not None
+        return self._x
+
+    def _gradients(self, u: Tensor, inputs: list[Any]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self._x_alive, inputs, u, retain_graph=True, materialize_grads=True)
+
+    def _backward(self, u: Tensor, inputs: list[Any]) -> list[Tensor | None]:
+        if not inputs:
+            return []
+        x = self._x_alive
+        return list(torch.autograd.grad(x, inputs, u.to(x.dtype), retain_graph=True, allow_unused=True))
+
+    def _find_uses(
+        self, notes: list[Note], plain: list[Tensor | None], scaled: list[Tensor | None], scale: Tensor
+    ) -> list[Use]:
+        """The uses among the notes, with the gradient of the probe; what cannot be one makes parameters unserved."""
+        noise = 4 * self.eps * max((float(g.norm()) for g in plain if g is not None), default=0.0)
+        gradients = iter(zip(plain, scaled, strict=True))
+        of_samples: set[tuple[int, int]] = set()  # outputs that were computed from parameters alone, and have the samples
+        uses = []
+        for note in notes:
+            both = {place: next(gradients) for place in note.edges}
+            reached = {place: (a, b) for place, (a, b) in both.items() if a is not None and b is not None}
+            sources = {key: source for key, source in note.sources.items() if (id(source.note), source.place) not in of_samples}
+            if not reached or (not note.mixed and self.n == 1):
+                continue
+            rule = rule_for(note.function)
+            layouts: dict[int, Layout] = {}
+            for place, (once, twice) in reached.items():
+                layout = self._layout(once, twice, scale, rule.dims(note, once.ndim), noise, any_order=note.mixed)
+                if layout is None:
+                    break
+                layouts[place] = layout
+            if len(layouts) < len(reached):
+                if note.mixed and sources:
+                    self._leave(note, sources)
+                continue
+            if not note.mixed:
+                of_samples |= {(id(note), place) for place in reached}
+            if not sources:
+                continue
+            use = Use(rule, note, sources, layouts, shapes={place: note.shapes[place] for place in layouts})
+            for place, layout in layouts.items():
+                use.gradients[place] = layout.samples_first(reached[place][0]).unsqueeze(1).to(self._dtype)
+            uses.append(use)
+        return [use for use in uses if not use.names <= self.unserved.keys()]
+
+    def _leave(self, note: Note, sources: dict[Key, Source]) -> None:
+        use = Use(GENERIC, note, sources, {})
+        for name in use.names:
+            self.unserved.setdefault(name, f"samples of the batch interact behind {use}")
+        self.remarks.insert(0, f"the samples of a batch interact behind {use}")
+
+    def _layout(
+        self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, noise: float, *, any_order: bool
+    ) -> Layout | None:
+        """Where ``twice`` is ``once`` with each sample's part times the sample's entry of ``scale``."""
+        for layout in Layout.candidates(once.shape, self.n, dims):
+            expected = layout.samples_first(once)
+            expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
+            if self._close(layout.samples_first(twice), expected, noise):
+                return layout
+        for leading in range(1, len(dims) + 1) if any_order else ():
+            places = self._places(once.flatten(0, leading - 1), twice.flatten(0, leading - 1), scale, noise)
+            if places is not None:
+                return Layout(0, self.n, places=places, leading=leading)
+        return None
+
+    def _places(self, once: Tensor, twice: Tensor, scale: Tensor, noise: float) -> Tensor | None:
+        """The places of each sample ``[N, S]`` among those of the first dimension, −1 for none; None if some have several."""
+        once, twice = (t.reshape(len(t), -1) for t in (once, twice))
+        if not once.numel() or not all_finite(once) or not all_finite(twice) or 80 * self.n * self.eps > 1:
+            return None  # also where rounding hides which step of s a ratio is
+        size, strongest = once.abs().max(1)
+        rows = torch.arange(len(once), device=self.device)
+        there = size > max(noise / len(once), torch.finfo(once.dtype).tiny)
+        ratio = twice[rows, strongest].double() / torch.where(there, once[rows, strongest].double(), 1.0)
+        step = ((ratio + 1) * self.n - 1) / 2
+        rank = step.round().clamp(0, self.n - 1).long()
+        owner = torch.argsort(self._order)[rank]
+        expected = once * scale[owner].to(once.dtype)[:, None]
+        if not self._close(twice[there], expected[there], noise) or bool(((step - rank).abs() > 0.1)[there].any()):
+            return None
+        owner = torch.where(there, owner, self.n)
+        order = torch.argsort(owner, stable=True)
+        counts = torch.bincount(owner, minlength=self.n + 1)[: self.n]
+        width = max(1, int(counts.max()))
+        if width * self.n > 8 * len(once) + self.n:  # nearly all would be left empty
+            return None
+        places = torch.full((self.n, width), -1, dtype=torch.long, device=self.device)
+        sorted_owner = owner[order]
+        starts = counts.cumsum(0) - counts
+        kept = sorted_owner < self.n
+        column = torch.arange(len(order), device=self.device)[kept] - starts[sorted_owner[kept]]
+        places[sorted_owner[kept], column] = order[kept]
+        return places
+
+    def _close(self, found: Tensor, expected: Tensor, noise: float) -> bool:
+        # Written so that what is not finite passes: that is for the step to say.
+        return not bool((found - expected).norm() > min(1e3 * self.eps, 0.05) * expected.norm() + noise)
+
+    def _check(self) -> None:
+        """Hold what the rules make of Dᵀu against the backward pass; what differs is not served."""
+        total = accumulated(((use, self.terms(use)) for use in self.uses), _summed, self._parameters, self._dtype)
+        whole = sum(float(product.norm()) ** 2 for product in self.probe_product.values()) ** 0.5
+        for name, p in self._parameters.items():
+            expected = self.probe_product.get(name)
+            got = total.get(name)
+            if name in self.unserved or (expected is None and got is None):
+                continue
+            expected = (
+                torch.zeros(p.shape, dtype=self._dtype, device=self.device) if expected is None else expected.to(self._dtype)
+            )
+            difference = expected.reshape(-1) if got is None else got.reshape(-1) - expected.reshape(-1)
+            apart = float(difference.norm())
+            if not apart > min(1e3 * self.eps, 0.05) * float(expected.norm()) + 16 * self.eps * whole:
+                continue
+            using = [use for use in self.uses if name in use.names]
+            where = f" ({', '.join(str(use) for use in using[:2])})" if using else ""
+            share = apart / max(float(expected.norm()), 1e-300)
+            self.unserved[name] = (
+                f"parameter '{name}' is used out of sight, or by a rule that is wrong{where}: what is known of it differs from a "
+                f"backward pass by {share:.2g} of its size"
+            )
+            self.remarks.append(self.unserved[name])
+        self.uses = [use for use in self.uses if not use.names <= self.unserved.keys()]
+
+    def _rows_of(self, names: list[str]) -> dict[str, Tensor]:
+        """The rows of D by some parameters, by a backward pass for each output of each sample."""
+        tensors = [self._parameters[name] for name in names]
+        width = sum(t.numel() for t in tensors)
+        total = self.n * self.q
+        step = max(1, min(total, 64, _ROW_BYTES // max(1, self._dtype.itemsize * width)))
+        rows = {
+            name: torch.empty(total, t.numel(), dtype=self._dtype, device=self.device)
+            for name, t in zip(names, tensors, strict=True)
+        }
+        with self._running():
+            for start in range(0, total, step):
+                count = min(step, total - start)
+                vectors = torch.zeros(count, total, dtype=self._x_alive.dtype, device=self.device)
+                vectors[torch.arange(count), start + torch.arange(count)] = 1
+                found = self._many_backward(vectors.view(count, self.n, self.q), tensors)
+                for name, part in zip(names, found, strict=True):
+                    rows[name][start : start + count] = part.to_dense().reshape(count, -1)
+        return {name: part.view(self.n, self.q, -1) for name, part in rows.items()}
+
+
+def _summed(term: Term, dtype: torch.dtype) -> Tensor:
+    """Σ_nq D[n, q], flat."""
+    return term.weighted_sum(None, dtype) if isinstance(term, OuterProducts) else term.to(dtype).sum((0, 1)).reshape(-1)

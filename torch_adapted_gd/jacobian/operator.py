@@ -1,0 +1,72 @@
+"""D as a linear operator: what solvers and steps need of it, whatever it is made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat
+
+
+class Jacobian(ABC):
+    """D = ∂x/∂θ of the outputs of one or more calls, ``[R, K]``; rows are stacked by call, each sample-major (2.9).
+
+    Attributes:
+        shapes: N and Q of each call.
+        numels: Entries of each parameter, by name, in the order of the columns.
+        device: Where it is.
+        description: How it came about, for the report.
+        remark: What the user should be told of that, or None.
+    """
+
+    shapes: list[tuple[int, int]]
+    numels: dict[str, int]
+    device: torch.device
+    description: str
+    remark: str | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """R and K."""
+        return sum(n * q for n, q in self.shapes), sum(self.numels.values())
+
+    @abstractmethod
+    def mv(self, v: Parts) -> Tensor:
+        """Dv in float64, ``[R]``, for v in float64."""
+
+    @abstractmethod
+    def rmv(self, u: Tensor) -> Parts:
+        """Dᵀu in float64 for u of shape ``[R]`` in float64."""
+
+    @abstractmethod
+    def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Θ = DDᵀ, ``[R, R]``, formed in ``dtype``."""
+
+    @abstractmethod
+    def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The block of Θ between the first call's rows and the second's, ``[R1, R2]``."""
+
+    @abstractmethod
+    def rows(self, limit: int) -> Iterator[Tensor]:
+        """D in blocks of whole samples and at most ``limit`` entries, or one sample."""
+
+    @abstractmethod
+    def sample_blocks(self) -> list[Tensor]:
+        """Θ(x_n, x_n) of all samples of each call, ``[N, Q, Q]`` in float64."""
+
+    @abstractmethod
+    def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
+        """Blocks of Θ between all samples for single combinations v_c of their outputs: v_cᵀΘv_c for each c.
+
+        Args:
+            rotations: The weights v_c of a sample's outputs, ``[N_i, Q, C]`` for each of some calls.
+            numbers: Which calls these are.
+            out: Where to write them, ``[C, N, N]`` with N the samples of these calls, in the dtype of the arithmetic: on and
+                above the diagonal, what is below is undefined.
+        """
+
+    def check_products(self) -> None:  # noqa: B027
+        """Hold Dᵀu for a random u against what backward passes give, where that is not what D was made by."""

@@ -1,0 +1,180 @@
+"""From what was computed from parameters to the parameters themselves: views, and functions of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from ..tracking.tape import Key, Source
+from .products import OuterProducts
+from .rules import Term
+from .uses import Use
+
+_BYTES = 2**27  # of rows that are pulled back at a time
+
+
+def index_of(source: Source, numel: int, device: torch.device) -> Tensor:
+    """For a view, which entry of the flat parameter each of its entries is."""
+    assert source.view is not None
+    _, offset, size, stride = source.view
+    return torch.as_strided(torch.arange(numel, device=device), size, stride, offset).reshape(-1)
+
+
+def is_whole(source: Source) -> bool:
+    """Whether it is the parameter, its entries in their order."""
+    if source.name is not None:
+        return True
+    if source.view is None:
+        return False
+    _, offset, size, stride = source.view
+    base = source.tensor._base
+    return base is not None and offset == 0 and source.tensor.numel() == base.numel() and _in_order(size, stride)
+
+
+def _in_order(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for extent, step in zip(reversed(size), reversed(stride), strict=True):
+        if extent != 1 and step != expected:
+            return False
+        expected *= extent
+    return True
+
+
+def is_transposed(source: Source) -> bool:
+    """Whether it is a matrix's transpose."""
+    if source.view is None:
+        return False
+    base = source.tensor._base
+    _, offset, size, stride = source.view
+    return (
+        base is not None
+        and base.ndim == 2
+        and offset == 0
+        and size == (base.shape[1], base.shape[0])
+        and stride == (1, base.shape[1])
+    )
+
+
+class Derived:
+    """A function of parameters, run again on copies of them: to pull back by, as often as is wanted.
+
+    Args:
+        source: What was computed.
+        values: The parameters.
+    """
+
+    def __init__(self, source: Source, values: dict[str, Tensor]) -> None:
+        self.names = sorted(source.names)
+        self._leaves = {name: values[name].detach().requires_grad_() for name in self.names}
+        made: dict[int, tuple[Tensor, ...]] = {}
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            self._result = self._made(source, made)
+
+    def _made(self, source: Source, made: dict[int, tuple[Tensor, ...]]) -> Tensor:
+        if source.name is not None:
+            return self._leaves[source.name]
+        note = source.note
+        assert note is not None
+        if id(note) not in made:
+            args: list[Any] = [list(a) if isinstance(a, (list, tuple)) else _plain(a) for a in note.args]
+            kwargs = {name: _plain(a) for name, a in note.kwargs.items()}
+            for key, inner in note.sources.items():
+                value = self._made(inner, made)
+                if isinstance(key, tuple):
+                    args[key[0]][key[1]] = value
+                elif isinstance(key, str):
+                    kwargs[key] = value
+                else:
+                    args[key] = value
+            name = getattr(note.function, "__name__", "")
+            changes = (
+                note.function is Tensor.__setitem__
+                or (name.endswith("_") and not name.endswith("__"))
+                or name.startswith("__i")
+            )
+            if changes:
+                args[0] = args[0].clone()
+            result = note.function(*args, **kwargs)
+            result = args[0] if changes else result
+            made[id(note)] = (result,) if isinstance(result, Tensor) else tuple(r for r in result if isinstance(r, Tensor))
+        return made[id(note)][source.place]
+
+    def pulled(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows ``[R, numel]`` by it as rows by the parameters, ``[R, numel]`` each."""
+        leaves = list(self._leaves.values())
+        vectors = rows.reshape(len(rows), *self._result.shape).to(self._result.dtype)
+
+        def pull(u: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(self._result, leaves, u, retain_graph=True, materialize_grads=True)
+
+        entries = self._result.numel() + sum(leaf.numel() for leaf in leaves)
+        step = max(1, _BYTES // (4 * max(1, entries)))
+        parts: list[list[Tensor]] = [[] for _ in leaves]
+        for start in range(0, len(rows), step):
+            some = vectors[start : start + step]
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of torch, that an operation has no batching rule and takes a loop
+                    found = vmap(pull)(some) if len(some) > 1 else [part[None] for part in pull(some[0])]
+            except RuntimeError as error:  # an operation without a batching rule
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                found = [torch.stack(part) for part in zip(*(pull(u) for u in some), strict=True)]
+            for part, more in zip(parts, found, strict=True):
+                part.append(more.reshape(len(some), -1))
+        return {name: torch.cat(part).to(rows.dtype) for name, part in zip(self.names, parts, strict=True)}
+
+
+def _plain(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def accumulated(
+    terms: Iterable[tuple[Use, dict[Key, Term]]],
+    reduce: Callable[[Term, torch.dtype], Tensor],
+    parameters: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Sums of the terms of uses over all rows, flat by parameter."""
+    totals: dict[str, Tensor] = {}
+    derived: dict[int, tuple[Source, Tensor]] = {}
+
+    def add(name: str, vector: Tensor) -> None:
+        totals[name] = totals[name] + vector if name in totals else vector
+
+    for use, found in terms:
+        for key, term in found.items():
+            source = use.sources.get(key)
+            if source is None:
+                continue
+            vector = reduce(term, dtype)
+            if is_whole(source):
+                add(next(iter(source.names)), vector)
+            elif source.view is not None:
+                name = source.view[0]
+                whole = vector.new_zeros(parameters[name].numel())
+                add(name, whole.index_add_(0, index_of(source, len(whole), vector.device), vector))
+            else:
+                before = derived.get(id(source))
+                derived[id(source)] = (source, vector if before is None else before[1] + vector)
+    for source, vector in derived.values():
+        for name, part in Derived(source, parameters).pulled(vector[None]).items():
+            add(name, part[0])
+    return totals
+
+
+def written(term: Term) -> Tensor:
+    """A term written out, ``[N, Q, numel]``."""
+    return term.explicit() if isinstance(term, OuterProducts) else term.reshape(*term.shape[:2], -1)
+
+
+def turned(term: Term, shape: torch.Size) -> Term:
+    """A term of a matrix's transpose, of that shape, as one of the matrix."""
+    if isinstance(term, OuterProducts) and term.left.shape[2] == 1:
+        return OuterProducts(term.left, term.right, not term.flipped)
+    return written(term).reshape(*term.shape[:2], *shape).transpose(2, 3)

@@ -1,0 +1,166 @@
+"""The empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15): summed over layers where it can be, from D where it must."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..calls import Call, hides_its_graph, stacked, underlying
+from ..checks import one_of, positive_integer
+from ..memory import keep_pages
+from ..replay import DisagreementError, Replay, batch_and_outputs, precision
+from ..tracking.tape import Tape, constants_of
+from .definition import call_jacobian, dtype_and_device, recorded
+from .dense import ROWS_ELEMENTS, DenseJacobian, parameter_gram
+from .factored import FactoredJacobian, Piece
+from .linearized import Linearized
+from .operator import Jacobian
+
+METHODS = ("auto", "structured", "jacobian")
+
+
+def ntk(
+    model: nn.Module,
+    x1: Tensor | tuple[Any, ...],
+    x2: Tensor | tuple[Any, ...] | None = None,
+    *,
+    method: str = "auto",
+    chunk_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Neural tangent kernel Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, equations (3.14)-(3.15).
+
+    It is summed over all uses of parameters in the forward pass, each by the rule of the function that they are used in
+    (`register_rule`), without D = ∂x/∂θ ever being held; and from rows of D where samples interact, as in BatchNorm in training
+    mode, or a parameter is used out of sight.
+
+    Args:
+        model: The network f_θ; its trainable parameters are θ.
+        x1: Input with the batch first, ``[N1, ...]``, or a tuple of positional inputs.
+        x2: A second input, ``[N2, ...]``; by default ``x1``.
+        method: ``"structured"`` (by rules; raises for a model that they do not serve), ``"jacobian"`` (products of
+            Jacobians, see `output_jacobian`), or ``"auto"``: structured where that is right, which is checked with random
+            vectors. It warns when it had to take the Jacobian for a reason that you may not know of.
+        chunk_size: Samples' worth of rows of D (N·Q in all) that are differentiated at a time. By default as many as keep
+            the working memory within a small multiple of Θ, or 512 MiB where that is more.
+        dtype: Dtype of the result, in which products are formed and added up. float64 whatever the model's dtype, unless you
+            know Θ to be well-conditioned: forming Θ squares the condition number of D. float32 takes half the time.
+
+    Returns:
+        Θ of shape ``[N1, Q, N2, Q]``: entry (i, q, j, r) is ⟨∂x_iq/∂θ, ∂x_jr/∂θ⟩. ``.reshape(N1 * Q, N2 * Q)`` is DDᵀ.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``dtype`` not a floating dtype.
+        ValueError: An argument is out of range, or the outputs do not have the batch first.
+        MemoryError: Θ would not fit, or D where it is needed.
+        RuntimeError: The model's calls cannot be repeated, or ``method="structured"`` is not right for the model.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> x = torch.eye(3)
+        >>> theta = ntk(model, x)  # for a linear map Θ(x, y) = (x·y) 1
+        >>> theta.shape, torch.equal(theta.reshape(6, 6), torch.eye(6, dtype=torch.float64))
+        (torch.Size([3, 2, 3, 2]), True)
+    """
+    one_of("method", method, METHODS)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` should be a floating torch dtype, but got {dtype!r}.")
+    if chunk_size is not None:
+        positive_integer("chunk_size", chunk_size)
+    calls = []
+    with torch.inference_mode(False):
+        for x in (x1,) if x2 is None else (x1, x2):
+            call, names = recorded(model, x)
+            calls.append(call)
+        jacobian = tangent_jacobian(model, calls, names, method=method, chunk_size=chunk_size)
+        products = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        theta = jacobian.gram(products) if x2 is None else jacobian.cross(products)
+    if jacobian.remark:
+        warnings.warn(jacobian.remark, stacklevel=2)
+    (n1, q1), (n2, q2) = jacobian.shapes[0], jacobian.shapes[-1]
+    return theta.to(dtype).reshape(n1, q1, n2, q2)
+
+
+def tangent_jacobian(
+    model: nn.Module, calls: list[Call], names: list[str], *, method: str = "auto", chunk_size: int | None = None
+) -> Jacobian:
+    """D of recorded calls.
+
+    Args:
+        model: The network.
+        calls: Its calls; their rows are stacked.
+        names: The parameters θ.
+        method: One of `METHODS`.
+        chunk_size: See `ntk`.
+
+    Raises:
+        RuntimeError: A call cannot be repeated, or ``method="structured"`` is not right for the model.
+        ValueError: The outputs do not have the batch first.
+        MemoryError: It would not fit.
+    """
+    keep_pages()
+    parameters = {name: p for name, p in underlying(model).named_parameters() if name in set(names)}
+    parameters = {name: parameters[name] for name in names}
+    dtype, _ = dtype_and_device(list(parameters.values()))
+    shapes = [batch_and_outputs(call) for call in calls]
+    if method != "jacobian" and not any(0 in shape for shape in shapes):
+        pieces = [call.pieces() or _traced(model, call, names, dtype) for call in calls]
+        factored = FactoredJacobian(pieces, parameters, dtype=dtype, chunk_size=chunk_size)
+        if method == "structured" and factored.remarks:
+            raise RuntimeError(
+                f'The structured kernel is not right for this model: {"; ".join(factored.remarks[:3])}. Use "auto" or '
+                '"jacobian" for the kernel.'
+            )
+        return factored
+    parts = [call_jacobian(model, call, names, chunk_size=chunk_size) for call in calls]
+    return DenseJacobian.of(parts, shapes, {name: p.numel() for name, p in parameters.items()})
+
+
+def _traced(model: nn.Module, call: Call, names: list[str], dtype: torch.dtype) -> list[Piece]:
+    """A call repeated under a tape, and linearized by the parameters.
+
+    Raises:
+        DisagreementError: It gave other outputs than the call.
+    """
+    replay = Replay(underlying(model), call, names)
+    with replay.conditions(), torch.enable_grad():
+        inputs = call.inputs.assembled(call.inputs.differentiable_leaves())
+        parameters = dict(replay.model.named_parameters())
+        # Copies of all: the model may change them in place, which autograd lets nobody do to a leaf.
+        given = {name: parameters.pop(name).detach().requires_grad_().clone() for name in names}
+        fixed = {name: p.detach().clone() for name, p in parameters.items()}
+        state = {**fixed, **call.buffers(replay.model)}
+        others = [*state.values(), *constants_of(replay.model, given)]
+        differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs))
+        tape = Tape(given, iter(others), differentiable=differentiable)
+        with tape:
+            outputs = replay.forward({**state, **given}, *inputs)
+    replay.check_outputs(stacked(outputs).detach())
+    if tape.without_graph and any(map(hides_its_graph, outputs)):
+        raise DisagreementError("The model uses torch.utils.checkpoint, of which only use_reentrant=False works.")
+    vectorized = not any(m._backward_hooks or m._backward_pre_hooks for m in replay.model.modules())
+    eps = precision(call, outputs[0].dtype)
+    found = Linearized(outputs, given, tape.notes, eps=eps, dtype=dtype, vectorized=vectorized, conditions=replay.conditions)
+    return [Piece(found)]
+
+
+def written_if_small(jacobian: Jacobian) -> Jacobian:
+    """The same with D held, where it is one small block."""
+    rows, columns = jacobian.shape
+    if isinstance(jacobian, DenseJacobian) or rows * columns > ROWS_ELEMENTS:
+        return jacobian
+    blocks = list(jacobian.rows(ROWS_ELEMENTS))
+    whole = torch.cat(blocks).split([n * q for n, q in jacobian.shapes])
+    dense = DenseJacobian(list(whole), jacobian.shapes, jacobian.numels, jacobian.description)
+    dense.remark = jacobian.remark
+    return dense
+
+
+def tangent_gram(
+    jacobian: Jacobian, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """DᵀD, DᵀV and |D|², added up over blocks of samples, see `parameter_gram`."""
+    return parameter_gram(jacobian.rows(ROWS_ELEMENTS), jacobian.shape[1], vectors, weigh)

@@ -1,0 +1,288 @@
+"""Operations whose derivatives use their parameters again, and are noted too: closed under differentiation."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import private
+
+if TYPE_CHECKING:
+    from .tape import Key, Tape
+
+# By these a sampled operand's gradient does not use the parameter: an ordinary operation does.
+_LINEAR_IN_BOTH = {
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("add", "sub", "subtract") if hasattr(owner, name)),
+    *(Tensor.add_, Tensor.sub_, Tensor.__rsub__, Tensor.__setitem__, Tensor.__getitem__),
+    *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack, torch.rsub, torch.index_select, Tensor.index_select),
+    *(F.embedding, torch.embedding, F.embedding_bag),
+}
+_PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+_MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
+
+
+class Operation:
+    """A function of tensors, and its gradients in each.
+
+    Attributes:
+        function: What a note of it says was called.
+        tensors: Its operands.
+        sources: Which of them were computed from parameters, by their number.
+    """
+
+    function: Callable[..., Any]
+
+    def __init__(self, tensors: tuple[Tensor, ...], sources: frozenset[int]) -> None:
+        self.tensors = tensors
+        self.sources = sources
+
+    def arguments(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The function's arguments for some operands."""
+        return tensors
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        """Its value."""
+        result: Tensor = self.function(*self.arguments(tensors))
+        return result
+
+    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
+        """The gradient in an operand, as another operation."""
+        raise NotImplementedError
+
+    def run(self, tape: Tape) -> Tensor:
+        """Its value, in the graph, and noted."""
+        tensors = self.tensors
+        result: Tensor = Applied.apply(self, weakref.ref(tape), *tensors)
+        self.note(tape, tensors, result)
+        return result
+
+    def note(self, tape: Tape, tensors: tuple[Tensor, ...], result: Tensor) -> None:
+        """Take it down."""
+        arguments = self.arguments(tensors)
+        found = {}
+        for number in self.sources:
+            source = tape.source_of(tensors[number])
+            if source is not None:
+                found[next(i for i, a in enumerate(arguments) if a is tensors[number])] = source
+        if found and result.requires_grad:
+            tape.note(self.function, arguments, found, result)  # type: ignore[arg-type]
+
+
+class Applied(torch.autograd.Function):
+    """An operation in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, tape: weakref.ref[Tape], *tensors: Tensor) -> Tensor:  # noqa: D102
+        ctx.operation, ctx.tape = operation, tape
+        ctx.save_for_backward(*tensors)
+        operation.tensors = ()
+        return operation.compute(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        operation, tensors, (g,) = ctx.operation, ctx.saved_tensors, gradients
+        found: list[Tensor | None] = [None, None]
+        tape = ctx.tape()
+        for number in range(len(tensors)):
+            ahead = ctx.next_functions[number][0]
+            if not ctx.needs_input_grad[number + 2] or ahead is None or not private.will_reach(ahead, else_=True):
+                found.append(None)
+                continue
+            of = operation.gradient(number, tensors, g)
+            if number in operation.sources or tape is None or not torch.is_grad_enabled():
+                found.append(of.compute(*of.tensors))
+            else:
+                found.append(of.run(tape) if of.sources else of.compute(*of.tensors))
+        return tuple(found)
+
+
+@dataclass
+class _MatrixProduct(Operation):
+    """x W, or x Wᵀ, for a matrix W."""
+
+    tensors: tuple[Tensor, ...]
+    sources: frozenset[int]
+    transposed: bool
+
+    def __post_init__(self) -> None:
+        self.function = F.linear if self.transposed else torch.matmul
+
+    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
+        x, weight = tensors
+        if number == 0:
+            return _MatrixProduct((g, weight), self.sources, not self.transposed)
+        return _OuterSum((g, x) if self.transposed else (x, g), frozenset())
+
+
+@dataclass
+class _OuterSum(Operation):
+    """Σ_t a_t ⊗ b_t over all leading dimensions: what a matrix's gradient is."""
+
+    tensors: tuple[Tensor, ...]
+    sources: frozenset[int] = field(default_factory=frozenset)
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        a, b = tensors
+        return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
+
+
+@dataclass
+class _Multiplication(Operation):
+    """a ∘ b, broadcast; and, as its gradient, the sum of that to a given shape."""
+
+    tensors: tuple[Tensor, ...]
+    sources: frozenset[int]
+    shape: torch.Size | None = None
+
+    function = torch.mul
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        product = tensors[0] * tensors[1]
+        return product if self.shape is None else product.sum_to_size(self.shape)
+
+    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
+        other = 1 - number
+        pair = (g, tensors[other]) if number == 0 else (tensors[other], g)
+        sources = frozenset({other} & self.sources)
+        size = torch.broadcast_shapes(g.shape, tensors[other].shape)
+        if self.shape is None and size == tensors[number].shape:
+            return _Multiplication(pair, sources)
+        return _General(pair, sources, _SummedProduct(tensors[number].shape))
+
+
+@dataclass(frozen=True)
+class _SummedProduct:
+    shape: torch.Size
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum_to_size(self.shape)
+
+
+@dataclass
+class _General(Operation):
+    """Any function of tensors with one result, differentiated by `torch.func.vjp`."""
+
+    tensors: tuple[Tensor, ...]
+    sources: frozenset[int]
+    of: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        self.function = self.of
+
+    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
+        return _General(
+            (*tensors, g), self.sources - {number} if number in self.sources else self.sources, _Pulled(self.of, number)
+        )
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """The vector-Jacobian product of a function in one of its operands, the vector being the last."""
+
+    of: Callable[..., Tensor]
+    number: int
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        *operands, g = tensors
+
+        def moving(operand: Tensor) -> Tensor:
+            return self.of(*operands[: self.number], operand, *operands[self.number + 1 :])
+
+        (result,) = torch.func.vjp(moving, operands[self.number])[1](g)
+        return result  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A function of the tensors among its arguments alone."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keys: tuple[Key, ...]
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        args: list[Any] = [list(a) if isinstance(a, (list, tuple)) else a for a in self.args]
+        kwargs = dict(self.kwargs)
+        for key, tensor in zip(self.keys, tensors, strict=True):
+            if isinstance(key, tuple):
+                args[key[0]][key[1]] = tensor
+            elif isinstance(key, str):
+                kwargs[key] = tensor
+            else:
+                args[key] = tensor
+        if getattr(self.function, "__name__", "").endswith("_") or kwargs.get("inplace") is True:
+            args[0] = args[0].clone()
+        return self.function(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+class _Affine:
+    """A normalization, times a weight, plus a bias, as three operations."""
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._func, self._args, self._kwargs = func, args, kwargs
+
+    def run(self, tape: Tape) -> Tensor:
+        names = {F.layer_norm: 2, F.rms_norm: 2, F.group_norm: 2, F.batch_norm: 3, F.instance_norm: 3}
+        first = names[self._func]
+        args, kwargs = list(self._args), dict(self._kwargs)
+        given: dict[str, Tensor | None] = {}
+        for number, name in enumerate(("weight", "bias"), start=first):
+            given[name] = kwargs.pop(name, None)
+            if number < len(args):
+                given[name], args[number] = args[number], None
+        result: Tensor = self._func(*args, **kwargs)
+        with tape:
+            for name, apply in (("weight", torch.mul), ("bias", torch.add)):
+                value = given[name]
+                if value is not None:
+                    if first == 3 or self._func is F.group_norm:
+                        value = value.view(-1, *[1] * (result.ndim - 2))
+                    result = apply(result, value)
+        return result
+
+
+class _WithBias:
+    """A matrix product and the sum with a bias, as two operations."""
+
+    def __init__(self, product: Operation, bias: Tensor) -> None:
+        self._product, self._bias = product, bias
+
+    def run(self, tape: Tape) -> Tensor:
+        result = self._product.run(tape)
+        with tape:
+            return result + self._bias
+
+
+def operation_of(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keys: Collection[Key]
+) -> Operation | _Affine | _WithBias | None:
+    """A function called with some operands of parameters, as an operation; None where its derivatives need no note."""
+    if func in _LINEAR_IN_BOTH:
+        return None
+    if func in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm):
+        return _Affine(func, args, kwargs)
+    if func is F.linear and not kwargs and 1 in keys and 0 not in keys and args[1].ndim == 2:
+        product = _MatrixProduct((args[0], args[1]), frozenset({1}), True)
+        return product if len(args) < 3 or args[2] is None else _WithBias(product, args[2])
+    if func in _PRODUCTS and not kwargs and set(keys) == {1} and args[1].ndim == 2 and args[0].ndim > 1:
+        return _MatrixProduct((args[0], args[1]), frozenset({1}), False)
+    if func in (torch.addmm, Tensor.addmm) and not kwargs and len(args) == 3 and set(keys) <= {0, 2} and 2 in keys:
+        return _WithBias(_MatrixProduct((args[1], args[2]), frozenset({1}), False), args[0])
+    if func in _MULTIPLICATIONS and not kwargs and all(isinstance(a, Tensor) for a in args):
+        return _Multiplication((args[0], args[1]), frozenset(int(key) for key in keys if isinstance(key, int)))
+    from .tape import _tensors
+
+    operands = dict(_tensors(args, kwargs))
+    floating = tuple(key for key, tensor in operands.items() if tensor.is_floating_point())
+    if not all(key in floating for key in keys):
+        return None
+    of = _Bound(func, args, kwargs, floating)
+    tensors = tuple(operands[key] for key in floating)
+    return _General(tensors, frozenset(floating.index(key) for key in keys), of)

@@ -1,0 +1,81 @@
+"""All that touches private parts of torch, in one place."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+def in_transform() -> bool:
+    """Whether a `torch.func` transform is under way, whose tensors are wrappers that do not outlive it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether this is many backward passes at once, as `torch.autograd.functional.jacobian(vectorize=True)` makes them."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(gradient) or functorch.is_functorch_wrapped_tensor(gradient)
+
+
+def backward_pass() -> int:
+    """A number for the backward pass under way, -1 outside of one."""
+    return torch._C._current_graph_task_id()  # type: ignore[no-any-return]
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Have a function called when the backward pass under way ends well."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def will_reach(node: Any, *, else_: bool) -> bool:
+    """Whether the backward pass under way will come to a node of the graph.
+
+    Args:
+        node: The node.
+        else_: What to say of an end of the graph that `torch.autograd.grad` was asked for: torch does not tell.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+    except RuntimeError:
+        return else_
+
+
+def is_innermost(mode: TorchFunctionMode) -> bool:
+    """Whether a function mode is the last that was entered, of those that were not left."""
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
+
+
+def disable_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, never to be traced into a compiled model."""
+    return torch._disable_dynamo(function)  # type: ignore[no-any-return]
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` is at work."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return, no-untyped-call]
+
+
+_opened: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def opened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch written in Python, as one whose operations a function mode sees one by one.
+
+    Such functions hand themselves over to a mode as a whole. This is the same code where nothing is handed over.
+    """
+    if function not in _opened:
+        assert isinstance(function, types.FunctionType)
+        switched_off = {
+            name: (lambda *_: False)
+            for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+        }
+        inner = types.FunctionType(
+            function.__code__, {**function.__globals__, **switched_off}, function.__name__, function.__defaults__
+        )
+        inner.__kwdefaults__ = function.__kwdefaults__
+        _opened[function] = inner
+    return _opened[function]

@@ -1,0 +1,234 @@
+"""Which operations parameters are used in, noted while the user's own forward pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from . import private
+from .applied import Applied, operation_of
+from .recurrent import RECURRENT
+
+Key = int | str | tuple[int, int]  # an operand: its number, its keyword, or its place in a list with that number
+_OPENED = {F.multi_head_attention_forward}  # made of operations that have rules of their own
+_QUIET = {  # asked often, and never of interest
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.stride),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "requires_grad", "ndim", "is_cuda", "is_nested")),
+}
+_SET_ITEM = Tensor.__setitem__
+_ASKS_FOR_GRADIENTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+_GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+@dataclass(eq=False)
+class Source:
+    """A tensor that was computed from parameters alone, and from constants: the same for all samples.
+
+    Attributes:
+        tensor: It.
+        name: The parameter's, if it is one.
+        view: For a view of a parameter that one's name, and offset, size and stride in it.
+        note: Where else it comes from.
+        place: Which output of that.
+    """
+
+    tensor: Tensor
+    name: str | None = None
+    view: tuple[str, int, tuple[int, ...], tuple[int, ...]] | None = None
+    note: Note | None = None
+    place: int = 0
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that it depends on."""
+        if self.name is not None:
+            return {self.name}
+        assert self.note is not None
+        return {name for source in self.note.sources.values() for name in source.names}
+
+
+@dataclass(eq=False)
+class Note:
+    """One operation with operands that were computed from parameters.
+
+    Attributes:
+        function: What was called.
+        args: With these.
+        kwargs: And these.
+        sources: The operands that were computed from parameters.
+        mixed: Whether there were others that may depend on the samples.
+        edges: Where its outputs are in the graph, by place.
+        shapes: Their shapes.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sources: dict[Key, Source]
+    mixed: bool
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
+    shapes: dict[int, torch.Size] = field(default_factory=dict)
+
+
+class Tape(TorchFunctionMode):
+    """Notes each operation that has a parameter, or something computed from parameters alone, as an operand.
+
+    Derivatives that are taken within a forward pass use parameters again, in operations that no function mode sees. Where they
+    may be taken, which is where something requires a gradient that is no parameter, an operation is run as an `Applied`, whose
+    backward pass comes by here too.
+
+    Args:
+        parameters: The parameters to be differentiated by, by name.
+        constants: Other tensors that are the same for all samples: buffers, frozen parameters.
+        differentiable: Whether derivatives may be taken.
+
+    Attributes:
+        notes: The notes, in the order of the operations.
+        parameters: As given.
+        without_graph: Whether a parameter was used with gradients disabled, as within `torch.utils.checkpoint`.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], constants: Iterator[Tensor], *, differentiable: bool) -> None:
+        super().__init__()
+        self.notes: list[Note] = []
+        self.differentiable = differentiable
+        self.without_graph = False
+        self.parameters = parameters
+        self._sources = {id(p): Source(p, name) for name, p in parameters.items()}
+        self._constants = {id(t): t for t in constants}
+
+    def __torch_function__(  # noqa: D105
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _QUIET or func in _GRADIENTS or private.in_transform():
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.without_graph = self.without_graph or bool(self._operands(args, kwargs)[0])
+            return func(*args, **kwargs)
+        sources, mixed = self._operands(args, kwargs)
+        if not sources:
+            if func in _ASKS_FOR_GRADIENTS:
+                self.differentiable = True
+            result = func(*args, **kwargs)
+            if not mixed:
+                self._add_constants(result)
+            elif (changed := _changed_in_place(func, args, kwargs)) is not None:
+                self._constants.pop(id(changed), None)
+            return result
+        if func in _OPENED:
+            with self:
+                return private.opened(func)(*args, **kwargs)
+        if func in RECURRENT:
+            with self:
+                return RECURRENT[func](*args, **kwargs)
+        if mixed and self.differentiable and (operation := operation_of(func, args, kwargs, sources.keys())) is not None:
+            return operation.run(self)
+        changed = _changed_in_place(func, args, kwargs)
+        if changed is not None and mixed:
+            args = (args[0].detach().clone(), *args[1:])
+            note = Note(func, args, kwargs, sources, mixed)
+            result = func(changed, *args[1:], **kwargs)
+        else:
+            note = Note(func, args, kwargs, sources, mixed)
+            result = func(*args, **kwargs)
+        self._close(note, result if changed is None else changed)
+        return result
+
+    def note(self, function: Callable[..., Any], args: tuple[Any, ...], sources: dict[Key, Source], result: Tensor) -> None:
+        """Take down an operation that was run elsewhere."""
+        self._close(Note(function, args, {}, sources, True), result)
+
+    def source_of(self, tensor: Tensor) -> Source | None:
+        """What is known of a tensor, if it was computed from parameters alone."""
+        return self._sources.get(id(tensor))
+
+    def _operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[Key, Source], bool]:
+        """The operands that were computed from parameters, and whether others may depend on the samples."""
+        found: dict[Key, Source] = {}
+        mixed = False
+        for key, tensor in _tensors(args, kwargs):
+            source = self._sources.get(id(tensor))
+            if source is not None:
+                found[key] = source
+            elif id(tensor) not in self._constants:
+                mixed = True
+        return found, mixed
+
+    def _add_constants(self, result: Any) -> None:
+        for tensor in _results(result):
+            if not tensor.requires_grad:
+                self._constants[id(tensor)] = tensor
+
+    def _close(self, note: Note, result: Any) -> None:
+        for place, tensor in enumerate(_results(result)):
+            if not tensor.requires_grad:
+                if not note.mixed:
+                    self._constants[id(tensor)] = tensor
+                continue
+            note.edges[place] = get_gradient_edge(tensor)
+            note.shapes[place] = tensor.shape
+            if not note.mixed:
+                self._sources[id(tensor)] = Source(tensor, None, self._view(tensor), note, place)
+            else:
+                self._sources.pop(id(tensor), None)  # changed in place by something of the samples
+                self._constants.pop(id(tensor), None)
+        if note.edges:
+            self.notes.append(note)
+
+    def _view(self, tensor: Tensor) -> tuple[str, int, tuple[int, ...], tuple[int, ...]] | None:
+        base = tensor._base
+        source = None if base is None else self._sources.get(id(base))
+        if base is None or source is None or source.name is None or not base.is_contiguous() or tensor.dtype != base.dtype:
+            return None
+        return source.name, tensor.storage_offset() - base.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The tensors of a model that are the same for all samples, but for the parameters."""
+    ours = {id(p) for p in parameters.values()}
+    for module in model.modules():
+        for tensors in (module._parameters.values(), module._buffers.values(), module.__dict__.values()):
+            yield from (t for t in tensors if isinstance(t, Tensor) and id(t) not in ours)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Key, Tensor]]:
+    for number, value in enumerate(args):
+        if isinstance(value, Tensor):
+            yield number, value
+        elif isinstance(value, (tuple, list)):
+            for place, inner in enumerate(value):
+                if isinstance(inner, Tensor):
+                    yield (number, place), inner
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            yield name, value
+
+
+def _results(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (tuple, list)):
+        return [tensor for tensor in result if isinstance(tensor, Tensor)]
+    return []
+
+
+def _changed_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The operand that a function changes, if it changes one."""
+    name = getattr(func, "__name__", "")
+    in_place = func is _SET_ITEM or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+    in_place = in_place or (
+        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__invert__", "__int__")
+    )
+    return args[0] if in_place and args and isinstance(args[0], Tensor) else None
