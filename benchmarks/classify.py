@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD
 
-from .models import mlp
+from .networks import mlp
 
 GOALS = (1e-2, 1e-3, 1e-4)
 LOSSES: dict[str, nn.Module] = {"cross-entropy": nn.CrossEntropyLoss(), "squared": nn.MSELoss()}

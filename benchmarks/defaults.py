@@ -20,7 +20,7 @@ from tqdm import tqdm
 from torch_adapted_gd import AdaptedGD, LevenbergMarquardt
 
 from .classify import data
-from .models import mlp
+from .networks import mlp
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "nothing set": {},

@@ -31,7 +31,7 @@ from torch_adapted_gd.solve.preconditioner import Identity, OutputBlockInverse, 
 
 from .classify import data
 from .memory import peak
-from .models import mlp
+from .networks import mlp
 
 Inverse = Callable[[Tensor], Tensor]
 SIZES = (500, 1000, 2000, 5000)

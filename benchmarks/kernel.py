@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from torch_adapted_gd import ntk
 
-from .models import CASES
+from .networks import CASES
 
 OURS, OURS_32 = "torch_adapted_gd", "torch_adapted_gd, float32 products"
 JAX = {

@@ -9,7 +9,7 @@ import torch
 from torch_adapted_gd.jacobian import recorded
 from torch_adapted_gd.kernel import tangent_kernel
 
-from .models import mlp
+from .networks import mlp
 
 
 def peak() -> float:

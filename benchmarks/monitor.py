@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torch_adapted_gd.lightning import CollapseMonitor
 
-from .models import cnn, mlp
+from .networks import cnn, mlp
 
 
 class Classifier(pl.LightningModule):

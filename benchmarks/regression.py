@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD
 
-from .models import mlp
+from .networks import mlp
 
 EPOCHS, BATCH = 50, 1000
 X = torch.linspace(-1, 1, 20_000)[:, None]

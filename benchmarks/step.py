@@ -18,7 +18,7 @@ from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
 from torch_adapted_gd.kernel.capture import Capture
 from torch_adapted_gd.kernel.structured import StructuredKernel
 
-from .models import CASES
+from .networks import CASES
 
 # The parts of a step, each by the function that does it; what is left over is the optimizer's own.
 PARTS: dict[str, tuple[Any, str]] = {
