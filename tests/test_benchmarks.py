@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HELPERS = {"__init__", "jax_kernel", "networks", "options"}  # what benchmarks are made of; everything else is one
+HELPERS = {
+    "__init__",
+    "architectures",
+    "jax_kernel",
+    "networks",
+    "options",
+}  # the rest are benchmarks
 NEEDS = {
     "classify": ["mlxtend", "tqdm"],
     "defaults": ["mlxtend", "tqdm"],
