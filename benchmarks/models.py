@@ -5,7 +5,8 @@ else set, in units of one forward plus backward pass of a copy that no optimizer
 of each to warm up, and medians are printed. The error is that of `ntk` against DDᵀ by a backward pass for each output, both in
 float64 and, since it is a matter of dropout's mask otherwise, in eval mode.
 
-Models of timm and transformers run where these are installed, and not with ``--small``, unless ``--only`` asks for them.
+Models of timm and transformers run where these are installed, and not with ``--small``, unless ``--only`` asks for them. The
+exit status is 1 where a model failed.
 """
 
 import argparse
@@ -155,6 +156,8 @@ def main() -> None:
     if options.json:
         head = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         options.json.write_text(json.dumps(head | {"models": rows}, indent=2) + "\n")
+    if any("failed" in figures for figures in rows.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
