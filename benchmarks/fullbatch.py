@@ -31,10 +31,11 @@ from torch_adapted_gd.solve.preconditioner import Identity, OutputBlockInverse, 
 
 from .classify import data
 from .memory import peak
-from .models import mlp
+from .networks import mlp
+from .options import parse
 
 Inverse = Callable[[Tensor], Tensor]
-SIZES = (500, 1000, 2000, 5000)
+SIZES, SMALL = (500, 1000, 2000, 5000), (50, 100)
 PARTS = ("factors", "preconditioner", "iterations")
 
 
@@ -101,7 +102,7 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
 
 def in_process(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """The same in a process of its own."""
-    given = {**vars(options), **changes, "compare": "none"}
+    given = {**vars(options), **changes, "compare": "none", "small": False}
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if not isinstance(value, bool)]
     arguments += [f"--{key}" for key, value in given.items() if value is True]
     done = subprocess.run(
@@ -129,19 +130,19 @@ HEADER = (
 
 def compare_sizes(options: argparse.Namespace) -> None:
     """Time and memory against N, with exponents fitted to the two largest sizes and all."""
-    rows = {}
-    for samples in SIZES:
+    rows, sizes = {}, SMALL if options.small else SIZES
+    for samples in sizes:
         rows[samples] = in_process(options, samples=samples)
         show(f"N = {samples}", rows[samples])
-    n = torch.tensor(SIZES, dtype=torch.float64).log()
+    n = torch.tensor(sizes, dtype=torch.float64).log()
     for what in ("seconds", *(f"{part}_s" for part in PARTS), "peak"):
-        values = torch.tensor([rows[samples][what] for samples in SIZES], dtype=torch.float64)
+        values = torch.tensor([rows[samples][what] for samples in sizes], dtype=torch.float64)
         if what == "peak":
             values = values - in_process(options, samples=10)["peak"]
         logs = values.clamp(min=1e-3).log()
         slope = float(((n - n.mean()) * (logs - logs.mean())).sum() / (n - n.mean()).square().sum())
         last = float((logs[-1] - logs[-2]) / (n[-1] - n[-2]))
-        at = float(values[-1]) * (60000 / SIZES[-1]) ** last
+        at = float(values[-1]) * (60000 / sizes[-1]) ** last
         unit = "GB beyond N = 10" if what == "peak" else "s"
         print(f"{what}: N^{slope:.2f} over all, N^{last:.2f} at the end; {at:,.0f} {unit} at N = 60,000 if that goes on")
 
@@ -279,7 +280,7 @@ def main() -> None:
     add("--rank", type=int, default=1000, help="of Nyström's preconditioner (1000)")
     add("--device", default="cpu", help="cpu or cuda (cpu)")
     add("--dense", action="store_true", help="form and factor Θ")
-    options = parser.parse_args()
+    options = parse(parser, samples=100, width=32, batch=50, rank=20)
     if options.compare == "none":
         print(json.dumps(one_step(options)))
         return
@@ -296,7 +297,7 @@ def main() -> None:
     elif options.compare == "dense":
         compare_dense(options)
     else:
-        for after in (0, 5):
+        for after in (0,) if options.small else (0, 5):
             show(f"N = {options.samples}, after {after} steps", in_process(options, after=after))
 
 

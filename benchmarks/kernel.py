@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from tqdm import tqdm
 
 from torch_adapted_gd import ntk
 
-from .models import CASES
+from .networks import CASES, Case
+from .options import parse
 
 OURS, OURS_32 = "torch_adapted_gd", "torch_adapted_gd, float32 products"
 JAX = {
@@ -67,9 +69,15 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(case_name: str, method: str, device_name: str, repeats: int, patience: float) -> dict[str, float]:
+def case_of(case_name: str, options: argparse.Namespace) -> Case:
+    """A network of the table, with the N that the user wants."""
+    case = CASES[case_name]
+    return case if options.batch is None else replace(case, batch=options.batch)
+
+
+def measure(case: Case, method: str, device_name: str, repeats: int, patience: float) -> dict[str, float]:
     """Median seconds and peak memory of one method, in this process."""
-    case, device = CASES[case_name], torch.device(device_name)
+    device = torch.device(device_name)
     torch.manual_seed(0)
     model, x = case.build().to(device), case.batch_of_inputs().to(device)
 
@@ -108,9 +116,13 @@ def in_own_process(command: list[str]) -> dict[str, float]:
 def jobs_of(case_name: str, options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """The methods to run on a case, with their commands."""
     limits = ["--repeats", str(options.repeats), "--patience", str(options.patience), "--device", options.device]
+    if options.batch is not None:
+        limits += ["--batch", str(options.batch)]
     own = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel", *limits, "--one"]
     jobs = [(method, [*own, case_name, method]) for method in METHODS if "TorchJD" not in method or _has("torchjd")]
-    case = CASES[case_name]
+    case = case_of(case_name, options)
+    if options.small:
+        return jobs
     if options.jax_python and case.layers is not None:
         script = str(Path(__file__).with_name("jax_kernel.py"))
         for implementation, method in JAX.items():
@@ -134,7 +146,7 @@ def compare(case_name: str, options: argparse.Namespace) -> list[dict[str, Any]]
     return [
         {
             "model": case_name,
-            "batch": CASES[case_name].batch,
+            "batch": case_of(case_name, options).batch,
             "method": method,
             "seconds": seconds[method],
             "gigabytes": max(run["bytes"] for run in results) / 1e9,
@@ -151,21 +163,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--only", metavar="TEXT", default="", help="only models whose name contains this")
     parser.add_argument("--device", default="cpu", help="of our own and torch's methods (cpu)")
+    parser.add_argument("--batch", type=int, help="N, instead of that of each model")
     parser.add_argument("--repeats", type=int, default=9, help="kernels built for each figure (9)")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds after which no further one is begun (10)")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "METHOD"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser, batch=8, repeats=1)
     if options.one:
         case_name, method = options.one
-        print(json.dumps(measure(case_name, method, options.device, options.repeats, options.patience)))
+        print(json.dumps(measure(case_of(case_name, options), method, options.device, options.repeats, options.patience)))
         return
     chosen = [name for name in CASES if options.only in name]
     if not chosen:
         parser.error(f"--only {options.only!r}: no model has that in its name: {', '.join(CASES)}")
+    if options.small:
+        chosen = chosen[:1]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, float32 networks; medians")
     rows = []
     for name in chosen:
-        case, model = CASES[name], CASES[name].build()
+        case = case_of(name, options)
+        model = case.build()
         numel = sum(p.numel() for p in model.parameters())
         gigabytes = 40 * case.batch * numel / 1e9
         print(f"\n{name}: N = {case.batch}, QN = {10 * case.batch:,}, K = {numel:,}; D takes {gigabytes:.3g} GB")

@@ -9,7 +9,8 @@ import torch
 from torch_adapted_gd.jacobian import recorded
 from torch_adapted_gd.kernel import tangent_kernel
 
-from .models import mlp
+from .networks import mlp
+from .options import parse
 
 
 def peak() -> float:
@@ -22,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=1024, help="of the MLP's two hidden layers (1024)")
     parser.add_argument("--batch", type=int, default=512, help="N (512)")
-    options = parser.parse_args()
+    options = parse(parser, width=64, batch=64)
     torch.manual_seed(0)
     model, x = mlp(784, options.width, options.width, 10), torch.randn(options.batch, 784)
     model(x).sum().backward()

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torch_adapted_gd.lightning import CollapseMonitor
 
-from .models import cnn, mlp
+from .networks import cnn, mlp
+from .options import parse
 
 
 class Classifier(pl.LightningModule):
@@ -87,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1000, help="reference images (1000)")
     parser.add_argument("--epochs", type=int, default=30, help="medians are over so many (30)")
-    options = parser.parse_args()
+    options = parse(parser, samples=50, epochs=1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD
 
-from .models import mlp
+from .networks import mlp
+from .options import parse
 
-EPOCHS, BATCH = 50, 1000
+BATCH = 1000
 X = torch.linspace(-1, 1, 20_000)[:, None]
 Y = torch.sinc(10 * X)
 CRITERION = nn.MSELoss()
@@ -123,9 +124,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=50, help="of torch-levenberg-marquardt and AdaptedGD (50)")
     parser.add_argument("--json", help="write all runs there")
-    options = parser.parse_args()
-    steps = EPOCHS * len(X) // BATCH
+    options = parse(parser, epochs=1, seeds=1)
+    steps = options.epochs * len(X) // BATCH
     runs: dict[str, list[Run]] = {name: [] for name in ("torch-levenberg-marquardt", "AdaptedGD", "Adam", "LBFGS")}
     for seed in range(options.seeds):  # side by side, so that a busy machine is busy for all
         runs["torch-levenberg-marquardt"].append(train(levenberg_marquardt, seed, steps))

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from torch_adapted_gd import rank_revealing_lstsq
 from torch_adapted_gd.solve import Factorization, default_rtol, factorize
 
+from .options import parse
+
 try:
     from scipy.linalg import lapack
 except ImportError:
@@ -98,9 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="where (cpu)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each, after one to warm up (3)")
-    parser.add_argument("--small", action="store_true", help="one small size, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    options = parser.parse_args()
+    options = parse(parser, repeats=1)
     torch.manual_seed(0)
     device = torch.device(options.device)
     sizes = (640,) if options.small else (640, 1280, 2560)

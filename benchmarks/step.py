@@ -18,7 +18,8 @@ from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
 from torch_adapted_gd.kernel.capture import Capture
 from torch_adapted_gd.kernel.structured import StructuredKernel
 
-from .models import CASES
+from .networks import CASES
+from .options import parse
 
 # The parts of a step, each by the function that does it; what is left over is the optimizer's own.
 PARTS: dict[str, tuple[Any, str]] = {
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="N of the MLP (64)")
     parser.add_argument("--model", default="MLP 784-256-256-10", choices=CASES, help="network (MLP 784-256-256-10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    options = parser.parse_args()
+    options = parse(parser, steps=2, batch=16)
     torch.manual_seed(0)
     case = CASES[options.model]
     model, twin = case.build(), case.build()
