@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD, ConjugateGradients, HalfSquaredLoss, StraightLine
 from torch_adapted_gd.iterative import KernelOperator
-from torch_adapted_gd.jacobian import recorded
-from torch_adapted_gd.kernel import Factors, tangent_factors
-from torch_adapted_gd.kernel.diagonal import output_blocks, sample_blocks
+from torch_adapted_gd.jacobian import Jacobian, tangent_jacobian
+from torch_adapted_gd.jacobian.definition import recorded
 from torch_adapted_gd.solve.krylov import Iterate, solve_by_cg
 from torch_adapted_gd.solve.preconditioner import Identity, OutputBlockInverse, SampleBlockInverse
 
@@ -159,8 +158,8 @@ def compare_preconditioners(options: argparse.Namespace) -> None:
     for state, reach in states.items():
         reach()
         call, names = recorded(model, x)
-        factors, _ = tangent_factors(model, [call], names)
-        operator = KernelOperator(factors, None, [(len(x), 10)], ConjugateGradients())
+        jacobian = tangent_jacobian(model, [call], names)
+        operator = KernelOperator(jacobian, None, ConjugateGradients())
         with torch.no_grad():
             g = (model(x) - y).double().reshape(-1)
         shift = options.damping * operator.scale
@@ -168,7 +167,7 @@ def compare_preconditioners(options: argparse.Namespace) -> None:
         print(
             f"\n{state}: loss {loss:.2e}\n{'preconditioner':34} {'20':>9} {'40':>9} {'iter.':>6} {'build s':>8} {'solve s':>8}"
         )
-        for name, build in preconditioners(factors, operator, len(x), shift, options.rank).items():
+        for name, build in preconditioners(jacobian, operator, len(x), shift, options.rank).items():
             started = time.perf_counter()
             inverse = build()
             built = time.perf_counter()
@@ -191,15 +190,15 @@ def compare_preconditioners(options: argparse.Namespace) -> None:
 
 
 def preconditioners(
-    factors: Factors, operator: KernelOperator, samples: int, shift: float, rank: int
+    jacobian: Jacobian, operator: KernelOperator, samples: int, shift: float, rank: int
 ) -> dict[str, Callable[[], Inverse]]:
     """The library's, and others that have been proposed, for outputs of 10 classes."""
-    blocks = sample_blocks(factors, [(samples, 10)])[0]
+    blocks = jacobian.sample_blocks()[0]
     values, basis = torch.linalg.eigh(blocks.mean(0))
 
     def between(directions: Tensor) -> Tensor:
         out = torch.empty(10, samples, samples, device=blocks.device)
-        output_blocks(factors, [directions.expand(samples, 10, 10)], [0], out)
+        jacobian.output_blocks([directions.expand(samples, 10, 10)], [0], out)
         return out
 
     def factored(out: Tensor, directions: Tensor) -> Inverse:

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from torch_adapted_gd.jacobian import recorded
-from torch_adapted_gd.kernel import tangent_kernel
+from torch_adapted_gd.jacobian import tangent_jacobian
+from torch_adapted_gd.jacobian.definition import recorded
 
 from .networks import mlp
 from .options import parse
@@ -31,12 +31,13 @@ def main() -> None:
     before = peak()
     start = time.perf_counter()
     call, names = recorded(model, (x,))
-    kernel = tangent_kernel(model, [call], names, method="structured")
+    jacobian = tangent_jacobian(model, [call], names, method="structured")
+    theta = jacobian.gram()
     middle = time.perf_counter()
-    psi = torch.randn(len(kernel.theta), dtype=torch.float64)
-    kernel.factors.transpose_product(psi)
+    psi = torch.randn(len(theta), dtype=torch.float64)
+    jacobian.rmv(psi)
     end = time.perf_counter()
-    numel, rows = sum(p.numel() for p in model.parameters()), len(kernel.theta)
+    numel, rows = sum(p.numel() for p in model.parameters()), len(theta)
     print(
         f"MLP 784-{options.width}-{options.width}-10, float32, N = {options.batch}: QN = {rows:,}, K = {numel:,}\n"
         f"kernel {middle - start:.2f} s, Dᵀψ {end - middle:.2f} s, peak {peak() - before:.2f} GB above the network; "

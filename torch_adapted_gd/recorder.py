@@ -56,12 +56,12 @@ class _Running:
     def begin(self, model: nn.Module, parameters: dict[str, Tensor], differentiable: bool) -> None:
         """Start noting."""
         self.tape = Tape(parameters, constants_of(model, parameters), differentiable=differentiable)
-        self.tape.__enter__()
+        self.tape.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Stop it."""
         if self.tape is not None and private.is_innermost(self.tape):
-            self.tape.__exit__(None, None, None)
+            self.tape.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class CallRecorder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from ..memory import available_bytes
 from .blocks import BLOCK_ELEMENTS, KernelBlock
 from .blocks import Parts as Sorted
 from .chunks import Chunk, ways
-from .dense import ROWS_ELEMENTS, new_kernel, norm, product, transpose_product
+from .definition import product, transpose_product
+from .dense import ROWS_ELEMENTS, new_kernel, norm
 from .diagonal import output_blocks, sample_blocks
 from .linearized import Linearized
 from .operator import Jacobian, Parts
@@ -55,13 +56,12 @@ class FactoredJacobian(Jacobian):
         parameters: θ by name.
         dtype: The parameters'.
         chunk_size: See `ntk`.
-        release: Whether graphs may be given back where all of B is held.
     """
 
     def __init__(
         self,
         calls: list[list[Piece]],
-        parameters: dict[str, Tensor],
+        parameters: Mapping[str, Tensor],
         *,
         dtype: torch.dtype,
         chunk_size: int | None = None,
@@ -74,7 +74,7 @@ class FactoredJacobian(Jacobian):
         self._size = max(n for n, _ in self.shapes), max(q for _, q in self.shapes)
         self._budget = budget_of(self.shape[0], self.device)
         self._ways = ways(self._pieces, self.numels)
-        self._parameters = parameters
+        self._parameters = dict(parameters)
         self._chunks = list(self._planned(chunk_size))
         if len(self._chunks) == len(self._pieces):
             for chunk in self._chunks:
@@ -99,9 +99,9 @@ class FactoredJacobian(Jacobian):
             return None
         why = "; ".join(self.remarks[:3]) + (f"; and {len(self.remarks) - 3} more" if len(self.remarks) > 3 else "")
         return (
-            f"Rows of the output Jacobian are taken for {len(self.unserved)} of {len(self.numels)} parameters: {why}. This is exact, "
-            "but slower and larger, with a backward pass for each output. BatchNorm in training mode, contrastive outputs and other "
-            'things that mix a batch need it. If that is intended, choose kernel="jacobian", which does not warn.'
+            f"Rows of the output Jacobian are taken for {len(self.unserved)} of {len(self.numels)} parameters: {why}. This is "
+            "exact but slower and larger, with a backward pass for each output. BatchNorm in training mode, contrastive outputs "
+            'and whatever mixes a batch need it. If that is intended, choose kernel="jacobian", which does not warn.'
         )
 
     @property
@@ -248,7 +248,7 @@ class FactoredJacobian(Jacobian):
         output_blocks([self.chunks_of(number) for number in numbers], rotations, out, step)
 
     def _probe(self) -> Tensor:
-        """u of all rows, ``[R]``."""
+        """U of all rows, ``[R]``."""
         of_calls = [
             torch.cat([piece.linearized.probe.view(piece.linearized.n, -1) for piece in pieces], 1) for pieces in self._calls
         ]

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from ..tracking.applied import called
+from ..tracking.tape import tensors_of
+
 if TYPE_CHECKING:
     from .uses import Use
 
-_SET_ITEM = Tensor.__setitem__
 _BYTES = 2**27  # of vectors that are pulled back at a time
 
 
@@ -25,10 +27,11 @@ def any_function(use: Use) -> dict[Any, Tensor]:
     keys = list(use.sources)
     moving = tuple(use.sources[key].tensor.detach() for key in keys)
     of = _Function(use)
-    found = _by_sample(use, of, keys, moving)
-    if found is None:
-        found = _by_masks(use, of, keys, moving)
-    return dict(zip(keys, found, strict=True))
+    for way in (_by_sample, _by_masks):
+        found = way(use, of, keys, moving)
+        if found is not None and _agrees(use, of, keys, moving, found):
+            return dict(zip(keys, found, strict=True))
+    return dict(zip(keys, _one_by_one(use, of, keys, moving), strict=True))
 
 
 class _Function:
@@ -41,7 +44,7 @@ class _Function:
         self.kwargs = {name: _detached(a) for name, a in use.note.kwargs.items()}
 
     def __call__(self, keys: list[Any], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        args = [list(a) if isinstance(a, (tuple, list)) else a for a in self.args]
+        args: list[Any] = [list(a) if isinstance(a, (tuple, list)) else a for a in self.args]
         kwargs = dict(self.kwargs)
         for key, value in zip(keys, values, strict=True):
             if isinstance(key, tuple):
@@ -50,22 +53,14 @@ class _Function:
                 kwargs[key] = value
             else:
                 args[key] = value
-        name = getattr(self.function, "__name__", "")
-        if self.function is _SET_ITEM or name.endswith("_") or name.startswith("__i") or kwargs.get("inplace") is True:
-            args[0] = args[0].clone() * 1  # changed in place
-            result = self.function(*args, **kwargs)
-            result = args[0]
-        else:
-            result = self.function(*args, **kwargs)
+        result = called(self.function, args, kwargs)
         if isinstance(result, Tensor):
             return (result,)
         return tuple(r for r in result if isinstance(r, Tensor))
 
     def operands(self) -> dict[Any, Tensor]:
         """The tensors among its operands that are no parameters."""
-        from ..tracking.tape import _tensors
-
-        given = dict(_tensors(tuple(self.args), self.kwargs))
+        given = dict(tensors_of(tuple(self.args), self.kwargs))
         return {key: tensor for key, tensor in given.items() if key not in self.use.sources}
 
 
@@ -79,7 +74,8 @@ def _detached(value: Any) -> Any:
 
 def _pull(of: Callable[..., tuple[Tensor, ...]], moving: tuple[Tensor, ...], places: list[int]) -> Callable[..., Any]:
     """The vector-Jacobian product at some of the outputs."""
-    values, back = vjp(lambda *values: tuple(of(*values)[place] for place in places), *moving)
+    pulled = vjp(lambda *values: tuple(of(*values)[place] for place in places), *moving)
+    values, back = pulled[0], pulled[1]
     return lambda *gradients: back(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))
 
 
@@ -104,7 +100,8 @@ def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, .
         return tuple(found[place].squeeze(layout.dim) for place, layout in use.layouts.items())
 
     def of_sample(gradients: tuple[Tensor, ...], *sample: Tensor) -> tuple[Tensor, ...]:
-        values, back = vjp(lambda *moving: one(moving, *sample), *moving)
+        pulled = vjp(lambda *moving: one(moving, *sample), *moving)
+        values, back = pulled[0], pulled[1]
         return vmap(back)(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))  # type: ignore[no-any-return]
 
     try:
@@ -126,8 +123,36 @@ def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, .
         return None
 
 
-def _by_masks(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A backward pass through the function for each sample and output."""
+def _agrees(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> bool:
+    """Whether Σ v_nq D_nq is, for random v, what a plain backward pass through the function gives: torch.func may err."""
+    places = list(use.layouts)
+    n, q = found[0].shape[:2]
+    v = torch.randn(n, q, generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(found[0])
+    vectors = [_placed(use, place, torch.einsum("nq,nq...->n...", v, use.gradients[place])) for place in places]
+    expected = _plain(of, keys, moving, places, vectors)
+    for part, other in zip(found, expected, strict=True):
+        total = torch.einsum("nq,nq...->...", v, part)
+        size = part.norm()
+        if not bool((total - other).norm() <= 1e3 * torch.finfo(part.dtype).eps * size):
+            return not bool(torch.isfinite(size))
+    return True
+
+
+def _plain(
+    of: _Function, keys: list[Any], moving: tuple[Tensor, ...], places: list[int], vectors: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """A vector-Jacobian product by torch.autograd."""
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in moving]
+        outputs = of(keys, tuple(leaves))
+        some = [outputs[place] for place in places]
+        return torch.autograd.grad(
+            some, leaves, [v.to(x.dtype) for v, x in zip(vectors, some, strict=True)], materialize_grads=True
+        )
+
+
+def _by_masks(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """A backward pass through the function for each sample and output, many at a time; None where vmap refuses."""
     places = list(use.layouts)
     n, q = next(iter(use.gradients.values())).shape[:2]
     pull = _pull(lambda *values: of(keys, values), moving, places)
@@ -135,21 +160,41 @@ def _by_masks(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ..
     step = max(1, _BYTES // (8 * max(1, entries)))
     rows: list[list[Tensor]] = [[] for _ in keys]
     numbers = [(i, j) for i in range(n) for j in range(q)]
-    batched = True
     for start in range(0, len(numbers), step):
         some = numbers[start : start + step]
         vectors = tuple(torch.stack([_alone(use, place, i, j) for i, j in some]) for place in places)
-        if batched:
-            try:
-                parts = vmap(pull)(*vectors)
-            except RuntimeError:  # an operation without a batching rule
-                batched = False
-        if not batched:
-            each = [pull(*(v[row] for v in vectors)) for row in range(len(some))]
-            parts = tuple(torch.stack(part) for part in zip(*each, strict=True))
+        try:
+            parts = vmap(pull)(*vectors)
+        except RuntimeError as error:  # an operation without a batching rule
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
         for row, part in zip(rows, parts, strict=True):
             row.append(part)
     return tuple(torch.cat(row).unflatten(0, (n, q)) for row in rows)
+
+
+def _one_by_one(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same, one at a time."""
+    places = list(use.layouts)
+    n, q = next(iter(use.gradients.values())).shape[:2]
+    rows = [
+        _plain(of, keys, moving, places, [_alone(use, place, i, j) for place in places]) for i in range(n) for j in range(q)
+    ]
+    return tuple(torch.stack(part).unflatten(0, (n, q)) for part in zip(*rows, strict=True))
+
+
+def _placed(use: Use, place: int, by_sample: Tensor) -> Tensor:
+    """What the samples have, ``[N, ...]``, where the function has it."""
+    layout = use.layouts[place]
+    zero = by_sample.new_zeros(use.shapes[place])
+    if layout.places is not None:
+        flat = zero.flatten(0, layout.leading - 1)
+        there = layout.places >= 0
+        flat[layout.places[there]] = by_sample[there]
+        return flat.view(use.shapes[place])
+    layout.samples_first(zero).copy_(by_sample)  # a view
+    return zero
 
 
 def _alone(use: Use, place: int, sample: int, output: int) -> Tensor:

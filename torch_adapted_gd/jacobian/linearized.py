@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..checks import all_finite
-from ..tracking.tape import Key, Note, Source
+from ..tracking.tape import Key, Note
 from .products import OuterProducts
-from .rules import GENERIC, Term, UnsupportedError, rule_for
+from .rules import GENERIC, Term, rule_for
 from .sources import accumulated
 from .uses import Layout, Use
 
@@ -131,7 +131,22 @@ class Linearized:
                 for whole, part in zip(gradients, parts, strict=True):
                     whole[:, start : start + step] = part
         values = iter(gradients)
-        return [dataclasses.replace(use, gradients={place: next(values) for place in use.layouts}) for use in self.uses]
+        uses = [dataclasses.replace(use, gradients={place: next(values) for place in use.layouts}) for use in self.uses]
+        if self._vectorized and len(outputs) == self.q > 1 and not self._is_sound(uses):
+            self._vectorized = False
+            return self.at(outputs)
+        return uses
+
+    def _is_sound(self, uses: list[Use]) -> bool:
+        """Whether Σ_q u_q B_q is what the probe sent back: some of torch's operations are wrong under vmap."""
+        u = self.probe.view(self.n, 1, self.q).to(self._dtype)
+        for use, probed in zip(uses, self.uses, strict=True):
+            for place, b in use.gradients.items():
+                expected = probed.gradients[place].squeeze(1)
+                found = torch.bmm(u, b.reshape(self.n, self.q, -1)).view(expected.shape)
+                if not self._close(found, expected, 16 * self.eps * float(b.norm())):
+                    return False
+        return True
 
     def terms(self, use: Use) -> dict[Key, Term]:
         """What the rule of a use gives, by where its operands are."""
@@ -197,7 +212,11 @@ class Linearized:
             both = {place: next(gradients) for place in note.edges}
             reached = {place: (a, b) for place, (a, b) in both.items() if a is not None and b is not None}
             sources = {key: source for key, source in note.sources.items() if (id(source.note), source.place) not in of_samples}
-            if not reached or (not note.mixed and self.n == 1):
+            if not reached or (not note.mixed and self.n == 1) or not any(a.numel() for a, _ in reached.values()):
+                continue
+            if any(a.is_complex() for a, _ in reached.values()):
+                for name in {name for source in sources.values() for name in source.names} if note.mixed else ():
+                    self._leave(name, f"parameter '{name}' is used with complex numbers")
                 continue
             rule = rule_for(note.function)
             layouts: dict[int, Layout] = {}
@@ -208,7 +227,9 @@ class Linearized:
                 layouts[place] = layout
             if len(layouts) < len(reached):
                 if note.mixed and sources:
-                    self._leave(note, sources)
+                    use = Use(GENERIC, note, sources, {})
+                    for name in use.names:
+                        self._leave(name, f"the samples of a batch interact behind {use}")
                 continue
             if not note.mixed:
                 of_samples |= {(id(note), place) for place in reached}
@@ -220,11 +241,11 @@ class Linearized:
             uses.append(use)
         return [use for use in uses if not use.names <= self.unserved.keys()]
 
-    def _leave(self, note: Note, sources: dict[Key, Source]) -> None:
-        use = Use(GENERIC, note, sources, {})
-        for name in use.names:
-            self.unserved.setdefault(name, f"samples of the batch interact behind {use}")
-        self.remarks.insert(0, f"the samples of a batch interact behind {use}")
+    def _leave(self, name: str, why: str) -> None:
+        """Have a parameter served by rows of D."""
+        self.unserved.setdefault(name, why)
+        if why not in self.remarks:
+            self.remarks.append(why)
 
     def _layout(
         self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, noise: float, *, any_order: bool
@@ -243,8 +264,10 @@ class Linearized:
 
     def _places(self, once: Tensor, twice: Tensor, scale: Tensor, noise: float) -> Tensor | None:
         """The places of each sample ``[N, S]`` among those of the first dimension, −1 for none; None if some have several."""
+        if not once.numel():
+            return None
         once, twice = (t.reshape(len(t), -1) for t in (once, twice))
-        if not once.numel() or not all_finite(once) or not all_finite(twice) or 80 * self.n * self.eps > 1:
+        if not all_finite(once) or not all_finite(twice) or 80 * self.n * self.eps > 1:
             return None  # also where rounding hides which step of s a ratio is
         size, strongest = once.abs().max(1)
         rows = torch.arange(len(once), device=self.device)
@@ -293,11 +316,11 @@ class Linearized:
             using = [use for use in self.uses if name in use.names]
             where = f" ({', '.join(str(use) for use in using[:2])})" if using else ""
             share = apart / max(float(expected.norm()), 1e-300)
-            self.unserved[name] = (
-                f"parameter '{name}' is used out of sight, or by a rule that is wrong{where}: what is known of it differs from a "
-                f"backward pass by {share:.2g} of its size"
+            self._leave(
+                name,
+                f"parameter '{name}' is used out of sight, or by a rule that is wrong{where}: what is known of it differs from "
+                f"a backward pass by {share:.2g} of its size",
             )
-            self.remarks.append(self.unserved[name])
         self.uses = [use for use in self.uses if not use.names <= self.unserved.keys()]
 
     def _rows_of(self, names: list[str]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ def _constant(left: Tensor) -> OuterProducts:
 
 @register_rule(*_methods("matmul", "mm", "__matmul__"), names=("input", "other"), sample_dims="any")
 def matmul(use: Use) -> dict[str, Term]:
-    """x W as a linear layer, everything else as the sum over indices that it is."""
+    """X W as a linear layer, everything else as the sum over indices that it is."""
     x, weight = use.argument("input"), use.argument("other")
     if x.ndim > 1 and weight.ndim == 2 and use.wants("other") and not use.wants("input"):
         if use.layout.places is None and use.layout.dim == x.ndim - 1:
@@ -239,9 +239,8 @@ def _sums(use: Use, labels: Mapping[str | int, str], out: str) -> dict[str, Term
         indices = labels[other]
         if sample in indices:
             dim = indices.index(sample)
-            moved_first = Layout_of(use, dim).samples_first(value)
+            value = replace(use.layout, dim=dim).samples_first(value)
             indices = lead + indices[:dim] + indices[dim + 1 :]
-            value = moved_first
         prepared.append((indices, value))
     target = "".join([sample, *groups, *right_only, *(p for p in positions if p in used), *lead[1:]])
     right = torch.einsum(",".join(i for i, _ in prepared) + "->" + target, *(v for _, v in prepared))
@@ -261,11 +260,9 @@ def _sums(use: Use, labels: Mapping[str | int, str], out: str) -> dict[str, Term
     return {name: written.permute(0, 1, *(2 + ordered.index(letter) for letter in mine))}  # type: ignore[dict-item]
 
 
-def Layout_of(use: Use, dim: int) -> Any:  # noqa: N802
-    """The output's layout for a tensor that has the samples in another dimension."""
-    import dataclasses
-
-    return dataclasses.replace(use.layout, dim=dim)
+def _at(use: Use, key: int | str) -> Tensor:
+    value: Tensor = use.note.kwargs[key] if isinstance(key, str) else use.note.args[key]
+    return value
 
 
 def _summed(use: Use, factor: Tensor | None, shape: torch.Size) -> Term:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ..tracking.applied import called
 from ..tracking.tape import Key, Source
 from .products import OuterProducts
 from .rules import Term
@@ -91,16 +92,7 @@ class Derived:
                     kwargs[key] = value
                 else:
                     args[key] = value
-            name = getattr(note.function, "__name__", "")
-            changes = (
-                note.function is Tensor.__setitem__
-                or (name.endswith("_") and not name.endswith("__"))
-                or name.startswith("__i")
-            )
-            if changes:
-                args[0] = args[0].clone()
-            result = note.function(*args, **kwargs)
-            result = args[0] if changes else result
+            result = called(note.function, args, kwargs)
             made[id(note)] = (result,) if isinstance(result, Tensor) else tuple(r for r in result if isinstance(r, Tensor))
         return made[id(note)][source.place]
 
@@ -177,4 +169,5 @@ def turned(term: Term, shape: torch.Size) -> Term:
     """A term of a matrix's transpose, of that shape, as one of the matrix."""
     if isinstance(term, OuterProducts) and term.left.shape[2] == 1:
         return OuterProducts(term.left, term.right, not term.flipped)
-    return written(term).reshape(*term.shape[:2], *shape).transpose(2, 3)
+    rows = written(term)
+    return rows.reshape(*rows.shape[:2], *shape).transpose(2, 3)

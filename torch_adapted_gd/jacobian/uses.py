@@ -41,7 +41,7 @@ class Layout:
         if self.places is not None:
             flat = tensor.flatten(offset, offset + self.leading - 1)
             index = self.places.clamp(min=0).reshape(-1)
-            chosen = flat.index_select(offset, index).unflatten(offset, self.places.shape)
+            chosen: Tensor = flat.index_select(offset, index).unflatten(offset, self.places.shape)
             missing = self.places < 0
             if not missing.any():
                 return chosen
@@ -95,10 +95,7 @@ class Use:
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by the name that the rule gives it; tensors are detached."""
         key = self.key(name)
-        if isinstance(key, str):
-            value = self.note.kwargs.get(key, default)
-        else:
-            value = self.note.args[key]
+        value = self.note.kwargs.get(key, default) if isinstance(key, str) else self.note.args[key]
         return value.detach() if isinstance(value, Tensor) else value
 
     def key(self, name: str) -> int | str:

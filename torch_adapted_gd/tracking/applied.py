@@ -27,6 +27,23 @@ _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__
 _MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 
 
+def changes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes its first operand."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__"))
+    return name.endswith("_") or kwargs.get("inplace") is True
+
+
+def called(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """What a function returns; of one that changes its first operand, that operand as it is afterwards, which is a copy."""
+    if not changes_in_place(function, kwargs):
+        return function(*args, **kwargs)
+    changed = args[0].clone()
+    function(changed, *args[1:], **kwargs)
+    return changed
+
+
 class Operation:
     """A function of tensors, and its gradients in each.
 
@@ -217,9 +234,7 @@ class _Bound:
                 kwargs[key] = tensor
             else:
                 args[key] = tensor
-        if getattr(self.function, "__name__", "").endswith("_") or kwargs.get("inplace") is True:
-            args[0] = args[0].clone()
-        return self.function(*args, **kwargs)  # type: ignore[no-any-return]
+        return called(self.function, args, kwargs)  # type: ignore[no-any-return]
 
 
 class _Affine:
@@ -277,9 +292,9 @@ def operation_of(
         return _WithBias(_MatrixProduct((args[1], args[2]), frozenset({1}), False), args[0])
     if func in _MULTIPLICATIONS and not kwargs and all(isinstance(a, Tensor) for a in args):
         return _Multiplication((args[0], args[1]), frozenset(int(key) for key in keys if isinstance(key, int)))
-    from .tape import _tensors
+    from .tape import tensors_of
 
-    operands = dict(_tensors(args, kwargs))
+    operands = dict(tensors_of(args, kwargs))
     floating = tuple(key for key, tensor in operands.items() if tensor.is_floating_point())
     if not all(key in floating for key in keys):
         return None

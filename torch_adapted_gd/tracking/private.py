@@ -22,7 +22,7 @@ def is_batched(gradient: Tensor) -> bool:
 
 def backward_pass() -> int:
     """A number for the backward pass under way, -1 outside of one."""
-    return torch._C._current_graph_task_id()  # type: ignore[no-any-return]
+    return int(torch._C._current_graph_task_id())
 
 
 def at_end_of_backward(function: Callable[[], None]) -> None:
@@ -38,7 +38,7 @@ def will_reach(node: Any, *, else_: bool) -> bool:
         else_: What to say of an end of the graph that `torch.autograd.grad` was asked for: torch does not tell.
     """
     try:
-        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
         return else_
 
@@ -51,7 +51,7 @@ def is_innermost(mode: TorchFunctionMode) -> bool:
 
 def disable_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, never to be traced into a compiled model."""
-    return torch._disable_dynamo(function)  # type: ignore[no-any-return]
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined, no-any-return]
 
 
 def is_tracing() -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import private
-from .applied import Applied, operation_of
+from .applied import changes_in_place, operation_of
 from .recurrent import RECURRENT
 
 Key = int | str | tuple[int, int]  # an operand: its number, its keyword, or its place in a list with that number
@@ -104,12 +104,12 @@ class Tape(TorchFunctionMode):
         self._sources = {id(p): Source(p, name) for name, p in parameters.items()}
         self._constants = {id(t): t for t in constants}
 
-    def __torch_function__(  # noqa: D105
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Any,
         args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,  # noqa: ARG002
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _QUIET or func in _GRADIENTS or private.in_transform():
@@ -158,7 +158,7 @@ class Tape(TorchFunctionMode):
         """The operands that were computed from parameters, and whether others may depend on the samples."""
         found: dict[Key, Source] = {}
         mixed = False
-        for key, tensor in _tensors(args, kwargs):
+        for key, tensor in tensors_of(args, kwargs):
             source = self._sources.get(id(tensor))
             if source is not None:
                 found[key] = source
@@ -192,7 +192,7 @@ class Tape(TorchFunctionMode):
         source = None if base is None else self._sources.get(id(base))
         if base is None or source is None or source.name is None or not base.is_contiguous() or tensor.dtype != base.dtype:
             return None
-        return source.name, tensor.storage_offset() - base.storage_offset(), tuple(tensor.shape), tensor.stride()
+        return source.name, int(tensor.storage_offset() - base.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
 def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -203,7 +203,8 @@ def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Te
             yield from (t for t in tensors if isinstance(t, Tensor) and id(t) not in ours)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Key, Tensor]]:
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Key, Tensor]]:
+    """The tensors among arguments, those in lists too, and where they are."""
     for number, value in enumerate(args):
         if isinstance(value, Tensor):
             yield number, value
@@ -226,9 +227,4 @@ def _results(result: Any) -> list[Tensor]:
 
 def _changed_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The operand that a function changes, if it changes one."""
-    name = getattr(func, "__name__", "")
-    in_place = func is _SET_ITEM or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
-    in_place = in_place or (
-        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__invert__", "__int__")
-    )
-    return args[0] if in_place and args and isinstance(args[0], Tensor) else None
+    return args[0] if changes_in_place(func, kwargs) and args and isinstance(args[0], Tensor) else None
