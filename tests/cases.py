@@ -144,7 +144,7 @@ def make(name, dtype=torch.float64):
     return build().to(dtype), torch.randn(shape, dtype=dtype), method
 
 
-def dense_jacobian(model, *args, double=True, **kwargs):
+def dense_jacobian(model, *args, double=True, by_rows=False, **kwargs):
     """D [NQ, K] in float64 by `jacrev` of the whole batch, or row by row where torch.func refuses; model left alone."""
     model = copy.deepcopy(model)
     if double:
@@ -166,14 +166,15 @@ def dense_jacobian(model, *args, double=True, **kwargs):
     )
     rest = {name: t.detach().clone() for name, t in everything.items() if name not in moving}
     try:
-        if dropout:
-            raise RuntimeError("torch.func may draw another mask than the model does")
+        if dropout or by_rows:
+            raise RuntimeError("torch.func may draw another mask than the model does, or be wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             blocks = jacrev(x)(moving, rest)
     except RuntimeError:
         moving = {name: p.clone().requires_grad_() for name, p in moving.items()}
-        rows = [torch.autograd.grad(r, list(moving.values()), retain_graph=True) for r in x(moving, rest)]
+        leaves = list(moving.values())
+        rows = [torch.autograd.grad(r, leaves, retain_graph=True, materialize_grads=True) for r in x(moving, rest)]
         return torch.stack([torch.cat([b.reshape(-1) for b in row]) for row in rows]).double()
     finally:
         torch.set_rng_state(state)
