@@ -55,11 +55,19 @@ class _Running:
 
     def begin(self, model: nn.Module, parameters: dict[str, Tensor], differentiable: bool) -> None:
         """Start noting."""
-        self.tape = Tape(parameters, constants_of(model, parameters), differentiable=differentiable)
+        inner = underlying(model)
+        self.tape = Tape(
+            parameters,
+            constants_of(inner, parameters),
+            differentiable=differentiable,
+            still_runs=lambda: _passes(model) > 0,
+        )
         self.tape.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Stop it."""
+        if self.tape is not None:
+            self.tape.finish()
         if self.tape is not None and private.is_innermost(self.tape):
             self.tape.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -93,6 +101,7 @@ class CallRecorder:
         after = model.register_forward_hook(_Hook(self, CallRecorder._after), with_kwargs=True, always_call=True)
         self._handles = (before, after)
         weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, _end, self._running)
 
     def watch(self, parameter: nn.Parameter) -> None:
         """Have gradients that reach ``parameter`` confirm calls, for as long as this recorder lives.
@@ -188,11 +197,8 @@ class CallRecorder:
         for parameter in [p for p in self._frozen.values() if p.requires_grad]:
             del self._frozen[id(parameter)]
             self.watch(parameter)
-        if self._running and not _calls_itself(model):
-            for left in self._running:  # over from a pass that was interrupted, which no hook is told of
-                if left is not None:
-                    left.end()
-            self._running.clear()
+        if self._running and not _passes(model) > 1:
+            _end(self._running)  # left over from a pass that was interrupted, which no hook is told of
         inner = bool(self._running)  # a model that calls itself: the outermost call counts
         if inner or not torch.is_grad_enabled():
             self._running.append(None)
@@ -202,7 +208,7 @@ class CallRecorder:
         running = _Running(Inputs(args, kwargs), Conditions.now(model), nested)
         self._running.append(running)
         if not compiled(model):  # what was compiled runs as a whole, and is run again to be differentiated
-            running.begin(underlying(model), self._named(model), any(leaf.requires_grad for leaf in leaves))
+            running.begin(model, self._named(model), any(leaf.requires_grad for leaf in leaves))
 
     def _named(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters to be stepped, by name."""
@@ -318,16 +324,23 @@ def _arrival(reference: "weakref.ref[CallRecorder]", call: Call, place: int) -> 
     return arrived
 
 
-def _calls_itself(model: nn.Module) -> bool:
-    """Whether a forward pass of ``model`` is under way beside the one that asks."""
+def _passes(model: nn.Module) -> int:
+    """How many forward passes of ``model`` are under way."""
     passes = 0
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         passes += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
         frame = frame.f_back
-    return passes > 1
+    return passes
 
 
 def _remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _end(running: "list[_Running | None]") -> None:
+    for each in running:
+        if each is not None:
+            each.end()
+    running.clear()

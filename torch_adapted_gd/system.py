@@ -18,6 +18,7 @@ from .solve import ConjugateGradients, Factorization, factorize
 SPACES = ("auto", "sample", "parameter")
 SOLVERS = ("auto", "eigh", "cg")
 _DENSE = 8192  # rows up to which "auto" forms and factors a matrix: one of 8,192 rows takes 0.5 GB, and Cholesky some seconds
+_SMALL = 2**18  # entries of D up to which it is written out: its parts would take longer to be called than to be computed
 _MATRICES = 5  # as many as Θ that a solution with it may need: its eigenvectors, and LAPACK's workspace
 
 
@@ -90,7 +91,7 @@ class Problem:
             f"A step on {rows:,} outputs (kernel {8 * rows**2 / 1e9:.3g} GB, and its eigenvectors)",
             'Use a smaller batch, or solver="cg".',
         )
-        jacobian = self._jacobian()
+        jacobian = written_if_small(self._jacobian(), _SMALL)
         theta = jacobian.gram()  # [R, R]
         square = float(theta.diagonal().sum())
         if self.metric is not None:  # SᵀΘS, Θ symmetric

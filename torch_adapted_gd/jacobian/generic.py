@@ -118,7 +118,7 @@ def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, .
             return None
     gradients = tuple(use.gradients[place] for place in places)
     try:
-        return vmap(of_sample)(gradients, *samples)  # type: ignore[no-any-return]
+        return vmap(of_sample)(gradients, *samples)
     except RuntimeError:  # an operation without a batching rule
         return None
 

@@ -22,6 +22,7 @@ from .uses import Layout, Use
 _ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
 # Of vmap, for an operation without a batching rule, or of a user's own backward pass under it; plain passes follow.
 _REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
+_FEW = 4  # backward passes that vmap would take longer for than one after the other
 _ROW_BYTES = 2**28  # of rows of D that are differentiated at a time
 
 
@@ -132,7 +133,7 @@ class Linearized:
                     whole[:, start : start + step] = part
         values = iter(gradients)
         uses = [dataclasses.replace(use, gradients={place: next(values) for place in use.layouts}) for use in self.uses]
-        if self._vectorized and len(outputs) == self.q > 1 and not self._is_sound(uses):
+        if self._vectorized and len(outputs) == self.q > _FEW and not self._is_sound(uses):
             self._vectorized = False
             return self.at(outputs)
         return uses
@@ -155,7 +156,7 @@ class Linearized:
                 return {use.key(name) if isinstance(name, str) else name: t for name, t in self._run(use).items()}
             except NotImplementedError:
                 pass
-        found: dict[Key, Term] = dict(self._run(dataclasses.replace(use, rule=GENERIC)))  # type: ignore[arg-type]
+        found: dict[Key, Term] = dict(self._run(dataclasses.replace(use, rule=GENERIC)))
         return found
 
     def _run(self, use: Use) -> dict[Any, Term]:
@@ -176,7 +177,7 @@ class Linearized:
         return self._many_backward(units, edges)
 
     def _many_backward(self, vectors: Tensor, edges: list[Any]) -> list[Tensor]:
-        if self._vectorized and len(vectors) > 1:
+        if self._vectorized and len(vectors) > _FEW:
             try:
                 return list(vmap(lambda u: self._gradients(u, edges))(vectors))
             except _REFUSALS as error:

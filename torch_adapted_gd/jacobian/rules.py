@@ -205,9 +205,7 @@ def _sums(use: Use, labels: Mapping[str | int, str], out: str) -> dict[str, Term
     (key,) = use.sources
     keys = {name: use.key(name) if isinstance(name, str) else name for name in labels}
     name = next(name for name in labels if keys[name] == key)
-    values = {
-        other: use.note.args[keys[other]] if isinstance(keys[other], int) else use.note.kwargs[keys[other]] for other in labels
-    }
+    values = {other: _at(use, keys[other]) for other in labels}
     mine, others = labels[name], [other for other in labels if other != name]
     if any(len(set(indices)) < len(indices) for indices in (*labels.values(), out)):
         raise UnsupportedError("it takes diagonals")

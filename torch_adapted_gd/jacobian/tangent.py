@@ -147,14 +147,14 @@ def _traced(model: nn.Module, call: Call, names: list[str], dtype: torch.dtype) 
     return [Piece(found)]
 
 
-def written_if_small(jacobian: Jacobian) -> Jacobian:
-    """The same with D held, where it is one small block."""
+def written_if_small(jacobian: Jacobian, limit: int = ROWS_ELEMENTS) -> Jacobian:
+    """The same with D held, where it has at most so many entries."""
     rows, columns = jacobian.shape
-    if isinstance(jacobian, DenseJacobian) or rows * columns > ROWS_ELEMENTS:
+    if rows * columns > limit:
         return jacobian
-    blocks = list(jacobian.rows(ROWS_ELEMENTS))
-    whole = torch.cat(blocks).split([n * q for n, q in jacobian.shapes])
-    dense = DenseJacobian(list(whole), jacobian.shapes, jacobian.numels, jacobian.description)
+    whole = torch.cat(list(jacobian.rows(limit)))
+    blocks = list(whole.split([n * q for n, q in jacobian.shapes]))
+    dense = DenseJacobian(blocks, jacobian.shapes, jacobian.numels, jacobian.description)
     dense.remark = jacobian.remark
     return dense
 

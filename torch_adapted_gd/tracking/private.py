@@ -51,7 +51,7 @@ def is_innermost(mode: TorchFunctionMode) -> bool:
 
 def disable_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, never to be traced into a compiled model."""
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined, no-any-return]
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
 
 def is_tracing() -> bool:

@@ -88,15 +88,26 @@ class Tape(TorchFunctionMode):
         parameters: The parameters to be differentiated by, by name.
         constants: Other tensors that are the same for all samples: buffers, frozen parameters.
         differentiable: Whether derivatives may be taken.
+        still_runs: Tells whether the forward pass is under way.
 
     Attributes:
         notes: The notes, in the order of the operations.
+        finished: Whether it takes no more notes.
         parameters: As given.
         without_graph: Whether a parameter was used with gradients disabled, as within `torch.utils.checkpoint`.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], constants: Iterator[Tensor], *, differentiable: bool) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        constants: Iterator[Tensor],
+        *,
+        differentiable: bool,
+        still_runs: Callable[[], bool] = lambda: True,
+    ) -> None:
         super().__init__()
+        self.finished = False
+        self._operations, self._still_runs = 0, still_runs
         self.notes: list[Note] = []
         self.differentiable = differentiable
         self.without_graph = False
@@ -112,6 +123,10 @@ class Tape(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self._operations += 1
+        if self.finished or (self._operations % 256 == 0 and not self._still_runs()):
+            self.finish()  # a forward pass that was interrupted leaves its modes behind
+            return func(*args, **kwargs)
         if func in _QUIET or func in _GRADIENTS or private.in_transform():
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
@@ -145,6 +160,11 @@ class Tape(TorchFunctionMode):
             result = func(*args, **kwargs)
         self._close(note, result if changed is None else changed)
         return result
+
+    def finish(self) -> None:
+        """Take no more notes; what it needed for that is given back."""
+        self.finished = True
+        self._sources, self._constants = {}, {}
 
     def note(self, function: Callable[..., Any], args: tuple[Any, ...], sources: dict[Key, Source], result: Tensor) -> None:
         """Take down an operation that was run elsewhere."""
