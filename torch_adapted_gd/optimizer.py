@@ -45,16 +45,17 @@ class AdaptedGD(WatchingOptimizer):
       read: clipping or editing it changes nothing, and a warning says so once.
     - A loss that also depends on the parameters directly (a penalty on weights, derivatives of the network) has a part r
       in its gradient that no output carries. It takes a plain gradient step −lr·r, and a warning says so once.
-    - The forward pass is repeated to differentiate it (once, or up to six times where the Jacobian is needed), hooks on its
-      submodules included, with the same random numbers (dropout masks), autocast and modes. Buffers (BatchNorm's
-      statistics), attributes that the forward pass sets on modules, and the random stream are left as they were.
-    - The step is all or nothing: when anything is not finite, or the model's call cannot be repeated, it raises and
+    - The Jacobian comes from the graph of the user's own ``backward``: uses of parameters are noted while the forward pass
+      runs, and differentiated when the loss's gradient arrives at the outputs. The forward pass is repeated only for trials of
+      a policy, where the model was compiled, and where memory cannot hold the gradients at all uses: with the same random numbers
+      (dropout masks), autocast and modes; buffers, attributes of modules and the random stream are left as they were.
+    - The step is all or nothing: when anything is not finite it raises and
       neither parameters nor state have changed.
 
-    It costs a forward pass, three backward passes and Q more that stop at the layers' outputs, the kernel, (N·Q)² numbers in
-    float64 summed over the layers without the Jacobian (see `ntk`), or DᵀD, K² of them, and its Cholesky factorization, pivoted
-    where the rank is short, or an eigenvalue decomposition where that is not clear. In every step the layers' rules are checked
-    against backward passes; a model for which they are wrong is served by its Jacobian, and a warning says so once.
+    It costs two backward passes and Q more that stop at the uses of parameters, the kernel, (N·Q)² numbers in float64 summed over
+    the uses without the Jacobian (see `ntk`), or DᵀD, K² of them, and its Cholesky factorization, pivoted where the rank is
+    short, or an eigenvalue decomposition where that is not clear. In every step the uses are checked against a backward pass;
+    parameters for which they are not all are served by rows of the Jacobian, and a warning says so once.
 
     Args:
         model: The module whose outputs the loss is computed from.
@@ -82,8 +83,8 @@ class AdaptedGD(WatchingOptimizer):
             ``"closure"``, that of `step`; ``"auto"`` (default), the closure only where the criterion does not know all of it.
         space: Where to solve: ``"sample"``, with Θ, QN×QN; ``"parameter"``, with DᵀD, K×K, added up over blocks of samples; or
             ``"auto"`` (default), whichever is smaller.
-        kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the layers and raises for a model that this does
-            not fit, ``"jacobian"`` builds it from D, ``"auto"`` (default) is structured where that is right.
+        kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the uses of parameters and raises for a model
+            that this does not fit, ``"jacobian"`` builds it from D, ``"auto"`` (default) is structured where that is right.
         solver: ``"auto"`` (default): Cholesky where an estimate of the condition allows it, pivoted Cholesky where the rank is
             short and unambiguous, else ``"eigh"``, the eigenvalue decomposition, which may be had always; see `solve_kernel`.
             Or ``"cg"`` or a `ConjugateGradients`, which never form Θ; ``"auto"`` takes them beyond 8,192 outputs (and as many

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from ..tracking.applied import called
+from ..tracking.applied import called, replaced
 from ..tracking.tape import tensors_of
 
 if TYPE_CHECKING:
@@ -44,15 +44,7 @@ class _Function:
         self.kwargs = {name: _detached(a) for name, a in use.note.kwargs.items()}
 
     def __call__(self, keys: list[Any], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        args: list[Any] = [list(a) if isinstance(a, (tuple, list)) else a for a in self.args]
-        kwargs = dict(self.kwargs)
-        for key, value in zip(keys, values, strict=True):
-            if isinstance(key, tuple):
-                args[key[0]][key[1]] = value
-            elif isinstance(key, str):
-                kwargs[key] = value
-            else:
-                args[key] = value
+        args, kwargs = replaced(self.args, self.kwargs, dict(zip(keys, values, strict=True)))
         result = called(self.function, args, kwargs)
         if isinstance(result, Tensor):
             return (result,)
@@ -68,7 +60,7 @@ def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, (tuple, list)):
-        return [_detached(inner) for inner in value]
+        return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -165,7 +166,11 @@ class Linearized:
 
     def _run(self, use: Use) -> dict[Any, Term]:
         with self._conditions(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return dict(use.rule.function(use))
+            if use.rule is not GENERIC:
+                return dict(use.rule.function(use))
+            with warnings.catch_warnings():  # of torch, that vmap takes a loop for an operation
+                warnings.simplefilter("ignore")
+                return dict(use.rule.function(use))
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

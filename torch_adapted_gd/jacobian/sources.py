@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..tracking.applied import called
+from ..tracking.applied import called, replaced
 from ..tracking.tape import Key, Source
 from .products import OuterProducts
 from .rules import Term
@@ -82,16 +82,9 @@ class Derived:
         note = source.note
         assert note is not None
         if id(note) not in made:
-            args: list[Any] = [list(a) if isinstance(a, (list, tuple)) else _plain(a) for a in note.args]
-            kwargs = {name: _plain(a) for name, a in note.kwargs.items()}
-            for key, inner in note.sources.items():
-                value = self._made(inner, made)
-                if isinstance(key, tuple):
-                    args[key[0]][key[1]] = value
-                elif isinstance(key, str):
-                    kwargs[key] = value
-                else:
-                    args[key] = value
+            values = {key: self._made(inner, made) for key, inner in note.sources.items()}
+            plain = [_plain(a) for a in note.args], {name: _plain(a) for name, a in note.kwargs.items()}
+            args, kwargs = replaced(*plain, values)
             result = called(note.function, args, kwargs)
             made[id(note)] = (result,) if isinstance(result, Tensor) else tuple(r for r in result if isinstance(r, Tensor))
         return made[id(note)][source.place]

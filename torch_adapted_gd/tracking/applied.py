@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,21 @@ def changes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> bo
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__"))
     return name.endswith("_") or kwargs.get("inplace") is True
+
+
+def replaced(args: Sequence[Any], kwargs: dict[str, Any], values: Mapping[Key, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments with some of the operands replaced; tuples among them stay tuples, which an index has to be."""
+    given, by_name = list(args), dict(kwargs)
+    for key, value in values.items():
+        if isinstance(key, str):
+            by_name[key] = value
+        elif isinstance(key, int):
+            given[key] = value
+        else:
+            number, place = key
+            inner = given[number]
+            given[number] = type(inner)([*inner[:place], value, *inner[place + 1 :]])
+    return given, by_name
 
 
 def called(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -346,15 +361,7 @@ class _Bound:
     keys: tuple[Key, ...]
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        args: list[Any] = [list(a) if isinstance(a, (list, tuple)) else a for a in self.args]
-        kwargs = dict(self.kwargs)
-        for key, tensor in zip(self.keys, tensors, strict=True):
-            if isinstance(key, tuple):
-                args[key[0]][key[1]] = tensor
-            elif isinstance(key, str):
-                kwargs[key] = tensor
-            else:
-                args[key] = tensor
+        args, kwargs = replaced(self.args, self.kwargs, dict(zip(self.keys, tensors, strict=True)))
         return called(self.function, args, kwargs)  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,318 @@
+"""Uses of parameters in the user's own step: from the graph that is there, wherever the user takes derivatives."""
+
+import contextlib
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, ntk
+from torch_adapted_gd.jacobian.factored import FactoredJacobian, Piece
+from torch_adapted_gd.jacobian.linearized import Linearized
+from torch_adapted_gd.tracking import private
+from torch_adapted_gd.tracking.tape import Tape, constants_of
+
+from .cases import MSE, assert_at, dense_jacobian, mlp, pinv_step, problem
+
+
+class Own(nn.Module):
+    """A layer by hand, with a normalization and a learned slope."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+        self.slope = nn.Parameter(torch.rand(outputs))
+
+    def forward(self, x):
+        return torch.tanh(self.slope * (x @ self.w + self.b))
+
+
+def field(outputs=1):
+    return nn.Sequential(Own(2, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+
+
+def gradient(u, x):
+    (g,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return g
+
+
+def laplacian(net, x):
+    g = gradient(net(x), x)
+    return sum(gradient(g[:, i], x)[:, i] for i in range(x.shape[1]))
+
+
+def bending(net, x):
+    """Fourth derivatives."""
+    return laplacian(lambda z: laplacian(net, z), x) + net(x)[:, 0]
+
+
+def navier_stokes(net, x):
+    """Three residuals for each point, of a stream function and a pressure."""
+    out = net(x)
+    psi = gradient(out[:, 0], x)
+    u, v = psi[:, 1], -psi[:, 0]
+    du, dv, dp = gradient(u, x), gradient(v, x), gradient(out[:, 1], x)
+    lap = [sum(gradient(d[:, i], x)[:, i] for i in (0, 1)) for d in (du, dv)]
+    return torch.stack(
+        [
+            u * du[:, 0] + v * du[:, 1] + dp[:, 0] - 0.1 * lap[0],
+            u * dv[:, 0] + v * dv[:, 1] + dp[:, 1] - 0.1 * lap[1],
+            out[:, 1] ** 2,
+        ],
+        1,
+    )
+
+
+def periodic(net, x):
+    """Points that depend on each other in pairs, in one call."""
+    both = net(torch.cat([x, x + 1]))
+    return both[: len(x)] - both[len(x) :] + both[: len(x)] ** 2
+
+
+def weighted_terms(net, x):
+    """Several point sets: a residual inside and values at the boundary, in one vector of rows."""
+    inside, boundary = x[:4], x[4:].detach()
+    inside = inside.detach().requires_grad_()
+    return torch.cat([laplacian(net, inside), 10 * net(boundary)[:, 0]])
+
+
+OUTSIDE = {
+    "laplacian": (laplacian, 1),
+    "fourth derivatives": (bending, 1),
+    "navier-stokes": (navier_stokes, 2),
+    "periodic pairs": (periodic, 1),
+    "several point sets": (weighted_terms, 1),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_derivatives_taken_outside_of_the_module(name):
+    residual, outputs = OUTSIDE[name]
+    net, x = field(outputs), torch.randn(7, 2).double().requires_grad_()
+    parameters = dict(net.named_parameters())
+    tape = Tape(parameters, constants_of(net, parameters), differentiable=True)
+
+    def watched(points):
+        with tape:
+            return net(points)
+
+    rows = residual(watched, x)
+    found = Linearized([rows], parameters, tape.notes, eps=2.0**-52, dtype=torch.float64)
+    assert not found.remarks
+    jacobian = FactoredJacobian([[Piece(found)]], parameters, dtype=torch.float64)
+    expected = residual(net, x).reshape(-1)
+    grads = [torch.autograd.grad(r, list(parameters.values()), retain_graph=True, materialize_grads=True) for r in expected]
+    d = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in grads])
+    assert (jacobian.gram() - d @ d.T).norm() <= 1e-13 * (d @ d.T).norm()
+    u = torch.randn(len(d)).double()
+    assert (torch.cat(list(jacobian.rmv(u).values())) - d.T @ u).norm() <= 1e-13 * (d.T @ u).norm()
+    plain = torch.autograd.grad(rows.reshape(-1) @ u, list(parameters.values()), materialize_grads=True)
+    assert (torch.cat([part.reshape(-1) for part in plain]) - d.T @ u).norm() <= 1e-13 * (d.T @ u).norm()
+
+
+class Counting(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.passes = net, 0
+
+    def forward(self, *x):
+        self.passes += 1
+        return self.net(*x)
+
+
+def test_a_step_with_a_fixed_damping_runs_the_forward_pass_once():
+    net, x, y = problem()
+    model = Counting(net)
+    optimizer = AdaptedGD(model, lr=0.5, damping=1e-3)
+    for step in range(3):
+        optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        optimizer.step()
+        assert model.passes == step + 1
+
+
+class Noisy(nn.Module):
+    """What cannot be repeated: another generator's numbers, and a state that is kept as an attribute and in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.kept = nn.Linear(4, 40), nn.Linear(40, 3), []
+
+    def forward(self, x):
+        self.hidden = torch.tanh(self.first(x))
+        self.kept.append(self.hidden)
+        return self.second(self.hidden * (1 + torch.from_numpy(1e-6 * np.random.default_rng().standard_normal(40))))
+
+
+class Drawn(nn.Module):
+    """Points are drawn in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 1))
+
+    def forward(self):
+        points = torch.rand(6, 1, dtype=torch.float64)
+        return self.net(points) - torch.sin(points)
+
+
+@pytest.mark.parametrize("options", [{"damping": 1e-6, "lr": 1.0}, {}], ids=["damped", "default"])
+@pytest.mark.parametrize("build", [Noisy, Drawn])
+def test_models_that_cannot_be_repeated_train(build, options):
+    model, x, y = build().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    inputs, y = ((x,), y) if build is Noisy else ((), torch.zeros(6, 1).double())
+    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), **options)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = HalfSquaredLoss()(model(*inputs), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] <= 1e-4 * losses[0]
+    assert optimizer.last_step.kernel == "structured"
+
+
+def test_autocast_that_a_wrapper_puts_around_forward():
+    """As accelerate does: the model itself enters it, and gives float32 back."""
+    model, x, y = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 3)), torch.randn(8, 4), torch.randn(8, 3)
+    inner = model.forward
+
+    def forward(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return inner(x).float()
+
+    model.forward = forward
+    optimizer = AdaptedGD(model, criterion=MSE)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = MSE(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] <= 1e-2 * losses[0]
+    assert optimizer.last_step.kernel == "structured"
+
+
+class Interrupted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.now = nn.Linear(4, 3), True
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.now:
+            raise KeyboardInterrupt
+        return h
+
+
+def test_an_interrupted_forward_pass_leaves_nothing_at_work():
+    depth = torch._C._len_torch_function_stack()
+    model, x = Interrupted().double(), torch.randn(5, 4).double()
+    optimizer = AdaptedGD(model, lr=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    (running,) = optimizer._recorder._running
+    for _ in range(300):  # operations of the user's own, elsewhere
+        model.layer.weight + 1
+    assert running.tape.finished
+    model.now = False
+    MSE(model(x), torch.zeros(5, 3).double()).backward()
+    optimizer.step()
+    assert torch._C._len_torch_function_stack() == depth
+    model.now = True
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    del optimizer
+    assert torch._C._len_torch_function_stack() == depth
+
+
+def test_exports_of_a_watched_model():
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.randn(6, 3)
+    optimizer = AdaptedGD(model, lr=0.1)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on its own future
+        exported = torch.export.export(model, (x,), strict=True).module()
+        torch.testing.assert_close(exported(x), model(x))
+        with contextlib.suppress(AttributeError), pytest.raises(AttributeError, match="Delete the optimizer before"):
+            torch.jit.script(model)
+        del optimizer
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_data_parallel_on_one_device():
+    net, x, y = problem()
+    model = nn.DataParallel(net)
+    expected = pinv_step(net, x, y, 0.5)
+    torch.testing.assert_close(ntk(model, x), ntk(net, x))
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    optimizer.step()
+    assert_at(net, expected)
+    model.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"is an nn.DataParallel over 2\. Pass model.module"):
+        AdaptedGD(model)
+
+
+def test_data_that_is_refilled_after_backward():
+    model, x, y = problem()
+    expected = pinv_step(copy.deepcopy(model), x.clone(), y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    x.zero_()  # a loader's buffer
+    optimizer.step()
+    assert_at(model, expected)
+
+
+def test_a_gradient_kept_on_the_outputs_is_the_users_own():
+    model, x, y = problem()
+    AdaptedGD(model, lr=0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    outputs = model(x)
+    seen = []
+    outputs.retain_grad()
+    outputs.register_hook(seen.append)
+    MSE(outputs, y).backward()
+    optimizer.step()
+    torch.testing.assert_close(outputs.grad, 2 * (outputs - y).detach() / y.numel())
+    assert len(seen) == 1
+
+
+def test_rows_that_come_from_different_places_of_a_batch():
+    """Twice as many outputs as inputs, each of an input that is not at its number."""
+
+    class Mirrored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            h = self.net(torch.cat([x, -x])[torch.arange(2 * len(x)).flip(0)])
+            return torch.cat([h[: len(x)], h[len(x) :] ** 2])
+
+    model, x = Mirrored().double(), torch.randn(4, 4).double()
+    d = dense_jacobian(model, x)
+    torch.testing.assert_close(ntk(model, x, method="structured").reshape(len(d), len(d)), d @ d.T)
+
+
+def test_a_mode_of_the_users_own_is_left_alone():
+    class Doubling(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            return 2 * result if func is torch.tanh else result
+
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    with Doubling():
+        expected = ntk(model, x)
+        MSE(model(x), y).backward()
+    optimizer.step()
+    assert not private.is_innermost(Doubling())
+    assert optimizer.last_step.kernel == "structured"
+    assert expected.shape == (6, 3, 6, 3)
