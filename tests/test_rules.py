@@ -183,9 +183,7 @@ def test_derivatives_of_the_network_as_outputs():
 
     model, x = Residual().double(), torch.randn(4, 1).double()
     d = dense_jacobian(model, x)
-    with pytest.warns(UserWarning, match="Rows of the output Jacobian are taken for 5 of 6 parameters"):
-        theta = ntk(model, x)
-    torch.testing.assert_close(theta.reshape(4, 4), d @ d.T)
+    torch.testing.assert_close(ntk(model, x).reshape(4, 4), d @ d.T)  # quietly: by their uses
 
 
 def test_some_parameters_alone():

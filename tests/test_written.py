@@ -17,17 +17,7 @@ LOOSER = {}  # by name and dtype, with the reason: none has one so far, the larg
 BY_ROWS = {
     "prototypes",  # torch.func's derivative of cdist is another one than autograd's, which is that of finite differences
 }
-ROWS: set[str] = {
-    # complex arithmetic
-    "spectral_conv",
-    "global_filter",
-    # parameters used within torch.func, out of sight
-    "hamiltonian",
-    "hessian_of_call",
-    "hessian_of_closure",
-    "jacobian_rows",
-    "forward_derivatives",
-}
+ROWS: set[str] = {"spectral_conv", "global_filter"}  # complex arithmetic
 # torch itself says so of the rules that it scripts for forward derivatives, when the first one is taken.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 

@@ -37,7 +37,7 @@ def unwatched() -> Iterator[None]:
 def underlying(model: nn.Module) -> nn.Module:
     """The user's own module, without what ``torch.compile`` or data parallelism wrapped around it."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner

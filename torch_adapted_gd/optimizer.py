@@ -139,6 +139,11 @@ class AdaptedGD(WatchingOptimizer):
                 f"`model` should be a torch.nn.Module, but got {type(model).__name__}. Pass the model itself, not "
                 "model.parameters(); to step only some of them use `params`."
             )
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(
+                f"`model` should be on one device for AdaptedGD, but is an nn.DataParallel over {len(model.device_ids)}. Pass "
+                "model.module, and call that."
+            )
         self._model = model
         self._criterion = check_criterion(criterion)
         self._line_search = options.check_line_search(line_search)

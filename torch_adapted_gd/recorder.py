@@ -33,12 +33,25 @@ class _Hook:
         self._recorder = weakref.ref(recorder)
         self._method = method
 
-    @private.disable_compilation
     def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_exporting():
+            return None
+        return self._watch(*arguments)
+
+    @private.disable_compilation
+    def _watch(self, *arguments: Any) -> Any:
         recorder = self._recorder()
         if recorder is not None and not replaying() and not private.is_tracing():
             return self._method(recorder, *arguments)
         return None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # what torch.jit.script asks a hook for first
+            raise AttributeError(
+                "AdaptedGD watches this model by hooks, which torch.jit.script cannot compile. Delete the optimizer before "
+                "(del optimizer), or use torch.jit.trace or torch.export."
+            )
+        raise AttributeError(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model is not watched. nullcontext().__exit__ takes any arguments and does nothing, so that a

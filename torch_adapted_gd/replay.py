@@ -130,4 +130,5 @@ def precision(call: Call, dtype: torch.dtype) -> float:
     """Machine epsilon of the arithmetic that a call ran in: of ``dtype``, its outputs or autocast, the coarsest."""
     kinds = {x.device.type for x in call.outputs.values()}
     lowered = [low for kind, low, enabled in call.conditions.autocast if enabled and kind in kinds]
-    return max(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values())))
+    found = [piece.linearized.eps for piece in call.linearized.values()]
+    return max(*(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values()))), *found)

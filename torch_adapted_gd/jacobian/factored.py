@@ -100,7 +100,7 @@ class FactoredJacobian(Jacobian):
         why = "; ".join(self.remarks[:3]) + (f"; and {len(self.remarks) - 3} more" if len(self.remarks) > 3 else "")
         return (
             f"Rows of the output Jacobian are taken for {len(self.unserved)} of {len(self.numels)} parameters: {why}. This is "
-            "exact but slower and larger: a backward pass for each output. BatchNorm in training mode and whatever else mixes a "
+            "exact but slower and larger: a backward pass per output. BatchNorm in training mode and all else that mixes a "
             'batch need it. If that is intended, choose kernel="jacobian", which does not warn.'
         )
 

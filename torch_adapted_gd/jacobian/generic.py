@@ -145,10 +145,11 @@ def _plain(
     with torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in moving]
         outputs = of(keys, tuple(leaves))
-        some = [outputs[place] for place in places]
-        return torch.autograd.grad(
-            some, leaves, [v.to(x.dtype) for v, x in zip(vectors, some, strict=True)], materialize_grads=True
-        )
+        pairs = [(outputs[place], v) for place, v in zip(places, vectors, strict=True) if outputs[place].requires_grad]
+        if not pairs:  # a derivative that does not depend on the parameter
+            return tuple(torch.zeros_like(part) for part in moving)
+        some, cast = [x for x, _ in pairs], [v.to(x.dtype) for x, v in pairs]
+        return torch.autograd.grad(some, leaves, cast, materialize_grads=True)
 
 
 def _by_masks(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

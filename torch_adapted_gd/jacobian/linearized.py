@@ -38,12 +38,13 @@ class Linearized:
         outputs: Tensors of the graph with the samples first, ``[N, ...]`` each.
         parameters: What to differentiate by, by name: the tensors that the graph ends in.
         notes: The operations with parameters behind the outputs.
-        eps: Machine epsilon of the arithmetic.
+        eps: Machine epsilon of the arithmetic, as far as the caller knows.
         dtype: The parameters'.
         vectorized: Whether several backward passes may be made as one.
         conditions: Makes the context that backward passes and functions run in.
 
     Attributes:
+        eps: The same, by what the uses gave.
         n: N.
         q: Q, the outputs of each sample.
         uses: The uses of parameters that can be served, with Σ_q u_q B_q for B, as if Q were 1.
@@ -86,6 +87,9 @@ class Linearized:
         with self._running():
             found = self._backward(probe, [*parameters.values(), *edges])
             scaled = self._backward(probe * scale[:, None], edges)
+        # An autocast that the model enters itself shows in what its operations gave.
+        lowest = {g.dtype for g in found if g is not None and g.is_floating_point()}
+        self.eps = max(eps, *(torch.finfo(t).eps for t in lowest)) if lowest else eps
         self.probe_product = {
             name: product.to_dense() for name, product in zip(parameters, found, strict=False) if product is not None
         }

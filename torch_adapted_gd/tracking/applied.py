@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from . import private
 
 if TYPE_CHECKING:
-    from .tape import Key, Tape
+    from .tape import Key, Source, Tape
 
 # By these a sampled operand's gradient does not use the parameter: an ordinary operation does.
 _LINEAR_IN_BOTH = {
@@ -23,6 +23,7 @@ _LINEAR_IN_BOTH = {
     *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack, torch.rsub, torch.index_select, Tensor.index_select),
     *(F.embedding, torch.embedding, F.embedding_bag),
 }
+_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 _MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 
@@ -45,7 +46,7 @@ def called(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 
 
 class Operation:
-    """A function of tensors, and its gradients in each.
+    """A function of tensors, and its derivatives in each.
 
     Attributes:
         function: What a note of it says was called.
@@ -59,64 +60,97 @@ class Operation:
         self.tensors = tensors
         self.sources = sources
 
-    def arguments(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """The function's arguments for some operands."""
-        return tensors
-
     def compute(self, *tensors: Tensor) -> Tensor:
         """Its value."""
-        result: Tensor = self.function(*self.arguments(tensors))
+        result: Tensor = self.function(*tensors)
         return result
 
     def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
         """The gradient in an operand, as another operation."""
-        raise NotImplementedError
+        return _General((*tensors, g), self.sources, _Pulled(self.compute, number))
+
+    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
+        """What a tangent of an operand makes of it, as another operation."""
+        return _General((*tensors, t), self.sources, _Pushed(self.compute, number))
+
+    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
+        """The same for operands of which some have a batch, as another operation whose result has it first."""
+        return _General(tensors, self.sources, _Batched(self.compute, dims))
 
     def run(self, tape: Tape) -> Tensor:
         """Its value, in the graph, and noted."""
-        tensors = self.tensors
-        result: Tensor = Applied.apply(self, weakref.ref(tape), *tensors)
-        self.note(tape, tensors, result)
-        return result
+        tensors, self.tensors = self.tensors, ()
+        return Applied.apply(self, weakref.ref(tape), *tensors)
 
     def note(self, tape: Tape, tensors: tuple[Tensor, ...], result: Tensor) -> None:
         """Take it down."""
-        arguments = self.arguments(tensors)
-        found = {}
+        found: dict[Key, Source] = {}
         for number in self.sources:
             source = tape.source_of(tensors[number])
             if source is not None:
-                found[next(i for i, a in enumerate(arguments) if a is tensors[number])] = source
+                found[number] = source
         if found and result.requires_grad:
-            tape.note(self.function, arguments, found, result)  # type: ignore[arg-type]
+            tape.note(self.function, tensors, found, result)
 
 
 class Applied(torch.autograd.Function):
-    """An operation in the graph."""
+    """An operation in the graph, or under a transform of `torch.func`, at whose bottom it comes to be in the graph."""
+
+    @classmethod
+    def apply(cls, operation: Operation, tape: weakref.ref[Tape], *tensors: Tensor) -> Tensor:
+        """Run and note it."""
+        result: Tensor = super().apply(operation, tape, *tensors)
+        notes = tape()
+        if notes is not None and not private.in_transform():
+            operation.note(notes, tensors, result)
+        return result
 
     @staticmethod
-    def forward(ctx: Any, operation: Operation, tape: weakref.ref[Tape], *tensors: Tensor) -> Tensor:  # noqa: D102
-        ctx.operation, ctx.tape = operation, tape
-        ctx.save_for_backward(*tensors)
-        operation.tensors = ()
+    def forward(operation: Operation, _tape: weakref.ref[Tape], *tensors: Tensor) -> Tensor:  # noqa: D102
         return operation.compute(*tensors)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004, D102
+        ctx.operation, ctx.tape, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        operation, tensors, (g,) = ctx.operation, ctx.saved_tensors, gradients
+        operation, tensors, (g,), tape = ctx.operation, ctx.saved_tensors, gradients, ctx.tape()
         found: list[Tensor | None] = [None, None]
-        tape = ctx.tape()
         for number in range(len(tensors)):
-            ahead = ctx.next_functions[number][0]
-            if not ctx.needs_input_grad[number + 2] or ahead is None or not private.will_reach(ahead, else_=True):
+            wanted = ctx.needs_input_grad[number + 2]
+            if wanted and not private.in_transform():
+                ahead = ctx.next_functions[number][0]
+                wanted = ahead is not None and private.will_reach(ahead, else_=True)
+            if not wanted:
                 found.append(None)
                 continue
             of = operation.gradient(number, tensors, g)
-            if number in operation.sources or tape is None or not torch.is_grad_enabled():
-                found.append(of.compute(*of.tensors))
-            else:
-                found.append(of.run(tape) if of.sources else of.compute(*of.tensors))
+            noted = of.sources and number not in operation.sources and tape is not None and torch.is_grad_enabled()
+            found.append(of.run(tape) if noted else of.compute(*of.tensors))
         return tuple(found)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # noqa: D102
+        operation, tensors, tape = ctx.operation, ctx.saved_tensors, ctx.tape()
+        total: Tensor | None = None
+        for number, tangent in enumerate(tangents[2:]):
+            if tangent is None or number in operation.sources:  # parameters have no tangent
+                continue
+            of = operation.tangent(number, tensors, tangent)
+            part = of.run(tape) if of.sources and tape is not None else of.compute(*of.tensors)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    @staticmethod
+    def vmap(  # noqa: D102
+        _info: Any, in_dims: tuple[int | None, ...], operation: Operation, tape: weakref.ref[Tape], *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        of = operation.batched(in_dims[2:], tensors)
+        return Applied.apply(of, tape, *of.tensors), 0
 
 
 @dataclass
@@ -136,6 +170,15 @@ class _MatrixProduct(Operation):
             return _MatrixProduct((g, weight), self.sources, not self.transposed)
         return _OuterSum((g, x) if self.transposed else (x, g), frozenset())
 
+    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
+        assert number == 0
+        return _MatrixProduct((t, tensors[1]), self.sources, self.transposed)
+
+    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
+        if dims[1] is not None or dims[0] is None:
+            return super().batched(dims, tensors)
+        return _MatrixProduct((tensors[0].movedim(dims[0], 0), tensors[1]), self.sources, self.transposed)
+
 
 @dataclass
 class _OuterSum(Operation):
@@ -149,28 +192,66 @@ class _OuterSum(Operation):
         return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
 
 
+def _aligned(dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Operands to be broadcast, with the batch of those that have one first."""
+    rank = max(t.ndim - (dim is not None) for dim, t in zip(dims, tensors, strict=True))
+    found = []
+    for dim, t in zip(dims, tensors, strict=True):
+        if dim is None:
+            found.append(t)
+            continue
+        first = t.movedim(dim, 0)
+        found.append(first.reshape(first.shape[0], *[1] * (rank + 1 - first.ndim), *first.shape[1:]))
+    return tuple(found)
+
+
 @dataclass
 class _Multiplication(Operation):
-    """a ∘ b, broadcast; and, as its gradient, the sum of that to a given shape."""
+    """a ∘ b, broadcast."""
 
     tensors: tuple[Tensor, ...]
     sources: frozenset[int]
-    shape: torch.Size | None = None
 
     function = torch.mul
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        product = tensors[0] * tensors[1]
-        return product if self.shape is None else product.sum_to_size(self.shape)
 
     def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
         other = 1 - number
         pair = (g, tensors[other]) if number == 0 else (tensors[other], g)
-        sources = frozenset({other} & self.sources)
-        size = torch.broadcast_shapes(g.shape, tensors[other].shape)
-        if self.shape is None and size == tensors[number].shape:
+        place = 1 if number == 0 else 0
+        sources = frozenset({place} if other in self.sources else ())
+        if torch.broadcast_shapes(g.shape, tensors[other].shape) == tensors[number].shape:
             return _Multiplication(pair, sources)
         return _General(pair, sources, _SummedProduct(tensors[number].shape))
+
+    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
+        pair = (t, tensors[1]) if number == 0 else (tensors[0], t)
+        return _Multiplication(pair, self.sources - {number})
+
+    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
+        if any(dims[number] is not None for number in self.sources):
+            return super().batched(dims, tensors)
+        return _Multiplication(_aligned(dims, tensors), self.sources)
+
+
+@dataclass
+class _Addition(Operation):
+    """a + b, broadcast: what transforms of `torch.func` need to be noted of, where no mode sees what comes out below them."""
+
+    tensors: tuple[Tensor, ...]
+    sources: frozenset[int]
+
+    function = torch.add
+
+    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
+        return _General((g,), frozenset(), _Summed(tensors[number].shape))
+
+    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:  # noqa: ARG002
+        return _General((t,), frozenset(), _Expanded(torch.broadcast_shapes(*(x.shape for x in tensors))))
+
+    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
+        if any(dims[number] is not None for number in self.sources):
+            return super().batched(dims, tensors)
+        return _Addition(_aligned(dims, tensors), self.sources)
 
 
 @dataclass(frozen=True)
@@ -181,9 +262,25 @@ class _SummedProduct:
         return (a * b).sum_to_size(self.shape)
 
 
+@dataclass(frozen=True)
+class _Summed:
+    shape: torch.Size
+
+    def __call__(self, g: Tensor) -> Tensor:
+        return g.sum_to_size(self.shape)
+
+
+@dataclass(frozen=True)
+class _Expanded:
+    shape: torch.Size
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return t.expand(self.shape)
+
+
 @dataclass
 class _General(Operation):
-    """Any function of tensors with one result, differentiated by `torch.func.vjp`."""
+    """Any function of tensors with one result, differentiated by `torch.func`."""
 
     tensors: tuple[Tensor, ...]
     sources: frozenset[int]
@@ -192,10 +289,34 @@ class _General(Operation):
     def __post_init__(self) -> None:
         self.function = self.of
 
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        return _General(
-            (*tensors, g), self.sources - {number} if number in self.sources else self.sources, _Pulled(self.of, number)
-        )
+
+@dataclass(frozen=True)
+class _Pushed:
+    """The Jacobian-vector product of a function in one of its operands, the vector being the last."""
+
+    of: Callable[..., Tensor]
+    number: int
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        *operands, t = tensors
+
+        def moving(operand: Tensor) -> Tensor:
+            return self.of(*operands[: self.number], operand, *operands[self.number + 1 :])
+
+        result: Tensor = torch.func.jvp(moving, (operands[self.number],), (t,))[1]
+        return result
+
+
+@dataclass(frozen=True)
+class _Batched:
+    """A function of operands of which some have a batch."""
+
+    of: Callable[..., Tensor]
+    dims: tuple[int | None, ...]
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        result: Tensor = torch.vmap(self.of, self.dims)(*tensors)
+        return result
 
 
 @dataclass(frozen=True)
@@ -276,10 +397,22 @@ class _WithBias:
 
 
 def operation_of(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keys: Collection[Key]
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keys: Collection[Key], *, all_of_them: bool
 ) -> Operation | _Affine | _WithBias | None:
-    """A function called with some operands of parameters, as an operation; None where its derivatives need no note."""
-    if func in _LINEAR_IN_BOTH:
+    """A function called with some operands of parameters, as an operation; None where its derivatives need no note.
+
+    Args:
+        func: What was called.
+        args: With these.
+        kwargs: And these.
+        keys: The operands that were computed from parameters.
+        all_of_them: Have those whose derivatives need none, too.
+    """
+    if all_of_them and changes_in_place(func, kwargs):
+        return None
+    if all_of_them and func in _ADDITIONS and not kwargs and all(isinstance(a, Tensor) for a in args):
+        return _Addition((args[0], args[1]), frozenset(int(key) for key in keys if isinstance(key, int)))
+    if func in _LINEAR_IN_BOTH and not all_of_them:
         return None
     if func in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm):
         return _Affine(func, args, kwargs)

@@ -14,6 +14,14 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor under the wrappers of transforms that differentiate; one that is batched stays."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def is_batched(gradient: Tensor) -> bool:
     """Whether this is many backward passes at once, as `torch.autograd.functional.jacobian(vectorize=True)` makes them."""
     functorch = torch._C._functorch

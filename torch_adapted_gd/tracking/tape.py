@@ -50,6 +50,8 @@ class Source:
         """The parameters that it depends on."""
         if self.name is not None:
             return {self.name}
+        if self.view is not None:
+            return {self.view[0]}
         assert self.note is not None
         return {name for source in self.note.sources.values() for name in source.names}
 
@@ -127,8 +129,9 @@ class Tape(TorchFunctionMode):
         if self.finished or (self._operations % 256 == 0 and not self._still_runs()):
             self.finish()  # a forward pass that was interrupted leaves its modes behind
             return func(*args, **kwargs)
-        if func in _QUIET or func in _GRADIENTS or private.in_transform():
+        if func in _QUIET or func in _GRADIENTS:
             return func(*args, **kwargs)
+        transformed = private.in_transform()
         if not torch.is_grad_enabled():
             self.without_graph = self.without_graph or bool(self._operands(args, kwargs)[0])
             return func(*args, **kwargs)
@@ -137,7 +140,7 @@ class Tape(TorchFunctionMode):
             if func in _ASKS_FOR_GRADIENTS:
                 self.differentiable = True
             result = func(*args, **kwargs)
-            if not mixed:
+            if not mixed and not transformed:
                 self._add_constants(result)
             elif (changed := _changed_in_place(func, args, kwargs)) is not None:
                 self._constants.pop(id(changed), None)
@@ -148,8 +151,15 @@ class Tape(TorchFunctionMode):
         if func in RECURRENT:
             with self:
                 return RECURRENT[func](*args, **kwargs)
-        if mixed and self.differentiable and (operation := operation_of(func, args, kwargs, sources.keys())) is not None:
-            return operation.run(self)
+        if mixed and (self.differentiable or transformed):
+            operation = operation_of(func, args, kwargs, sources.keys(), all_of_them=transformed)
+            if operation is not None:
+                return operation.run(self)
+        if transformed:
+            result = func(*args, **kwargs)
+            if not mixed:  # what it is shows where an operation with it is noted
+                self._sources |= {id(tensor): Source(tensor) for tensor in _results(result)}
+            return result
         changed = _changed_in_place(func, args, kwargs)
         if changed is not None and mixed:
             args = (args[0].detach().clone(), *args[1:])
@@ -172,14 +182,17 @@ class Tape(TorchFunctionMode):
 
     def source_of(self, tensor: Tensor) -> Source | None:
         """What is known of a tensor, if it was computed from parameters alone."""
-        return self._sources.get(id(tensor))
+        source = self._sources.get(id(tensor))
+        if source is None and (view := self._view(tensor)) is not None:
+            return Source(tensor, None, view)
+        return source
 
     def _operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[Key, Source], bool]:
         """The operands that were computed from parameters, and whether others may depend on the samples."""
         found: dict[Key, Source] = {}
         mixed = False
         for key, tensor in tensors_of(args, kwargs):
-            source = self._sources.get(id(tensor))
+            source = self._sources.get(id(tensor)) or self._sources.get(id(private.unwrapped(tensor)))
             if source is not None:
                 found[key] = source
             elif id(tensor) not in self._constants:
