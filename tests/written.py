@@ -1889,15 +1889,10 @@ WRITTEN = {
     "hessian_of_closure": (HessianOfClosure, (2,)),
     "jacobian_rows": (JacobianRows, (2,)),
     "forward_derivatives": (ForwardDerivatives, (2,)),
-}
-
-# Right, but their step lets torch's own warnings through, which are errors in this suite: for the rule that differentiates
-# the function itself, at the step, what vmap says of operations without a batching rule is not kept back.
-FAILING = {
+    # functions for which vmap takes a loop, and indices that are tuples
     "functional_bilinear": (FunctionalBilinear, None),
     "bag_max": (lambda: Bag("max"), tokens),
     "fused_attention": (FusedAttention, (3, 4)),
-    # and that rule makes a list of the tuple of an index, which torch deprecates
     "pair_table": (PairTable, tokens),
     "set_item": (SetItem, (4,)),
 }

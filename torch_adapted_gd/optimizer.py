@@ -47,15 +47,15 @@ class AdaptedGD(WatchingOptimizer):
       in its gradient that no output carries. It takes a plain gradient step −lr·r, and a warning says so once.
     - The Jacobian comes from the graph of the user's own ``backward``: uses of parameters are noted while the forward pass
       runs, and differentiated when the loss's gradient arrives at the outputs. The forward pass is repeated only for trials of
-      a policy, where the model was compiled, and where memory cannot hold the gradients at all uses: with the same random numbers
-      (dropout masks), autocast and modes; buffers, attributes of modules and the random stream are left as they were.
+      a policy, where the model was compiled, and where memory cannot hold the gradients at all uses: with the same random
+      numbers (dropout masks), autocast and modes; buffers, attributes of modules and the random stream are left as they were.
     - The step is all or nothing: when anything is not finite it raises and
       neither parameters nor state have changed.
 
-    It costs two backward passes and Q more that stop at the uses of parameters, the kernel, (N·Q)² numbers in float64 summed over
-    the uses without the Jacobian (see `ntk`), or DᵀD, K² of them, and its Cholesky factorization, pivoted where the rank is
-    short, or an eigenvalue decomposition where that is not clear. In every step the uses are checked against a backward pass;
-    parameters for which they are not all are served by rows of the Jacobian, and a warning says so once.
+    It costs two backward passes and Q more that stop at the uses of parameters, the kernel, (N·Q)² numbers in float64 summed
+    over the uses without the Jacobian (see `ntk`), or DᵀD, K² of them, and its Cholesky factorization, pivoted where the rank
+    is short, or an eigenvalue decomposition where that is not clear. In every step the uses are checked against a backward
+    pass; parameters for which they are not all are served by rows of the Jacobian, and a warning says so once.
 
     Args:
         model: The module whose outputs the loss is computed from.

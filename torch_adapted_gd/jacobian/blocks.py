@@ -147,10 +147,7 @@ class KernelBlock:
         for i, j in tiles(n, m, step, self.symmetric):
             tile = self.theta[i.start * q : i.stop * q, j.start * r : j.stop * r]
             for number, contraction in enumerate(contractions):
-                if number or self._started:
-                    tile += contraction(i, j)
-                else:
-                    tile.copy_(contraction(i, j))
+                contraction(i, j, tile, bool(number or self._started))
             if mirror and i == j:
                 tile.copy_(tile.triu() + tile.triu(1).T)
             elif mirror:

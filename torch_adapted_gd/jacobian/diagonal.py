@@ -117,7 +117,7 @@ def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
         for block, single in zip(out, singles, strict=True):
             contraction = single.contraction(out.dtype)
             for i, j in tiles(n, m, step, symmetric):
-                block[i, j] += contraction(i, j)
+                contraction(i, j, block[i, j], True)
         return
     everything = slice(None)
     products = family.right_products(everything, everything, out.dtype)[0]  # [N, M], the same for all combinations

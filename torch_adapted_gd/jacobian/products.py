@@ -267,13 +267,21 @@ class Family:
                 total += term.explicit(part).to(v.dtype) @ piece.reshape(-1)
         return total
 
-    def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice], Tensor]:
-        """A function of ranges of samples that returns their tile of Θ's part, ``[n·Q, m·R]``, good until its next call."""
+    def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
+        """A function of ranges of samples and their tile of Θ, ``[n·Q, m·R]``, which writes its part there, or adds it."""
         if self.single:
             return self._contract_single(dtype)
-        return functools.partial(self._contract, dtype=dtype)
 
-    def _contract_single(self, dtype: torch.dtype) -> Callable[[slice, slice], Tensor]:
+        def tile(rows: slice, columns: slice, target: Tensor, add: bool) -> None:
+            part = self._contract(rows, columns, dtype)
+            if add:
+                target += part
+            else:
+                target.copy_(part)
+
+        return tile
+
+    def _contract_single(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
         everything = slice(None)
         (n, q, *_), (m, r, *_) = self._left1.shape, self._left2.shape
         plain = torch.contiguous_format
@@ -282,7 +290,7 @@ class Family:
         products = self.right_products(everything, everything, dtype)[0]  # [N, M]
         memory = left1.new_empty(0)  # allocating pages anew for each tile would take longer than filling them
 
-        def tile(rows: slice, columns: slice) -> Tensor:
+        def tile(rows: slice, columns: slice, target: Tensor, add: bool) -> None:
             nonlocal memory
             factor = products[rows, columns]
             size = factor.shape[0] * q, factor.shape[1] * r
@@ -290,8 +298,12 @@ class Family:
                 memory = left1.new_empty(size[0] * size[1])
             part = memory[: size[0] * size[1]].view(size)
             torch.mm(left1[rows.start * q : rows.stop * q], left2[columns.start * r : columns.stop * r].T, out=part)
-            part.view(factor.shape[0], q, factor.shape[1], r).mul_(factor[:, None, :, None])
-            return part
+            by_sample = part.view(factor.shape[0], q, factor.shape[1], r)
+            there = target.unflatten(0, (-1, q)).unflatten(2, (-1, r))
+            if add:
+                there.addcmul_(by_sample, factor[:, None, :, None])
+            else:
+                torch.mul(by_sample, factor[:, None, :, None], out=there)
 
         return tile
 
