@@ -33,17 +33,15 @@ class _Hook:
         self._recorder = weakref.ref(recorder)
         self._method = method
 
-    def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_exporting():
-            return None
-        return self._watch(*arguments)
-
     @private.disable_compilation
-    def _watch(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
+        if replaying() or private.is_tracing():
+            return None
         recorder = self._recorder()
-        if recorder is not None and not replaying() and not private.is_tracing():
-            return self._method(recorder, *arguments)
-        return None
+        return None if recorder is None else self._method(recorder, *arguments)
+
+    # Strict export refuses to trace what must not be compiled, and names it: that has to say what to do.
+    __call__.__qualname__ = "AdaptedGD's hook (delete the optimizer before exporting, or use torch.export with strict=False)"
 
     def __getattr__(self, name: str) -> Any:
         if name == "__name__":  # what torch.jit.script asks a hook for first

@@ -84,8 +84,9 @@ class Replay:
         """Outputs ``[NQ]`` for other values of parameters, by name; no graph of these is made."""
         with self.conditions(), torch.enable_grad():  # grad mode is as in the call, for models that differentiate within
             inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
-            given = {name: value.detach().clone() for name, value in values.items()}
-            return stacked(self.forward({**self.state(), **given}, *inputs)).detach()
+            # Copies: a forward pass may change them in place.
+            given = {name: values.get(name, p).detach().clone() for name, p in self.model.named_parameters()}
+            return stacked(self.forward({**given, **self.call.buffers(self.model)}, *inputs)).detach()
 
     def output_gradients(self) -> Tensor:
         """The gradients g that the call's outputs received, ``[NQ]`` in float64; zero if they received none."""

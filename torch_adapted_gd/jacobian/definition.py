@@ -16,7 +16,7 @@ from ..memory import require_memory
 from ..replay import DisagreementError, Replay, State, precision
 
 METHODS = ("per_sample", "whole_batch", "row_by_row")
-BLOCK_ELEMENTS = 2**21  # columns of D are turned to float64 this many entries (16 MiB) at a time
+BLOCK_ELEMENTS = 2**20  # columns of D are turned to float64 this many entries (8 MiB) at a time
 _CHUNK_BYTES = 2**28  # what one chunk of D may take beside D itself, unless the caller says otherwise
 
 

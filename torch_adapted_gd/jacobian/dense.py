@@ -15,7 +15,7 @@ from .operator import Jacobian, Parts
 
 _LEAST_WIDTH = 1024  # columns multiplied at a time: fewer would read and write Θ too often
 ROWS_ELEMENTS = 2**22  # entries of D that are written out at a time for DᵀD
-TILE_ROWS = 128  # the least number of rows of a symmetric product that are computed at a time
+TILE_ROWS = 64  # the least number of rows of a symmetric product that are computed at a time
 
 
 def spans(sizes: Sequence[int]) -> list[slice]:

@@ -165,11 +165,12 @@ class Linearized:
         return found
 
     def _run(self, use: Use) -> dict[Any, Term]:
-        with self._conditions(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if use.rule is not GENERIC:
                 return dict(use.rule.function(use))
-            with warnings.catch_warnings():  # of torch, that vmap takes a loop for an operation
-                warnings.simplefilter("ignore")
+            devices = [self.device.index] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), warnings.catch_warnings():  # a function may draw random numbers
+                warnings.simplefilter("ignore")  # of torch, that vmap takes a loop for an operation
                 return dict(use.rule.function(use))
 
     @contextlib.contextmanager

@@ -125,6 +125,8 @@ class Tape(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a function that is compiled within the model: nothing of it is noted
+            return func(*args, **kwargs)
         self._operations += 1
         if self.finished or (self._operations % 256 == 0 and not self._still_runs()):
             self.finish()  # a forward pass that was interrupted leaves its modes behind
@@ -133,9 +135,9 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         transformed = private.in_transform()
         if not torch.is_grad_enabled():
-            self.without_graph = self.without_graph or bool(self._operands(args, kwargs)[0])
+            self.without_graph = self.without_graph or bool(self._operands(args, kwargs, False)[0])
             return func(*args, **kwargs)
-        sources, mixed = self._operands(args, kwargs)
+        sources, mixed = self._operands(args, kwargs, transformed)
         if not sources:
             if func in _ASKS_FOR_GRADIENTS:
                 self.differentiable = True
@@ -187,12 +189,14 @@ class Tape(TorchFunctionMode):
             return Source(tensor, None, view)
         return source
 
-    def _operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[Key, Source], bool]:
+    def _operands(self, args: tuple[Any, ...], kwargs: dict[str, Any], transformed: bool) -> tuple[dict[Key, Source], bool]:
         """The operands that were computed from parameters, and whether others may depend on the samples."""
         found: dict[Key, Source] = {}
         mixed = False
         for key, tensor in tensors_of(args, kwargs):
-            source = self._sources.get(id(tensor)) or self._sources.get(id(private.unwrapped(tensor)))
+            source = self._sources.get(id(tensor))
+            if source is None and transformed:
+                source = self._sources.get(id(private.unwrapped(tensor)))
             if source is not None:
                 found[key] = source
             elif id(tensor) not in self._constants:
