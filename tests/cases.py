@@ -108,40 +108,31 @@ def weight_normed():
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 2))
 
 
-# name -> (model, its input, the method that "auto" should find)
+# name -> (model, shape of its input)
 CASES = {
-    "mlp_tanh": (mlp, (6, 4), "per_sample"),
-    "mlp_relu": (lambda: mlp(nn.ReLU), (6, 4), "per_sample"),
-    "cnn": (cnn, (4, 1, 8, 8), "per_sample"),
-    "two_heads": (TwoHeads, (5, 4), "per_sample"),
-    "tied": (Tied, (5, 5), "per_sample"),
-    "weight_norm": (weight_normed, (5, 4), "per_sample"),
-    "lstm": (LastState, (4, 5, 3), "whole_batch"),
-    "layer_norm": (lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)), (4, 3), "per_sample"),
-    "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), (3, 2, 4), "per_sample"),
-    # Under torch.func the attention may draw its dropout mask in another order: found out, and served another way.
-    "transformer_dropout": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (3, 2, 4), "any"),
-    "dropout": (lambda: nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.4), nn.Linear(9, 2)), (5, 4), "per_sample"),
-    "batchnorm_eval": (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).eval(), (5, 4), "per_sample"),
-    "batchnorm_train": (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), (5, 4), "whole_batch"),
-    "batchnorm2d_train": (
-        lambda: nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), cnn()),
-        (3, 1, 8, 8),
-        "whole_batch",
-    ),
-    "spectral_norm": (
-        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Linear(5, 2)),
-        (5, 4),
-        "per_sample",
-    ),
-    "branching": (Branching, (5, 3), "whole_batch"),
-    "old_style_function": (OldStyle, (5, 3), "row_by_row"),
+    "mlp_tanh": (mlp, (6, 4)),
+    "mlp_relu": (lambda: mlp(nn.ReLU), (6, 4)),
+    "cnn": (cnn, (4, 1, 8, 8)),
+    "two_heads": (TwoHeads, (5, 4)),
+    "tied": (Tied, (5, 5)),
+    "weight_norm": (weight_normed, (5, 4)),
+    "lstm": (LastState, (4, 5, 3)),
+    "layer_norm": (lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2)), (4, 3)),
+    "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), (3, 2, 4)),
+    "transformer_dropout": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (3, 2, 4)),
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.4), nn.Linear(9, 2)), (5, 4)),
+    "batchnorm_eval": (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).eval(), (5, 4)),
+    "batchnorm_train": (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), (5, 4)),
+    "batchnorm2d_train": (lambda: nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), cnn()), (3, 1, 8, 8)),
+    "spectral_norm": (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Linear(5, 2)), (5, 4)),
+    "branching": (Branching, (5, 3)),
+    "old_style_function": (OldStyle, (5, 3)),
 }
 
 
 def make(name, dtype=torch.float64):
-    build, shape, method = CASES[name]
-    return build().to(dtype), torch.randn(shape, dtype=dtype), method
+    build, shape = CASES[name]
+    return build().to(dtype), torch.randn(shape, dtype=dtype)
 
 
 def dense_jacobian(model, *args, double=True, by_rows=False, **kwargs):

@@ -11,7 +11,7 @@ from .cases import dense_jacobian, make, mlp
 @pytest.mark.parametrize("name", ["mlp_tanh", "cnn", "two_heads", "tied", "layer_norm", "batchnorm_eval", "old_style_function"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ntk_is_the_product_of_jacobians(name, dtype):
-    model, x1, _ = make(name, dtype)
+    model, x1 = make(name, dtype)
     x2 = torch.cat([torch.randn_like(x1), x1[:1]])
     first, second = dense_jacobian(model, x1), dense_jacobian(model, x2)
     q = first.shape[0] // len(x1)
@@ -25,7 +25,7 @@ def test_ntk_is_the_product_of_jacobians(name, dtype):
 
 
 def test_ntk_symmetry_dtype_and_chunks():
-    model, x, _ = make("mlp_tanh")
+    model, x = make("mlp_tanh")
     theta = ntk(model, x)
     assert torch.equal(theta, theta.permute(2, 3, 0, 1))
     torch.testing.assert_close(ntk(model, x, chunk_size=1), theta, rtol=1e-13, atol=0)

@@ -171,7 +171,7 @@ def test_float32_follows_float64(activation):
     "name", ["two_heads", "tied", "lstm", "layer_norm", "weight_norm", "batchnorm_eval", "branching", "old_style_function"]
 )
 def test_one_full_step_of_many_models_is_the_pseudoinverse(name):
-    model, x, _ = make(name)
+    model, x = make(name)
     d = dense_jacobian(model, x)
     before = flat(model)
     optimizer = AdaptedGD(model, lr=0.1)

@@ -268,7 +268,7 @@ def test_a_coupling_that_the_outputs_hide_is_found_out():
     optimizer = AdaptedGD(model, lr=0.5, kernel="jacobian")
     MSE(model(x), y).backward()
     optimizer.step()
-    assert optimizer.last_step.kernel == "jacobian (whole_batch)"
+    assert optimizer.last_step.kernel == "jacobian (rows)"
     assert_at(model, expected)
 
 

@@ -60,7 +60,7 @@ def test_tangent_at_other_parameters():
 @pytest.mark.parametrize("name", ["batchnorm_train", "dropout", "spectral_norm", "transformer_dropout", "lstm"])
 def test_outputs_are_those_of_the_tangent(name):
     """Both are of the same batch statistics, random numbers and buffers, however often they are asked for."""
-    model, x, _ = make(name)
+    model, x = make(name)
     network = OutputMap(model, x)
     first = network.tangent().outputs
     for again in (network.outputs(), network.outputs(network.values()), network.tangent().outputs):

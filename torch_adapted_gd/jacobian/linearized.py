@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ..checks import all_finite
 from ..tracking.tape import Key, Note
+from .backward import BackwardPasses
 from .products import OuterProducts
 from .rules import GENERIC, Term, rule_for
 from .sources import accumulated
 from .uses import Layout, Use
 
 _ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
-# Of vmap, for an operation without a batching rule, or of a user's own backward pass under it; plain passes follow.
-_REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
-_FEW = 4  # backward passes that vmap would take longer for than one after the other
 _ROW_BYTES = 2**28  # of rows of D that are differentiated at a time
 
 
@@ -69,13 +66,11 @@ class Linearized:
     ) -> None:
         self.n = n = outputs[0].shape[0]
         with torch.enable_grad():
-            self._x: Tensor | None = (
-                torch.cat([x.reshape(n, -1) for x in outputs], 1) if len(outputs) > 1 else outputs[0].reshape(n, -1)
-            )
-        self.q = self._x.shape[1]
-        self.device = self._x.device
+            x = torch.cat([x.reshape(n, -1) for x in outputs], 1) if len(outputs) > 1 else outputs[0].reshape(n, -1)
+        self._passes = BackwardPasses(x, vectorized=vectorized)
+        self.q, self.device = x.shape[1], x.device
         self._parameters, self._dtype, self.eps = parameters, dtype, eps
-        self._vectorized, self._conditions = vectorized, conditions
+        self._conditions = conditions
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
         generator = torch.Generator("cpu").manual_seed(0)  # the user's random stream is not touched
@@ -86,8 +81,8 @@ class Linearized:
         self.probe = probe.reshape(-1)
         edges = [edge for note in notes for edge in note.edges.values()]
         with self._running():
-            found = self._backward(probe, [*parameters.values(), *edges])
-            scaled = self._backward(probe * scale[:, None], edges)
+            found = self._passes.one(probe, [*parameters.values(), *edges])
+            scaled = self._passes.one(probe * scale[:, None], edges)
         # An autocast that the model enters itself shows in what its operations gave.
         lowest = {g.dtype for g in found if g is not None and g.is_floating_point()}
         self.eps = max(eps, *(torch.finfo(t).eps for t in lowest)) if lowest else eps
@@ -108,7 +103,7 @@ class Linearized:
 
     def release(self) -> None:
         """Give the graph back."""
-        self._x = None
+        self._passes.x = None
 
     def at(self, outputs: range) -> list[Use]:
         """The uses with B for some of the Q outputs of each sample, ``[N, len(outputs), ...]``."""
@@ -138,8 +133,8 @@ class Linearized:
                     whole[:, start : start + step] = part
         values = iter(gradients)
         uses = [dataclasses.replace(use, gradients={place: next(values) for place in use.layouts}) for use in self.uses]
-        if self._vectorized and len(outputs) == self.q > _FEW and not self._is_sound(uses):
-            self._vectorized = False
+        if self._passes.vectorized and len(outputs) == self.q > 1 and not self._is_sound(uses):
+            self._passes.vectorized = False
             return self.at(outputs)
         return uses
 
@@ -181,35 +176,11 @@ class Linearized:
 
     def _unit_backward(self, outputs: range, edges: list[Any]) -> list[Tensor]:
         """Gradients of Σ_i x_iq at the edges for a few q, ``[len(outputs), ...]`` each."""
-        units = torch.zeros(len(outputs), self.n, self.q, dtype=self._x_alive.dtype, device=self.device)
+        assert self._passes.x is not None
+        units = torch.zeros(len(outputs), self.n, self.q, dtype=self._passes.x.dtype, device=self.device)
         for row, output in enumerate(outputs):
             units[row, :, output] = 1
-        return self._many_backward(units, edges)
-
-    def _many_backward(self, vectors: Tensor, edges: list[Any]) -> list[Tensor]:
-        if self._vectorized and len(vectors) > _FEW:
-            try:
-                return list(vmap(lambda u: self._gradients(u, edges))(vectors))
-            except _REFUSALS as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self._vectorized = False
-        rows = [self._gradients(u, edges) for u in vectors]
-        return [parts[0][None] if len(rows) == 1 else torch.stack(parts) for parts in zip(*rows, strict=True)]
-
-    @property
-    def _x_alive(self) -> Tensor:
-        assert self._x is not None
-        return self._x
-
-    def _gradients(self, u: Tensor, inputs: list[Any]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self._x_alive, inputs, u, retain_graph=True, materialize_grads=True)
-
-    def _backward(self, u: Tensor, inputs: list[Any]) -> list[Tensor | None]:
-        if not inputs:
-            return []
-        x = self._x_alive
-        return list(torch.autograd.grad(x, inputs, u.to(x.dtype), retain_graph=True, allow_unused=True))
+        return self._passes.many(units, edges)
 
     def _find_uses(
         self, notes: list[Note], plain: list[Tensor | None], scaled: list[Tensor | None], scale: Tensor
@@ -345,13 +316,9 @@ class Linearized:
             for name, t in zip(names, tensors, strict=True)
         }
         with self._running():
-            for start in range(0, total, step):
-                count = min(step, total - start)
-                vectors = torch.zeros(count, total, dtype=self._x_alive.dtype, device=self.device)
-                vectors[torch.arange(count), start + torch.arange(count)] = 1
-                found = self._many_backward(vectors.view(count, self.n, self.q), tensors)
-                for name, part in zip(names, found, strict=True):
-                    rows[name][start : start + count] = part.to_dense().reshape(count, -1)
+            for start, parts in self._passes.rows(tensors, step):
+                for name, part in zip(names, parts, strict=True):
+                    rows[name][start : start + len(part)] = part.to_dense().reshape(len(part), -1)
         return {name: part.view(self.n, self.q, -1) for name, part in rows.items()}
 
 

@@ -20,6 +20,9 @@ RuleFunction = Callable[[Use], Mapping[str, Term]]
 SampleDims = str | int | Callable[[Any], int]
 
 
+_BAG_ENTRIES = 2**23  # of how often each row is in each sample, up to which that is written out
+
+
 class UnsupportedError(NotImplementedError):
     """What a rule raises for a use that it does not serve: any function's way is taken then."""
 
@@ -432,9 +435,20 @@ def embedding(use: Use) -> dict[str, Term]:
     size = use.argument("weight").shape[0]
     left = _places_last(use.gradient, 2)
     index = use.samples_first(use.argument("input")).reshape(left.shape[0], -1).long()  # [N, T]
+    there = torch.ones_like(index, dtype=torch.bool) if padding is None else index != padding % size
+    if left.shape[4] > 1 and torch.equal(left[..., :1].expand_as(left), left):  # all that follows is a mean over places
+        return {"weight": _of_bags(left[..., 0], index, there.to(left.dtype), size)}
     if padding is not None:
-        left = left * (index != padding % size)[:, None, None, None]
+        left = left * there[:, None, None, None]
     return {"weight": OuterProducts(left, OneHot(index, size), flipped=True)}
+
+
+def _of_bags(left: Tensor, index: Tensor, share: Tensor, size: int) -> OuterProducts:
+    """B ``[N, Q, 1, O]`` times the sum of rows with these numbers, each with its share, ``[N, T]``."""
+    if len(index) * size > _BAG_ENTRIES:
+        return OuterProducts(left.unsqueeze(4) * share[:, None, None, None], OneHot(index, size), flipped=True)
+    counts = share.new_zeros(len(index), size).scatter_add_(1, index, share)
+    return OuterProducts(left.unsqueeze(4), counts[:, None, :, None], flipped=True)
 
 
 _BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights")
@@ -472,8 +486,7 @@ def embedding_bag(use: Use) -> dict[str, Term]:
         share = share / share.sum(1, keepdim=True).clamp(min=1)
     if weights is not None:
         share = share * weights.to(share.dtype)
-    left = use.gradient.unsqueeze(2).unsqueeze(4) * share[:, None, None, None, :]  # [N, Q, 1, O, T]
-    return {"weight": OuterProducts(left, OneHot(index.long(), size), flipped=True)}
+    return {"weight": _of_bags(use.gradient.unsqueeze(2), index.long(), share, size)}
 
 
 def _normalization(use: Use, channels_first: bool) -> dict[str, Term]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import private
 from .applied import changes_in_place, operation_of
-from .recurrent import RECURRENT
+from .decomposed import DECOMPOSED
 
 Key = int | str | tuple[int, int]  # an operand: its number, its keyword, or its place in a list with that number
 _OPENED = {F.multi_head_attention_forward}  # made of operations that have rules of their own
@@ -150,9 +150,9 @@ class Tape(TorchFunctionMode):
         if func in _OPENED:
             with self:
                 return private.opened(func)(*args, **kwargs)
-        if func in RECURRENT:
+        if func in DECOMPOSED:
             with self:
-                return RECURRENT[func](*args, **kwargs)
+                return DECOMPOSED[func](*args, **kwargs)
         if mixed and (self.differentiable or transformed):
             operation = operation_of(func, args, kwargs, sources.keys(), all_of_them=transformed)
             if operation is not None:

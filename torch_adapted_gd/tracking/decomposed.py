@@ -1,4 +1,4 @@
-"""Recurrent layers as the operations that they are made of: torch runs each as one, in which no use of a weight shows."""
+"""Recurrent layers and weight normalization as the operations that they are made of: torch runs each as one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -135,7 +135,14 @@ def _single(kind: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: _one_cell(kind, (*args, *kwargs.values()))
 
 
-RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = {
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """What has no batching rule in torch, of what has one."""
+    others = [d for d in range(v.ndim) if d != dim % v.ndim] if dim != -1 else list(range(v.ndim))
+    return v * (g / v.square().sum(others, keepdim=True).sqrt())
+
+
+DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     **{getattr(torch, kind): _whole(kind) for kind in _CELLS},
     **{getattr(torch, f"{kind}_cell"): _single(kind) for kind in _CELLS},
+    torch._weight_norm: _weight_norm,
 }

@@ -1,0 +1,62 @@
+"""Backward passes through one graph, many at a time where that is possible."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+# Of vmap, for an operation without a batching rule, or of a user's own backward pass under it; plain passes follow.
+_REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
+_FEW = 4  # backward passes that vmap would take longer for than one after the other
+
+
+class BackwardPasses:
+    """Vector-Jacobian products of a tensor whose graph is alive.
+
+    Args:
+        x: The tensor.
+        vectorized: Whether several passes may be made as one.
+
+    Attributes:
+        x: The same; None once it was given back.
+        vectorized: The same, False once vmap has refused.
+    """
+
+    def __init__(self, x: Tensor, *, vectorized: bool) -> None:
+        self.x: Tensor | None = x
+        self.vectorized = vectorized
+
+    def one(self, u: Tensor, inputs: list[Any]) -> list[Tensor | None]:
+        """Gradients of u·x; None where x does not depend on an input."""
+        if not inputs:
+            return []
+        assert self.x is not None
+        return list(torch.autograd.grad(self.x, inputs, u.to(self.x.dtype), retain_graph=True, allow_unused=True))
+
+    def many(self, vectors: Tensor, inputs: list[Any]) -> list[Tensor]:
+        """The same for several u, stacked; zero where x does not depend on an input."""
+        if self.vectorized and len(vectors) > _FEW:
+            try:
+                return list(vmap(lambda u: self._filled(u, inputs))(vectors))
+            except _REFUSALS as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.vectorized = False
+        rows = [self._filled(u, inputs) for u in vectors]
+        return [parts[0][None] if len(rows) == 1 else torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+    def rows(self, inputs: list[Any], at_once: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Rows of the Jacobian of x, flat, by each input: the number of the first, and blocks ``[rows, *input]``."""
+        assert self.x is not None
+        total = self.x.numel()
+        for start in range(0, total, at_once):
+            count = min(at_once, total - start)
+            vectors = torch.zeros(count, total, dtype=self.x.dtype, device=self.x.device)
+            vectors[torch.arange(count), start + torch.arange(count)] = 1
+            yield start, self.many(vectors.view(count, *self.x.shape), inputs)
+
+    def _filled(self, u: Tensor, inputs: list[Any]) -> tuple[Tensor, ...]:
+        assert self.x is not None
+        return torch.autograd.grad(self.x, inputs, u, retain_graph=True, materialize_grads=True)
