@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -30,7 +32,8 @@ def lightning():
     return pytest.importorskip("pytorch_lightning")
 
 
-torch.set_num_threads(1)  # the models are tiny, and pytest-xdist's workers share the cores
+# The models are tiny, and pytest-xdist's workers share the cores.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items):
