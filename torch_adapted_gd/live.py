@@ -10,7 +10,10 @@ from .calls import Call, hides_its_graph, unwatched
 from .jacobian.factored import Piece, budget_of
 from .jacobian.linearized import Linearized
 from .jacobian.uses import Use
+from .memory import available_bytes
 from .replay import precision
+
+_ASK = 2**26  # bytes from which the system is asked how much there is
 
 
 def linearized_live(call: Call, place: int, model: nn.Module | None) -> None:
@@ -39,7 +42,9 @@ def linearized_live(call: Call, place: int, model: nn.Module | None) -> None:
             call.tape = None
             return
         found = Linearized([x], parameters, tape.notes, eps=precision(call, x.dtype), dtype=dtype, vectorized=vectorized)
-        if dtype.itemsize * 2 * found.elements * found.q > budget_of(found.n * found.q, x.device):
+        size = dtype.itemsize * 2 * found.elements * found.q
+        free = available_bytes(x.device) if size > _ASK else None  # other calls may hold theirs
+        if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):
             return
         found.uses = [_keeping_inputs(use) for use in found.uses]
         call.linearized[place] = Piece(found, 0, found.at(range(found.q)))
