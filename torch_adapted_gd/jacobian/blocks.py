@@ -10,7 +10,7 @@ from torch import Tensor
 from .dense import add_gram
 from .products import Family, OuterProducts, tiles
 
-TILE_ROWS = 160  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
+TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
 BLOCK_ELEMENTS = 2**22  # entries of a layer's Jacobian that are written out at a time
 Part = str | tuple[str, tuple[Any, ...]]  # a parameter's name, with a view of it if it is used in parts
 Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
@@ -141,7 +141,8 @@ class KernelBlock:
 
     def _add_tiles(self, families: Iterable[Family], *, mirror: bool = False) -> None:
         n, q, m, r = self.shape
-        rows = TILE_ROWS if self.theta.device.type == "cpu" else 4096
+        # Of a small kernel smaller tiles, as what is below the diagonal in those on it is computed in vain.
+        rows = min(TILE_ROWS, max(TILE_ROWS // 2, n * q // 4)) if self.theta.device.type == "cpu" else 4096
         step = min((family.samples_at_a_time(rows) for family in families), default=max(1, rows // max(1, q, r)))
         contractions = [family.contraction(self.theta.dtype) for family in families]
         for i, j in tiles(n, m, step, self.symmetric):
