@@ -1,6 +1,8 @@
 """Uses of parameters in the user's own step: from the graph that is there, wherever the user takes derivatives."""
 
+import contextlib
 import copy
+import threading
 import warnings
 
 import numpy as np
@@ -337,3 +339,122 @@ def test_a_mode_of_the_users_own_is_left_alone():
     assert not private.is_innermost(Doubling())
     assert optimizer.last_step.kernel == "structured"
     assert expected.shape == (6, 3, 6, 3)
+
+
+class SequenceFirst(nn.Module):
+    """Raw features, a normalization behind, and as many places as samples: gradients at the first layer are tiny."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.first, self.head, self.mix = nn.Linear(4, 8), nn.Linear(8, 3), mix
+
+    def forward(self, x):
+        h = self.first(x.transpose(0, 1))
+        h = nn.functional.layer_norm(h, (8,)).transpose(0, 1).mean(1)
+        return self.head(h - h.mean(0) if self.mix else h)
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_tiny_gradients_do_not_hide_where_the_samples_are(mix):
+    model, x = SequenceFirst(mix), 1e7 * torch.randn(6, 6, 4)
+    d = dense_jacobian(model, x)
+    with pytest.warns(UserWarning, match="Rows of the output Jacobian") if mix else contextlib.nullcontext():
+        theta = ntk(model, x).reshape(18, 18)
+    assert (theta - d @ d.T).norm() <= 1e-4 * (d @ d.T).norm()
+
+
+def test_another_thread_that_evaluates_the_model():
+    model, x, y = problem()
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    started, ended = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            ended.wait(10)
+
+    model[2].register_forward_pre_hook(wait)
+
+    def evaluate():
+        with torch.no_grad():
+            model(x)
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    assert started.wait(10)
+    MSE(model(x), y).backward()  # while the other forward pass is under way
+    ended.set()
+    thread.join(10)
+    optimizer.step()
+    assert_at(model, expected)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_a_hidden_gradient_that_is_retained():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            self.hidden = torch.tanh(self.net[0](x))
+            self.hidden.retain_grad()
+            return self.net[2:](self.hidden)
+
+    model, x, y = Hidden().double(), *problem()[1:]
+    MSE(model(x), y).backward()
+    expected = model.hidden.grad.clone()
+    model.zero_grad()
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    assert torch.equal(model.hidden.grad, expected)
+    optimizer.step()
+
+
+def test_an_empty_batch_beside_another():
+    model, x, y = problem()
+    expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    (model(x[:0]).sum() + MSE(model(x), y)).backward()
+    optimizer.step()
+    assert_at(model, expected)
+
+
+class Masked(nn.Module):
+    def __init__(self, where):
+        super().__init__()
+        self.w, mask = nn.Parameter(torch.randn(3, 4)), torch.ones(3, 4)
+        self.masks = {"w": mask} if where == "dict" else [mask]
+        if where == "buffer":
+            self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        mask = self.mask if hasattr(self, "mask") else (self.masks["w"] if isinstance(self.masks, dict) else self.masks[0])
+        return torch.tanh(nn.functional.linear(x, self.w * mask))
+
+
+@pytest.mark.parametrize("where", ["buffer", "dict", "list"])
+def test_masks_that_change_after_backward(where):
+    model, x, y = Masked(where), torch.randn(5, 4), torch.randn(5, 3)
+    expected = pinv_step(copy.deepcopy(model).double(), x.double(), y.double(), 0.5)
+    optimizer = AdaptedGD(model, lr=0.5)
+    MSE(model(x), y).backward()
+    for mask in [model.mask] if where == "buffer" else (model.masks.values() if where == "dict" else model.masks):
+        mask[0] = 0
+    optimizer.step()
+    assert_at(model, expected, 1e-4)
+
+
+def test_one_sample_without_a_batch_within():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x[0])))[None]
+
+    model, x = Single().double(), torch.randn(1, 4).double()
+    d = dense_jacobian(model, x)
+    torch.testing.assert_close(ntk(model, x, method="structured").reshape(2, 2), d @ d.T)

@@ -316,7 +316,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
 def stacked(tensors: list[Tensor]) -> Tensor:
     """Outputs with the batch first, as one vector x in sample-major order (2.9): ``[N, ...]`` each → ``[N·Q]``."""
     n = tensors[0].shape[0]
-    return torch.cat([t.reshape(n, -1) for t in tensors], dim=1).reshape(-1)
+    return torch.cat([t.reshape(n, t.shape[1:].numel()) for t in tensors], dim=1).reshape(-1)
 
 
 def hides_its_graph(tensor: Tensor) -> bool:

@@ -131,7 +131,7 @@ class Linearization:
     @functools.cached_property
     def rounding(self) -> float:
         """What rounding of the outputs can do to the loss."""
-        return self._eps * float(self._g.abs() @ self._outputs.abs())
+        return 4 * self._eps * float(self._g.abs() @ self._outputs.abs())
 
     @functools.cached_property
     def output_rounding(self) -> float:

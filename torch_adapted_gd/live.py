@@ -1,7 +1,10 @@
 """The Jacobian of a call's outputs from the user's own graph, in the user's own backward pass."""
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +12,9 @@ from torch import Tensor, nn
 from .calls import Call, hides_its_graph, unwatched
 from .jacobian.factored import Piece, budget_of
 from .jacobian.linearized import Linearized
-from .jacobian.uses import Use
 from .memory import available_bytes
 from .replay import precision
+from .tracking.tape import Key, Note, Source, Tape
 
 _ASK = 2**26  # bytes from which the system is asked how much there is
 
@@ -36,7 +39,7 @@ def linearized_live(call: Call, place: int, model: nn.Module | None) -> None:
     dtypes = [p.dtype for p in parameters.values()]
     dtype = max(dtypes, key=lambda t: torch.finfo(t).bits)
     vectorized = not any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
-    with unwatched(), warnings.catch_warnings():
+    with unwatched(), _gradients_kept(tape), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of functorch; the user's own pass gave the model's
         if tape.without_graph and hides_its_graph(x):
             call.tape = None
@@ -46,18 +49,53 @@ def linearized_live(call: Call, place: int, model: nn.Module | None) -> None:
         free = available_bytes(x.device) if size > _ASK else None  # other calls may hold theirs
         if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):
             return
-        found.uses = [_keeping_inputs(use) for use in found.uses]
+        copies = _Copies()
+        found.uses = [
+            dataclasses.replace(use, note=copies.of(use.note), sources=copies.sources(use.sources)) for use in found.uses
+        ]
         call.linearized[place] = Piece(found, 0, found.at(range(found.q)))
         found.release()
 
 
-def _keeping_inputs(use: Use) -> Use:
-    """A use with copies of what the user may refill before the step: data, which no graph keeps."""
-    sources = use.sources.keys()
+@contextlib.contextmanager
+def _gradients_kept(tape: Tape) -> Iterator[None]:
+    """Context in which ``.grad`` of hidden tensors that retain theirs is left as it is by passes of our own."""
+    tensors = [tensor for reference in tape.retaining if (tensor := reference()) is not None]
+    before = [None if tensor.grad is None else tensor.grad.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, gradient in zip(tensors, before, strict=True):
+            tensor.grad = gradient
 
-    def kept(key: object, value: object) -> object:
-        return value.clone() if isinstance(value, Tensor) and value.grad_fn is None and key not in sources else value
 
-    args = tuple(kept(number, value) for number, value in enumerate(use.note.args))
-    kwargs = {name: kept(name, value) for name, value in use.note.kwargs.items()}
-    return dataclasses.replace(use, note=dataclasses.replace(use.note, args=args, kwargs=kwargs))
+class _Copies:
+    """Notes with copies of what the user may refill before the step: data, which no graph keeps."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, Note] = {}
+        self._sources: dict[int, Source] = {}
+
+    def of(self, note: Note) -> Note:
+        """A note, with the notes behind it."""
+        if id(note) not in self._notes:
+            args = tuple(self._kept(note, number, value) for number, value in enumerate(note.args))
+            kwargs = {name: self._kept(note, name, value) for name, value in note.kwargs.items()}
+            copied = dataclasses.replace(note, args=args, kwargs=kwargs, sources=self.sources(note.sources))
+            self._notes[id(note)] = copied
+        return self._notes[id(note)]
+
+    def sources(self, sources: dict[Key, Source]) -> dict[Key, Source]:
+        """What was computed from parameters, likewise."""
+        return {key: self._source(source) for key, source in sources.items()}
+
+    def _source(self, source: Source) -> Source:
+        if source.note is None or source.view is not None:
+            return source
+        if id(source) not in self._sources:
+            self._sources[id(source)] = dataclasses.replace(source, note=self.of(source.note))
+        return self._sources[id(source)]
+
+    @staticmethod
+    def _kept(note: Note, key: Key, value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.grad_fn is None and key not in note.sources else value

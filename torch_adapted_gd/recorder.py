@@ -7,6 +7,7 @@ autograd graph, so calls that never reach a loss leave nothing behind.
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ class CallRecorder:
         self.gradients: dict[int, Tensor] = {}
         self.dropped_by: str | None = None
         self.unusable_output: str | None = None
-        self._running: list[_Running | None] = []  # forward passes under way, the outermost first
+        self._threads: dict[int, list[_Running | None]] = {}
         self._count = 0
         self._pending: list[tuple[Call, int, Tensor]] = []
         self._pass = -1
@@ -112,7 +113,12 @@ class CallRecorder:
         after = model.register_forward_hook(_Hook(self, CallRecorder._after), with_kwargs=True, always_call=True)
         self._handles = (before, after)
         weakref.finalize(self, _remove, self._handles)
-        weakref.finalize(self, _end, self._running)
+        weakref.finalize(self, _end_all, self._threads)
+
+    @property
+    def _running(self) -> "list[_Running | None]":
+        """The forward passes under way in this thread, the outermost first."""
+        return self._threads.setdefault(threading.get_ident(), [])
 
     def watch(self, parameter: nn.Parameter) -> None:
         """Have gradients that reach ``parameter`` confirm calls, for as long as this recorder lives.
@@ -348,6 +354,11 @@ def _passes(model: nn.Module) -> int:
 def _remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _end_all(threads: "dict[int, list[_Running | None]]") -> None:
+    for running in list(threads.values()):
+        _end(running)
 
 
 def _end(running: "list[_Running | None]") -> None:

@@ -73,6 +73,7 @@ class Linearized:
         self._conditions = conditions
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
+        self._doubtful: set[str] = set()
         generator = torch.Generator("cpu").manual_seed(0)  # the user's random stream is not touched
         probe = torch.randn(n, self.q, generator=generator, dtype=torch.float64, device="cpu").to(self.device)
         # Even steps, in no order: a gradient's ratio to another one tells the sample.
@@ -201,12 +202,16 @@ class Linearized:
                     self._leave(name, f"parameter '{name}' is used with complex numbers")
                 continue
             rule = rule_for(note.function)
+            if not all(len(rule.dims(note, once.ndim)) for once, _ in reached.values()):
+                rule = GENERIC  # called without a batch
             layouts: dict[int, Layout] = {}
+            sure = True
             for place, (once, twice) in reached.items():
-                layout = self._layout(once, twice, scale, rule.dims(note, once.ndim), noise, any_order=note.mixed)
+                dims = rule.dims(note, once.ndim)
+                layout, certain = self._layout(once, twice, scale, dims, noise, any_order=note.mixed)
                 if layout is None:
                     break
-                layouts[place] = layout
+                layouts[place], sure = layout, sure and certain
             if len(layouts) < len(reached):
                 if note.mixed and sources:
                     use = Use(GENERIC, note, sources, {})
@@ -221,6 +226,8 @@ class Linearized:
             for place, layout in layouts.items():
                 use.gradients[place] = layout.samples_first(reached[place][0]).unsqueeze(1).to(self._dtype)
             uses.append(use)
+            if not sure:
+                self._doubtful |= use.names
         return [use for use in uses if not use.names <= self.unserved.keys()]
 
     def _leave(self, name: str, why: str) -> None:
@@ -231,18 +238,22 @@ class Linearized:
 
     def _layout(
         self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, noise: float, *, any_order: bool
-    ) -> Layout | None:
-        """Where ``twice`` is ``once`` with each sample's part times the sample's entry of ``scale``."""
-        for layout in Layout.candidates(once.shape, self.n, dims):
-            expected = layout.samples_first(once)
-            expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
-            if self._close(layout.samples_first(twice), expected, noise):
-                return layout
-        for leading in range(1, len(dims) + 1) if any_order else ():
-            places = self._places(once.flatten(0, leading - 1), twice.flatten(0, leading - 1), scale, noise)
-            if places is not None:
-                return Layout(0, self.n, places=places, leading=leading)
-        return None
+    ) -> tuple[Layout | None, bool]:
+        """Where ``twice`` is ``once`` with each sample's part times its entry of ``scale``, and if that is beyond doubt.
+
+        First without an allowance for rounding elsewhere, which lets any layout pass where gradients are tiny.
+        """
+        for allowed in (0.0, noise):
+            for layout in Layout.candidates(once.shape, self.n, dims):
+                expected = layout.samples_first(once)
+                expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
+                if self._close(layout.samples_first(twice), expected, allowed):
+                    return layout, allowed == 0
+            for leading in range(1, len(dims) + 1) if any_order else ():
+                places = self._places(once.flatten(0, leading - 1), twice.flatten(0, leading - 1), scale, allowed)
+                if places is not None:
+                    return Layout(0, self.n, places=places, leading=leading), allowed == 0
+        return None, False
 
     def _places(self, once: Tensor, twice: Tensor, scale: Tensor, noise: float) -> Tensor | None:
         """The places of each sample ``[N, S]`` among those of the first dimension, −1 for none; None if some have several."""
@@ -253,7 +264,7 @@ class Linearized:
             return None  # also where rounding hides which step of s a ratio is
         size, strongest = once.abs().max(1)
         rows = torch.arange(len(once), device=self.device)
-        there = size > max(noise / len(once), torch.finfo(once.dtype).tiny)
+        there = size > max(noise / len(once), self.eps * float(size.max()) / len(once), torch.finfo(once.dtype).tiny)
         ratio = twice[rows, strongest].double() / torch.where(there, once[rows, strongest].double(), 1.0)
         step = ((ratio + 1) * self.n - 1) / 2
         rank = step.round().clamp(0, self.n - 1).long()
@@ -283,6 +294,10 @@ class Linearized:
         """Hold what the rules make of Dᵀu against the backward pass; what differs is not served."""
         total = accumulated(((use, self.terms(use)) for use in self.uses), _summed, self._parameters, self._dtype)
         whole = sum(float(product.norm()) ** 2 for product in self.probe_product.values()) ** 0.5
+        for name in sorted(self._doubtful & self.probe_product.keys()):
+            # Tiny gradients at a use are no doubt about D where D is tiny too, as by a bias that a softmax takes away.
+            if float(self.probe_product[name].norm()) > 64 * self.eps * whole:
+                self._leave(name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart")
         for name, p in self._parameters.items():
             expected = self.probe_product.get(name)
             got = total.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +97,7 @@ class Tape(TorchFunctionMode):
         notes: The notes, in the order of the operations.
         finished: Whether it takes no more notes.
         parameters: As given.
+        retaining: Hidden tensors whose gradient the user keeps.
         without_graph: Whether a parameter was used with gradients disabled, as within `torch.utils.checkpoint`.
     """
 
@@ -113,6 +115,7 @@ class Tape(TorchFunctionMode):
         self.notes: list[Note] = []
         self.differentiable = differentiable
         self.without_graph = False
+        self.retaining: list[weakref.ref[Tensor]] = []
         self.parameters = parameters
         self._sources = {id(p): Source(p, name) for name, p in parameters.items()}
         self._constants = {id(t): t for t in constants}
@@ -133,6 +136,8 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _QUIET or func in _GRADIENTS:
             return func(*args, **kwargs)
+        if func is Tensor.retain_grad:
+            self.retaining.append(weakref.ref(args[0]))
         transformed = private.in_transform()
         if not torch.is_grad_enabled():
             self.without_graph = self.without_graph or bool(self._operands(args, kwargs, False)[0])
@@ -236,8 +241,11 @@ def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Te
     """The tensors of a model that are the same for all samples, but for the parameters."""
     ours = {id(p) for p in parameters.values()}
     for module in model.modules():
-        for tensors in (module._parameters.values(), module._buffers.values(), module.__dict__.values()):
-            yield from (t for t in tensors if isinstance(t, Tensor) and id(t) not in ours)
+        held: list[Any] = [module._parameters, module._buffers, module.__dict__]
+        held += [value for value in module.__dict__.values() if type(value) in (dict, list, tuple)]
+        for tensors in held:
+            values = tensors.values() if isinstance(tensors, dict) else tensors
+            yield from (t for t in values if isinstance(t, Tensor) and id(t) not in ours)
 
 
 def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Key, Tensor]]:
