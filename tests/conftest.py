@@ -9,6 +9,9 @@ from torch_adapted_gd.jacobian import rules
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    yield
+    # A function mode that stays behind would have all that follows go through it.
+    assert torch._C._len_torch_function_stack() == 0
 
 
 @pytest.fixture

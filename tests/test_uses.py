@@ -13,7 +13,6 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, ntk
 from torch_adapted_gd.jacobian.factored import FactoredJacobian, Piece
 from torch_adapted_gd.jacobian.linearized import Linearized
-from torch_adapted_gd.tracking import private
 from torch_adapted_gd.tracking.tape import Tape, constants_of
 
 from .cases import MSE, assert_at, dense_jacobian, mlp, pinv_step, problem
@@ -336,7 +335,6 @@ def test_a_mode_of_the_users_own_is_left_alone():
         expected = ntk(model, x)
         MSE(model(x), y).backward()
     optimizer.step()
-    assert not private.is_innermost(Doubling())
     assert optimizer.last_step.kernel == "structured"
     assert expected.shape == (6, 3, 6, 3)
 
@@ -458,3 +456,15 @@ def test_one_sample_without_a_batch_within():
     model, x = Single().double(), torch.randn(1, 4).double()
     d = dense_jacobian(model, x)
     torch.testing.assert_close(ntk(model, x, method="structured").reshape(2, 2), d @ d.T)
+
+
+def test_watchers_of_a_model_and_of_a_part_of_it():
+    depth = torch._C._len_torch_function_stack()
+    net, x, y = problem()
+    model = Counting(net)
+    optimizers = [AdaptedGD(m, lr=0.5) for m in (net, model, net, model)]
+    for _ in range(3):
+        optimizers[-1].zero_grad()
+        MSE(model(x), y).backward()
+        assert torch._C._len_torch_function_stack() == depth
+    optimizers[-1].step()

@@ -80,8 +80,7 @@ class _Running:
         """Stop it."""
         if self.tape is not None:
             self.tape.finish()
-        if self.tape is not None and private.is_innermost(self.tape):
-            self.tape.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            private.leave(self.tape)
 
 
 class CallRecorder:

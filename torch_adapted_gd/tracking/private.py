@@ -51,10 +51,15 @@ def will_reach(node: Any, *, else_: bool) -> bool:
         return else_
 
 
-def is_innermost(mode: TorchFunctionMode) -> bool:
-    """Whether a function mode is the last that was entered, of those that were not left."""
-    depth = torch._C._len_torch_function_stack()
-    return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
+def leave(mode: TorchFunctionMode) -> None:
+    """Leave a function mode of this thread, whatever was entered since and stays: two watchers may end in any order."""
+    if not any(torch._C._get_function_stack_at(i) is mode for i in range(torch._C._len_torch_function_stack())):
+        return
+    above = []
+    while (innermost := torch._C._pop_torch_function_stack()) is not mode:
+        above.append(innermost)
+    for other in reversed(above):
+        torch._C._push_on_torch_function_stack(other)
 
 
 def disable_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
