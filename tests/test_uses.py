@@ -468,3 +468,52 @@ def test_watchers_of_a_model_and_of_a_part_of_it():
         MSE(model(x), y).backward()
         assert torch._C._len_torch_function_stack() == depth
     optimizers[-1].step()
+
+
+class ScaledInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 5), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        h = self.layer(x)
+        h.mul_(self.scale)
+        return torch.tanh(h)
+
+
+class Broadcast(ScaledInPlace):
+    """An operation with two results."""
+
+    def forward(self, x):
+        h, scale = torch.broadcast_tensors(self.layer(x), self.scale)
+        return torch.tanh(h * scale)
+
+
+class ByExample(ScaledInPlace):
+    """Operands that are asked for their form alone, and that are returned as they are."""
+
+    def forward(self, x):
+        h = torch.tanh(self.layer(x)).to(self.scale).type_as(self.layer.bias)
+        return h * self.scale
+
+
+class DerivedUnderVmap(ScaledInPlace):
+    """Weights that are computed from parameters within a transform."""
+
+    def forward(self, x):
+        return torch.vmap(lambda p: torch.tanh(nn.functional.linear(p, 2 * self.layer.weight)) @ self.scale.exp())(x)[:, None]
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("build", [ScaledInPlace, Broadcast, ByExample, DerivedUnderVmap])
+def test_outputs_and_steps_are_the_same_where_derivatives_may_be_taken(build, differentiable):
+    model, x = build().double(), torch.randn(5, 4).double()
+    y = torch.randn_like(model(x))
+    expected, alone = pinv_step(copy.deepcopy(model), x, y, 0.5), model(x).detach()
+    optimizer = AdaptedGD(model, lr=0.5)
+    outputs = model(x.clone().requires_grad_(differentiable))
+    assert torch.equal(outputs, alone)
+    MSE(outputs, y).backward()
+    optimizer.step()
+    assert optimizer.last_step.kernel == "structured"
+    assert_at(model, expected, 1e-8)

@@ -60,6 +60,10 @@ def called(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
     return changed
 
 
+class SeveralResultsError(TypeError):
+    """A function does not give one tensor, as an operation has to."""
+
+
 class Operation:
     """A function of tensors, and its derivatives in each.
 
@@ -304,6 +308,12 @@ class _General(Operation):
     def __post_init__(self) -> None:
         self.function = self.of
 
+    def compute(self, *tensors: Tensor) -> Tensor:
+        result = self.of(*tensors)
+        if not isinstance(result, Tensor):
+            raise SeveralResultsError
+        return result.view_as(result) if any(result is t for t in tensors) else result
+
 
 @dataclass(frozen=True)
 class _Pushed:
@@ -415,7 +425,7 @@ def operation_of(
         keys: The operands that were computed from parameters.
         all_of_them: Have those whose derivatives need none, too.
     """
-    if all_of_them and changes_in_place(func, kwargs):
+    if changes_in_place(func, kwargs):
         return None
     if all_of_them and func in _ADDITIONS and not kwargs and all(isinstance(a, Tensor) for a in args):
         return _Addition((args[0], args[1]), frozenset(int(key) for key in keys if isinstance(key, int)))

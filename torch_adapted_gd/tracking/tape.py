@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import private
-from .applied import changes_in_place, operation_of
+from .applied import SeveralResultsError, changes_in_place, operation_of
 from .decomposed import DECOMPOSED
 
 Key = int | str | tuple[int, int]  # an operand: its number, its keyword, or its place in a list with that number
@@ -23,7 +24,8 @@ _QUIET = {  # asked often, and never of interest
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.stride),
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "requires_grad", "ndim", "is_cuda", "is_nested")),
 }
-_SET_ITEM = Tensor.__setitem__
+# Of their second operand these take its form alone.
+_BY_EXAMPLE = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as}
 _ASKS_FOR_GRADIENTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -53,8 +55,8 @@ class Source:
             return {self.name}
         if self.view is not None:
             return {self.view[0]}
-        assert self.note is not None
-        return {name for source in self.note.sources.values() for name in source.names}
+        sources = () if self.note is None else self.note.sources.values()
+        return {name for source in sources for name in source.names}
 
 
 @dataclass(eq=False)
@@ -136,6 +138,8 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _QUIET or func in _GRADIENTS:
             return func(*args, **kwargs)
+        if func in _BY_EXAMPLE and (not args or id(args[0]) not in self._sources):
+            return func(*args, **kwargs)
         if func is Tensor.retain_grad:
             self.retaining.append(weakref.ref(args[0]))
         transformed = private.in_transform()
@@ -161,12 +165,10 @@ class Tape(TorchFunctionMode):
         if mixed and (self.differentiable or transformed):
             operation = operation_of(func, args, kwargs, sources.keys(), all_of_them=transformed)
             if operation is not None:
-                return operation.run(self)
-        if transformed:
-            result = func(*args, **kwargs)
-            if not mixed:  # what it is shows where an operation with it is noted
-                self._sources |= {id(tensor): Source(tensor) for tensor in _results(result)}
-            return result
+                with contextlib.suppress(SeveralResultsError):
+                    return operation.run(self)
+        if transformed and mixed:
+            return func(*args, **kwargs)
         changed = _changed_in_place(func, args, kwargs)
         if changed is not None and mixed:
             args = (args[0].detach().clone(), *args[1:])
@@ -175,6 +177,10 @@ class Tape(TorchFunctionMode):
         else:
             note = Note(func, args, kwargs, sources, mixed)
             result = func(*args, **kwargs)
+            if transformed and any(map(private.is_batched, _results(result))):
+                # What it is shows at the bottom of the transforms, where an operation with it is noted.
+                self._sources |= {id(tensor): Source(tensor) for tensor in _results(result)}
+                return result
         self._close(note, result if changed is None else changed)
         return result
 
@@ -192,7 +198,7 @@ class Tape(TorchFunctionMode):
         source = self._sources.get(id(tensor))
         if source is None and (view := self._view(tensor)) is not None:
             return Source(tensor, None, view)
-        return source
+        return None if source is None or not source.names else source
 
     def _operands(self, args: tuple[Any, ...], kwargs: dict[str, Any], transformed: bool) -> tuple[dict[Key, Source], bool]:
         """The operands that were computed from parameters, and whether others may depend on the samples."""
