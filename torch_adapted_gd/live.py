@@ -14,7 +14,8 @@ from .jacobian.factored import Piece, budget_of
 from .jacobian.linearized import Linearized
 from .memory import available_bytes
 from .replay import precision
-from .tracking.tape import Key, Note, Source, Tape
+from .tracking.arguments import Key
+from .tracking.tape import Note, Source, Tape
 
 _ASK = 2**26  # bytes from which the system is asked how much there is
 

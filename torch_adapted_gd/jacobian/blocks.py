@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracking.tape import View
 from .dense import add_gram
 from .products import Family, OuterProducts, tiles
 
 TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
 BLOCK_ELEMENTS = 2**22  # entries of a layer's Jacobian that are written out at a time
-Part = str | tuple[str, tuple[Any, ...]]  # a parameter's name, with a view of it if it is used in parts
+Part = str | tuple[str, View]  # a parameter's name, with a view of it if it is used in parts
 Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
 
 

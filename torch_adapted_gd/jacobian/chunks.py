@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tracking.tape import Source
 from .blocks import Part, Parts, Terms
 from .linearized import Linearized
-from .sources import Derived, index_of, is_transposed, is_whole, turned, written
+from .sources import Derived, entries_of, is_transposed, is_whole, turned, written
 from .uses import Use
 
 Way = Literal["whole", "views", "written"]
@@ -52,8 +52,8 @@ def _way(views: frozenset[Any], numel: int) -> Way:
         return "written"
     taken = torch.zeros(numel, dtype=torch.bool)
     count = 0
-    for _, offset, size, stride in views:
-        index = torch.as_strided(torch.arange(numel), size, stride, offset).reshape(-1)
+    for view in views:
+        index = entries_of(view, numel)
         taken[index] = True
         count += len(index)
     return "views" if int(taken.sum()) == count else "written"
@@ -72,6 +72,7 @@ class Chunk:
         outputs: Those in the chunk.
         first: The output of the call that is the first of the piece.
         ways: How each parameter is served.
+        parameters: θ by name.
         budget: Bytes that may be kept of parts made of the uses, if these are held.
         held: The uses with B, where they need not be made again each time.
         kept: Parts made of these, by the place of the component, as far as they are small.
@@ -157,14 +158,14 @@ class Chunk:
                     term, whole = turned(term, source.tensor.shape), True
                 if way == "whole":
                     terms.setdefault(name, []).append(term)
-                elif way == "views":
-                    terms.setdefault((name, source.view or ()), []).append(term)
-                elif whole:
+                elif whole or source.view is None:
                     terms.setdefault(name, []).append(written(term))
+                elif way == "views":
+                    terms.setdefault((name, source.view), []).append(term)
                 else:
                     rows = written(term)
                     spread = rows.new_zeros(*rows.shape[:2], self.parameters[name].numel())
-                    spread.index_add_(2, index_of(source, spread.shape[2], rows.device), rows)
+                    spread.index_add_(2, entries_of(source.view, spread.shape[2], rows.device), rows)
                     terms.setdefault(name, []).append(spread)
         for source, rows in derived.values():
             pulled = Derived(source, self.parameters).pulled(rows.flatten(0, 1))
@@ -187,11 +188,6 @@ class Chunk:
             self.kept[place] = parts
         return parts
 
-    def all_parts(self) -> Iterator[Parts]:
-        """Those of all components, one after the other."""
-        for place, (names, uses) in enumerate(self.components(self.uses())):
-            yield self.parts(place, names, uses)
-
     def rotated(self, rotation: Tensor) -> list[Use]:
         """The uses with B for linear combinations of its outputs.
 
@@ -209,7 +205,7 @@ class Chunk:
 
     def scatter(self, part: Part, vector: Tensor, totals: dict[str, Tensor]) -> None:
         """Add a vector of a parameter or part of it to sums by parameter, flat."""
-        name, index = self._where(part, vector.device)
+        name, index = self.place(part, vector.device)
         if index is None:
             totals[name] = totals[name] + vector if name in totals else vector
             return
@@ -219,16 +215,11 @@ class Chunk:
 
     def gather(self, part: Part, vectors: dict[str, Tensor]) -> Tensor:
         """That part of vectors by parameter, flat."""
-        name, index = self._where(part, next(iter(vectors.values())).device)
+        name, index = self.place(part, next(iter(vectors.values())).device)
         return vectors[name] if index is None else vectors[name][index]
 
     def place(self, part: Part, device: torch.device) -> tuple[str, Tensor | None]:
         """A part's parameter, and which of its entries it has; None for all."""
-        return self._where(part, device)
-
-    def _where(self, part: Part, device: torch.device) -> tuple[str, Tensor | None]:
         if isinstance(part, str):
             return part, None
-        name, (_, offset, size, stride) = part
-        numel = self.parameters[name].numel()
-        return name, torch.as_strided(torch.arange(numel, device=device), size, stride, offset).reshape(-1)
+        return part[0], entries_of(part[1], self.parameters[part[0]].numel(), device)

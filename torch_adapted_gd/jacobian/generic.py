@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from ..tracking.applied import called, replaced
-from ..tracking.tape import tensors_of
+from ..tracking.arguments import called, detached, replaced, results_of, tensors_of
 
 if TYPE_CHECKING:
     from .uses import Use
@@ -40,28 +39,17 @@ class _Function:
     def __init__(self, use: Use) -> None:
         self.use = use
         self.function = use.note.function
-        self.args = [_detached(a) for a in use.note.args]
-        self.kwargs = {name: _detached(a) for name, a in use.note.kwargs.items()}
+        self.args = [detached(a) for a in use.note.args]
+        self.kwargs = {name: detached(a) for name, a in use.note.kwargs.items()}
 
     def __call__(self, keys: list[Any], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         args, kwargs = replaced(self.args, self.kwargs, dict(zip(keys, values, strict=True)))
-        result = called(self.function, args, kwargs)
-        if isinstance(result, Tensor):
-            return (result,)
-        return tuple(r for r in result if isinstance(r, Tensor))
+        return tuple(results_of(called(self.function, args, kwargs)))
 
     def operands(self) -> dict[Any, Tensor]:
         """The tensors among its operands that are no parameters."""
         given = dict(tensors_of(tuple(self.args), self.kwargs))
         return {key: tensor for key, tensor in given.items() if key not in self.use.sources}
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
-    return value
 
 
 def _pull(of: Callable[..., tuple[Tensor, ...]], moving: tuple[Tensor, ...], places: list[int]) -> Callable[..., Any]:

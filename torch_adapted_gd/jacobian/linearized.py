@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checks import all_finite
-from ..tracking.tape import Key, Note
+from ..tracking.arguments import Key
+from ..tracking.tape import Note
 from .backward import BackwardPasses
 from .products import OuterProducts
 from .rules import GENERIC, Term, rule_for

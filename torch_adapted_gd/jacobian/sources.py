@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..tracking.applied import called, replaced
-from ..tracking.tape import Key, Source
+from ..tracking.arguments import Key, called, detached, replaced, results_of
+from ..tracking.tape import Source, View
 from .products import OuterProducts
 from .rules import Term
 from .uses import Use
@@ -19,10 +18,9 @@ from .uses import Use
 _BYTES = 2**27  # of rows that are pulled back at a time
 
 
-def index_of(source: Source, numel: int, device: torch.device) -> Tensor:
-    """For a view, which entry of the flat parameter each of its entries is."""
-    assert source.view is not None
-    _, offset, size, stride = source.view
+def entries_of(view: View, numel: int, device: torch.device | None = None) -> Tensor:
+    """Which entry of the flat parameter, of ``numel``, each entry of a view of it is."""
+    _, offset, size, stride = view
     return torch.as_strided(torch.arange(numel, device=device), size, stride, offset).reshape(-1)
 
 
@@ -72,21 +70,19 @@ class Derived:
     def __init__(self, source: Source, values: dict[str, Tensor]) -> None:
         self.names = sorted(source.names)
         self._leaves = {name: values[name].detach().requires_grad_() for name in self.names}
-        made: dict[int, tuple[Tensor, ...]] = {}
+        made: dict[int, list[Tensor]] = {}
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             self._result = self._made(source, made)
 
-    def _made(self, source: Source, made: dict[int, tuple[Tensor, ...]]) -> Tensor:
+    def _made(self, source: Source, made: dict[int, list[Tensor]]) -> Tensor:
         if source.name is not None:
             return self._leaves[source.name]
         note = source.note
         assert note is not None
         if id(note) not in made:
             values = {key: self._made(inner, made) for key, inner in note.sources.items()}
-            plain = [_plain(a) for a in note.args], {name: _plain(a) for name, a in note.kwargs.items()}
-            args, kwargs = replaced(*plain, values)
-            result = called(note.function, args, kwargs)
-            made[id(note)] = (result,) if isinstance(result, Tensor) else tuple(r for r in result if isinstance(r, Tensor))
+            plain = list(map(detached, note.args)), {name: detached(a) for name, a in note.kwargs.items()}
+            made[id(note)] = results_of(called(note.function, *replaced(*plain, values)))
         return made[id(note)][source.place]
 
     def pulled(self, rows: Tensor) -> dict[str, Tensor]:
@@ -115,10 +111,6 @@ class Derived:
         return {name: torch.cat(part).to(rows.dtype) for name, part in zip(self.names, parts, strict=True)}
 
 
-def _plain(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
 def accumulated(
     terms: Iterable[tuple[Use, dict[Key, Term]]],
     reduce: Callable[[Term, torch.dtype], Tensor],
@@ -143,7 +135,7 @@ def accumulated(
             elif source.view is not None:
                 name = source.view[0]
                 whole = vector.new_zeros(parameters[name].numel())
-                add(name, whole.index_add_(0, index_of(source, len(whole), vector.device), vector))
+                add(name, whole.index_add_(0, entries_of(source.view, len(whole), vector.device), vector))
             else:
                 before = derived.get(id(source))
                 derived[id(source)] = (source, vector if before is None else before[1] + vector)

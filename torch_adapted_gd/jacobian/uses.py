@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tracking.tape import Key, Note, Source
+from ..tracking.arguments import Key
+from ..tracking.tape import Note, Source
 
 if TYPE_CHECKING:
     from .rules import Rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import private
+from .arguments import Key, called, changes_in_place, replaced, tensors_of
 
 if TYPE_CHECKING:
-    from .tape import Key, Source, Tape
+    from .tape import Source, Tape
 
 # By these a sampled operand's gradient does not use the parameter: an ordinary operation does.
 _LINEAR_IN_BOTH = {
@@ -26,38 +27,6 @@ _LINEAR_IN_BOTH = {
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 _MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
-
-
-def changes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function changes its first operand."""
-    name = getattr(function, "__name__", "")
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__", "__int__"))
-    return name.endswith("_") or kwargs.get("inplace") is True
-
-
-def replaced(args: Sequence[Any], kwargs: dict[str, Any], values: Mapping[Key, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments with some of the operands replaced; tuples among them stay tuples, which an index has to be."""
-    given, by_name = list(args), dict(kwargs)
-    for key, value in values.items():
-        if isinstance(key, str):
-            by_name[key] = value
-        elif isinstance(key, int):
-            given[key] = value
-        else:
-            number, place = key
-            inner = given[number]
-            given[number] = type(inner)([*inner[:place], value, *inner[place + 1 :]])
-    return given, by_name
-
-
-def called(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """What a function returns; of one that changes its first operand, that operand as it is afterwards, which is a copy."""
-    if not changes_in_place(function, kwargs):
-        return function(*args, **kwargs)
-    changed = args[0].clone()
-    function(changed, *args[1:], **kwargs)
-    return changed
 
 
 class SeveralResultsError(TypeError):
@@ -442,8 +411,6 @@ def operation_of(
         return _WithBias(_MatrixProduct((args[1], args[2]), frozenset({1}), False), args[0])
     if func in _MULTIPLICATIONS and not kwargs and all(isinstance(a, Tensor) for a in args):
         return _Multiplication((args[0], args[1]), frozenset(int(key) for key in keys if isinstance(key, int)))
-    from .tape import tensors_of
-
     operands = dict(tensors_of(args, kwargs))
     floating = tuple(key for key, tensor in operands.items() if tensor.is_floating_point())
     if not all(key in floating for key in keys):

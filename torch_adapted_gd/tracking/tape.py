@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import private
-from .applied import SeveralResultsError, changes_in_place, operation_of
+from .applied import SeveralResultsError, operation_of
+from .arguments import Key, changes_in_place, results_of, tensors_of
 from .decomposed import DECOMPOSED
 
-Key = int | str | tuple[int, int]  # an operand: its number, its keyword, or its place in a list with that number
 _OPENED = {F.multi_head_attention_forward}  # made of operations that have rules of their own
 _QUIET = {  # asked often, and never of interest
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.stride),
@@ -29,6 +29,8 @@ _BY_EXAMPLE = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tens
 _ASKS_FOR_GRADIENTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
+View = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of a parameter: its name, and offset, size and stride in it
+
 
 @dataclass(eq=False)
 class Source:
@@ -37,14 +39,14 @@ class Source:
     Attributes:
         tensor: It.
         name: The parameter's, if it is one.
-        view: For a view of a parameter that one's name, and offset, size and stride in it.
+        view: Which view of a parameter it is, if it is one.
         note: Where else it comes from.
         place: Which output of that.
     """
 
     tensor: Tensor
     name: str | None = None
-    view: tuple[str, int, tuple[int, ...], tuple[int, ...]] | None = None
+    view: View | None = None
     note: Note | None = None
     place: int = 0
 
@@ -177,9 +179,9 @@ class Tape(TorchFunctionMode):
         else:
             note = Note(func, args, kwargs, sources, mixed)
             result = func(*args, **kwargs)
-            if transformed and any(map(private.is_batched, _results(result))):
+            if transformed and any(map(private.is_batched, results_of(result))):
                 # What it is shows at the bottom of the transforms, where an operation with it is noted.
-                self._sources |= {id(tensor): Source(tensor) for tensor in _results(result)}
+                self._sources |= {id(tensor): Source(tensor) for tensor in results_of(result)}
                 return result
         self._close(note, result if changed is None else changed)
         return result
@@ -215,12 +217,12 @@ class Tape(TorchFunctionMode):
         return found, mixed
 
     def _add_constants(self, result: Any) -> None:
-        for tensor in _results(result):
+        for tensor in results_of(result):
             if not tensor.requires_grad:
                 self._constants[id(tensor)] = tensor
 
     def _close(self, note: Note, result: Any) -> None:
-        for place, tensor in enumerate(_results(result)):
+        for place, tensor in enumerate(results_of(result)):
             if not tensor.requires_grad:
                 if not note.mixed:
                     self._constants[id(tensor)] = tensor
@@ -235,7 +237,7 @@ class Tape(TorchFunctionMode):
         if note.edges:
             self.notes.append(note)
 
-    def _view(self, tensor: Tensor) -> tuple[str, int, tuple[int, ...], tuple[int, ...]] | None:
+    def _view(self, tensor: Tensor) -> View | None:
         base = tensor._base
         source = None if base is None else self._sources.get(id(base))
         if base is None or source is None or source.name is None or not base.is_contiguous() or tensor.dtype != base.dtype:
@@ -252,28 +254,6 @@ def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Te
         for tensors in held:
             values = tensors.values() if isinstance(tensors, dict) else tensors
             yield from (t for t in values if isinstance(t, Tensor) and id(t) not in ours)
-
-
-def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Key, Tensor]]:
-    """The tensors among arguments, those in lists too, and where they are."""
-    for number, value in enumerate(args):
-        if isinstance(value, Tensor):
-            yield number, value
-        elif isinstance(value, (tuple, list)):
-            for place, inner in enumerate(value):
-                if isinstance(inner, Tensor):
-                    yield (number, place), inner
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            yield name, value
-
-
-def _results(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, (tuple, list)):
-        return [tensor for tensor in result if isinstance(tensor, Tensor)]
-    return []
 
 
 def _changed_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
