@@ -504,15 +504,24 @@ class DerivedUnderVmap(ScaledInPlace):
         return torch.vmap(lambda p: torch.tanh(nn.functional.linear(p, 2 * self.layer.weight)) @ self.scale.exp())(x)[:, None]
 
 
+class Norms(ScaledInPlace):
+    """Normalizations with all their arguments, by number and by name."""
+
+    def forward(self, x):
+        h = nn.functional.rms_norm(self.layer(x), (5,), self.scale, 0.3)
+        h = nn.functional.layer_norm(h, (5,), weight=self.scale, bias=self.layer.bias, eps=0.2)
+        return nn.functional.group_norm(h, 1, self.scale, self.layer.bias, 0.1)
+
+
 @pytest.mark.parametrize("differentiable", [False, True])
-@pytest.mark.parametrize("build", [ScaledInPlace, Broadcast, ByExample, DerivedUnderVmap])
+@pytest.mark.parametrize("build", [ScaledInPlace, Broadcast, ByExample, DerivedUnderVmap, Norms])
 def test_outputs_and_steps_are_the_same_where_derivatives_may_be_taken(build, differentiable):
     model, x = build().double(), torch.randn(5, 4).double()
     y = torch.randn_like(model(x))
     expected, alone = pinv_step(copy.deepcopy(model), x, y, 0.5), model(x).detach()
     optimizer = AdaptedGD(model, lr=0.5)
     outputs = model(x.clone().requires_grad_(differentiable))
-    assert torch.equal(outputs, alone)
+    torch.testing.assert_close(outputs, alone, rtol=1e-14, atol=1e-14)
     MSE(outputs, y).backward()
     optimizer.step()
     assert optimizer.last_step.kernel == "structured"

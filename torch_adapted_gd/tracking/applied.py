@@ -1,10 +1,10 @@
-"""Operations whose derivatives use their parameters again, and are noted too: closed under differentiation."""
+"""Functions of a forward pass run as operations whose derivatives use parameters again, and are noted too."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import private
 from .arguments import Key, called, changes_in_place, replaced, tensors_of
+from .operations import Addition, General, MatrixProduct, Multiplication, Operation, SeveralResultsError
 
 if TYPE_CHECKING:
     from .tape import Source, Tape
@@ -29,58 +30,6 @@ _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__
 _MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 
 
-class SeveralResultsError(TypeError):
-    """A function does not give one tensor, as an operation has to."""
-
-
-class Operation:
-    """A function of tensors, and its derivatives in each.
-
-    Attributes:
-        function: What a note of it says was called.
-        tensors: Its operands.
-        sources: Which of them were computed from parameters, by their number.
-    """
-
-    function: Callable[..., Any]
-
-    def __init__(self, tensors: tuple[Tensor, ...], sources: frozenset[int]) -> None:
-        self.tensors = tensors
-        self.sources = sources
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        """Its value."""
-        result: Tensor = self.function(*tensors)
-        return result
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        """The gradient in an operand, as another operation."""
-        return _General((*tensors, g), self.sources, _Pulled(self.compute, number))
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
-        """What a tangent of an operand makes of it, as another operation."""
-        return _General((*tensors, t), self.sources, _Pushed(self.compute, number))
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        """The same for operands of which some have a batch, as another operation whose result has it first."""
-        return _General(tensors, self.sources, _Batched(self.compute, dims))
-
-    def run(self, tape: Tape) -> Tensor:
-        """Its value, in the graph, and noted."""
-        tensors, self.tensors = self.tensors, ()
-        return Applied.apply(self, weakref.ref(tape), *tensors)
-
-    def note(self, tape: Tape, tensors: tuple[Tensor, ...], result: Tensor) -> None:
-        """Take it down."""
-        found: dict[Key, Source] = {}
-        for number in self.sources:
-            source = tape.source_of(tensors[number])
-            if source is not None:
-                found[number] = source
-        if found and result.requires_grad:
-            tape.note(self.function, tensors, found, result)
-
-
 class Applied(torch.autograd.Function):
     """An operation in the graph, or under a transform of `torch.func`, at whose bottom it comes to be in the graph."""
 
@@ -89,8 +38,11 @@ class Applied(torch.autograd.Function):
         """Run and note it."""
         result: Tensor = super().apply(operation, tape, *tensors)
         notes = tape()
-        if notes is not None and not private.in_transform():
-            operation.note(notes, tensors, result)
+        if notes is not None and result.requires_grad and not private.in_transform():
+            found = {number: notes.source_of(tensors[number]) for number in operation.sources}
+            sources: dict[Key, Source] = {number: source for number, source in found.items() if source is not None}
+            if sources:
+                notes.note(operation.function, tensors, sources, result)
         return result
 
     @staticmethod
@@ -117,7 +69,7 @@ class Applied(torch.autograd.Function):
                 continue
             of = operation.gradient(number, tensors, g)
             noted = of.sources and number not in operation.sources and tape is not None and torch.is_grad_enabled()
-            found.append(of.run(tape) if noted else of.compute(*of.tensors))
+            found.append(run(of, tape) if noted else of.compute(*of.tensors))
         return tuple(found)
 
     @staticmethod
@@ -128,7 +80,7 @@ class Applied(torch.autograd.Function):
             if tangent is None or number in operation.sources:  # parameters have no tangent
                 continue
             of = operation.tangent(number, tensors, tangent)
-            part = of.run(tape) if of.sources and tape is not None else of.compute(*of.tensors)
+            part = run(of, tape) if of.sources and tape is not None else of.compute(*of.tensors)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -141,193 +93,10 @@ class Applied(torch.autograd.Function):
         return Applied.apply(of, tape, *of.tensors), 0
 
 
-@dataclass
-class _MatrixProduct(Operation):
-    """x W, or x Wᵀ, for a matrix W."""
-
-    tensors: tuple[Tensor, ...]
-    sources: frozenset[int]
-    transposed: bool
-
-    def __post_init__(self) -> None:
-        self.function = F.linear if self.transposed else torch.matmul
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        x, weight = tensors
-        if number == 0:
-            return _MatrixProduct((g, weight), self.sources, not self.transposed)
-        return _OuterSum((g, x) if self.transposed else (x, g), frozenset())
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
-        assert number == 0
-        return _MatrixProduct((t, tensors[1]), self.sources, self.transposed)
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        if dims[1] is not None or dims[0] is None:
-            return super().batched(dims, tensors)
-        return _MatrixProduct((tensors[0].movedim(dims[0], 0), tensors[1]), self.sources, self.transposed)
-
-
-@dataclass
-class _OuterSum(Operation):
-    """Σ_t a_t ⊗ b_t over all leading dimensions: what a matrix's gradient is."""
-
-    tensors: tuple[Tensor, ...]
-    sources: frozenset[int] = field(default_factory=frozenset)
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        a, b = tensors
-        return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
-
-
-def _aligned(dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Operands to be broadcast, with the batch of those that have one first."""
-    rank = max(t.ndim - (dim is not None) for dim, t in zip(dims, tensors, strict=True))
-    found = []
-    for dim, t in zip(dims, tensors, strict=True):
-        if dim is None:
-            found.append(t)
-            continue
-        first = t.movedim(dim, 0)
-        found.append(first.reshape(first.shape[0], *[1] * (rank + 1 - first.ndim), *first.shape[1:]))
-    return tuple(found)
-
-
-@dataclass
-class _Multiplication(Operation):
-    """a ∘ b, broadcast."""
-
-    tensors: tuple[Tensor, ...]
-    sources: frozenset[int]
-
-    function = torch.mul
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        other = 1 - number
-        pair = (g, tensors[other]) if number == 0 else (tensors[other], g)
-        place = 1 if number == 0 else 0
-        sources = frozenset({place} if other in self.sources else ())
-        if torch.broadcast_shapes(g.shape, tensors[other].shape) == tensors[number].shape:
-            return _Multiplication(pair, sources)
-        return _General(pair, sources, _SummedProduct(tensors[number].shape))
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
-        pair = (t, tensors[1]) if number == 0 else (tensors[0], t)
-        return _Multiplication(pair, self.sources - {number})
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        if any(dims[number] is not None for number in self.sources):
-            return super().batched(dims, tensors)
-        return _Multiplication(_aligned(dims, tensors), self.sources)
-
-
-@dataclass
-class _Addition(Operation):
-    """a + b, broadcast: what transforms of `torch.func` need to be noted of, where no mode sees what comes out below them."""
-
-    tensors: tuple[Tensor, ...]
-    sources: frozenset[int]
-
-    function = torch.add
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        return _General((g,), frozenset(), _Summed(tensors[number].shape))
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:  # noqa: ARG002
-        return _General((t,), frozenset(), _Expanded(torch.broadcast_shapes(*(x.shape for x in tensors))))
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        if any(dims[number] is not None for number in self.sources):
-            return super().batched(dims, tensors)
-        return _Addition(_aligned(dims, tensors), self.sources)
-
-
-@dataclass(frozen=True)
-class _SummedProduct:
-    shape: torch.Size
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum_to_size(self.shape)
-
-
-@dataclass(frozen=True)
-class _Summed:
-    shape: torch.Size
-
-    def __call__(self, g: Tensor) -> Tensor:
-        return g.sum_to_size(self.shape)
-
-
-@dataclass(frozen=True)
-class _Expanded:
-    shape: torch.Size
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return t.expand(self.shape)
-
-
-@dataclass
-class _General(Operation):
-    """Any function of tensors with one result, differentiated by `torch.func`."""
-
-    tensors: tuple[Tensor, ...]
-    sources: frozenset[int]
-    of: Callable[..., Tensor]
-
-    def __post_init__(self) -> None:
-        self.function = self.of
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        result = self.of(*tensors)
-        if not isinstance(result, Tensor):
-            raise SeveralResultsError
-        return result.view_as(result) if any(result is t for t in tensors) else result
-
-
-@dataclass(frozen=True)
-class _Pushed:
-    """The Jacobian-vector product of a function in one of its operands, the vector being the last."""
-
-    of: Callable[..., Tensor]
-    number: int
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        *operands, t = tensors
-
-        def moving(operand: Tensor) -> Tensor:
-            return self.of(*operands[: self.number], operand, *operands[self.number + 1 :])
-
-        result: Tensor = torch.func.jvp(moving, (operands[self.number],), (t,))[1]
-        return result
-
-
-@dataclass(frozen=True)
-class _Batched:
-    """A function of operands of which some have a batch."""
-
-    of: Callable[..., Tensor]
-    dims: tuple[int | None, ...]
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        result: Tensor = torch.vmap(self.of, self.dims)(*tensors)
-        return result
-
-
-@dataclass(frozen=True)
-class _Pulled:
-    """The vector-Jacobian product of a function in one of its operands, the vector being the last."""
-
-    of: Callable[..., Tensor]
-    number: int
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        *operands, g = tensors
-
-        def moving(operand: Tensor) -> Tensor:
-            return self.of(*operands[: self.number], operand, *operands[self.number + 1 :])
-
-        (result,) = torch.func.vjp(moving, operands[self.number])[1](g)
-        return result  # type: ignore[no-any-return]
+def run(operation: Operation, tape: Tape) -> Tensor:
+    """The value of an operation, in the graph, and noted."""
+    tensors, operation.tensors = operation.tensors, ()  # which the graph keeps
+    return Applied.apply(operation, weakref.ref(tape), *tensors)
 
 
 @dataclass(frozen=True)
@@ -344,77 +113,80 @@ class _Bound:
         return called(self.function, args, kwargs)  # type: ignore[no-any-return]
 
 
-class _Affine:
+_NORMALIZATIONS: dict[Callable[..., Any], dict[str, int]] = {  # where these have their parameters
+    F.layer_norm: {"weight": 2, "bias": 3},
+    F.rms_norm: {"weight": 2},
+    F.group_norm: {"weight": 2, "bias": 3},
+    F.batch_norm: {"weight": 3, "bias": 4},
+    F.instance_norm: {"weight": 3, "bias": 4},
+}
+_BY_CHANNEL = {F.group_norm, F.batch_norm, F.instance_norm}
+
+
+def _normalized(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tape: Tape) -> Tensor:
     """A normalization, times a weight, plus a bias, as three operations."""
-
-    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._func, self._args, self._kwargs = func, args, kwargs
-
-    def run(self, tape: Tape) -> Tensor:
-        names = {F.layer_norm: 2, F.rms_norm: 2, F.group_norm: 2, F.batch_norm: 3, F.instance_norm: 3}
-        first = names[self._func]
-        args, kwargs = list(self._args), dict(self._kwargs)
-        given: dict[str, Tensor | None] = {}
-        for number, name in enumerate(("weight", "bias"), start=first):
-            given[name] = kwargs.pop(name, None)
-            if number < len(args):
-                given[name], args[number] = args[number], None
-        result: Tensor = self._func(*args, **kwargs)
-        with tape:
-            for name, apply in (("weight", torch.mul), ("bias", torch.add)):
-                value = given[name]
-                if value is not None:
-                    if first == 3 or self._func is F.group_norm:
-                        value = value.view(-1, *[1] * (result.ndim - 2))
-                    result = apply(result, value)
-        return result
+    without, by_name = list(args), dict(kwargs)
+    given: dict[str, Tensor | None] = {}
+    for name, number in _NORMALIZATIONS[func].items():
+        given[name] = by_name.pop(name, None)
+        if number < len(without):
+            given[name], without[number] = without[number], None
+    result: Tensor = func(*without, **by_name)
+    with tape:
+        for name, apply in (("weight", torch.mul), ("bias", torch.add)):
+            if (value := given.get(name)) is not None:
+                result = apply(result, value.view(-1, *[1] * (result.ndim - 2)) if func in _BY_CHANNEL else value)
+    return result
 
 
-class _WithBias:
+def _with_bias(product: Operation, bias: Tensor | None, tape: Tape) -> Tensor:
     """A matrix product and the sum with a bias, as two operations."""
-
-    def __init__(self, product: Operation, bias: Tensor) -> None:
-        self._product, self._bias = product, bias
-
-    def run(self, tape: Tape) -> Tensor:
-        result = self._product.run(tape)
-        with tape:
-            return result + self._bias
+    result = run(product, tape)
+    with tape:
+        return result if bias is None else result + bias
 
 
-def operation_of(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keys: Collection[Key], *, all_of_them: bool
-) -> Operation | _Affine | _WithBias | None:
-    """A function called with some operands of parameters, as an operation; None where its derivatives need no note.
+def applied(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    keys: Collection[Key],
+    tape: Tape,
+    *,
+    transformed: bool,
+) -> Tensor | None:
+    """A function's value by operations that are noted in its derivatives too; None where these need no note.
 
     Args:
         func: What was called.
         args: With these.
         kwargs: And these.
         keys: The operands that were computed from parameters.
-        all_of_them: Have those whose derivatives need none, too.
+        tape: Who notes them.
+        transformed: Within a transform of `torch.func`, at whose bottom alone an operation can be noted: then all are.
     """
-    if changes_in_place(func, kwargs):
+    if changes_in_place(func, kwargs) or (func in _LINEAR_IN_BOTH and not transformed):
         return None
-    if all_of_them and func in _ADDITIONS and not kwargs and all(isinstance(a, Tensor) for a in args):
-        return _Addition((args[0], args[1]), frozenset(int(key) for key in keys if isinstance(key, int)))
-    if func in _LINEAR_IN_BOTH and not all_of_them:
-        return None
-    if func in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm):
-        return _Affine(func, args, kwargs)
-    if func is F.linear and not kwargs and 1 in keys and 0 not in keys and args[1].ndim == 2:
-        product = _MatrixProduct((args[0], args[1]), frozenset({1}), True)
-        return product if len(args) < 3 or args[2] is None else _WithBias(product, args[2])
-    if func in _PRODUCTS and not kwargs and set(keys) == {1} and args[1].ndim == 2 and args[0].ndim > 1:
-        return _MatrixProduct((args[0], args[1]), frozenset({1}), False)
-    if func in (torch.addmm, Tensor.addmm) and not kwargs and len(args) == 3 and set(keys) <= {0, 2} and 2 in keys:
-        return _WithBias(_MatrixProduct((args[1], args[2]), frozenset({1}), False), args[0])
-    if func in _MULTIPLICATIONS and not kwargs and all(isinstance(a, Tensor) for a in args):
-        return _Multiplication((args[0], args[1]), frozenset(int(key) for key in keys if isinstance(key, int)))
+    if func in _NORMALIZATIONS:
+        return _normalized(func, args, kwargs, tape)
+    positions = frozenset(key for key in keys if isinstance(key, int))
+    if not kwargs and all(isinstance(a, Tensor) or a is None for a in args):
+        if func in _ADDITIONS:
+            return run(Addition(args, positions), tape)
+        if func in _MULTIPLICATIONS:
+            return run(Multiplication(args, positions), tape)
+        if func is F.linear and positions <= {1, 2} and 1 in positions and args[1].ndim == 2:
+            return _with_bias(MatrixProduct(args[:2], frozenset({1}), True), args[2] if len(args) > 2 else None, tape)
+        if func in _PRODUCTS and positions == {1} and args[1].ndim == 2 and args[0].ndim > 1:
+            return run(MatrixProduct(args, positions), tape)
+        if func in (torch.addmm, Tensor.addmm) and positions <= {0, 2} and 2 in positions:
+            return _with_bias(MatrixProduct(args[1:], frozenset({1})), args[0], tape)
     operands = dict(tensors_of(args, kwargs))
     floating = tuple(key for key, tensor in operands.items() if tensor.is_floating_point())
     if not all(key in floating for key in keys):
         return None
     of = _Bound(func, args, kwargs, floating)
-    tensors = tuple(operands[key] for key in floating)
-    return _General(tensors, frozenset(floating.index(key) for key in keys), of)
+    try:
+        return run(General(tuple(operands[key] for key in floating), frozenset(map(floating.index, keys)), of), tape)
+    except SeveralResultsError:
+        return None

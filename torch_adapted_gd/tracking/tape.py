@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import private
-from .applied import SeveralResultsError, operation_of
+from .applied import applied
 from .arguments import Key, changes_in_place, results_of, tensors_of
 from .decomposed import DECOMPOSED
 
@@ -165,10 +164,9 @@ class Tape(TorchFunctionMode):
             with self:
                 return DECOMPOSED[func](*args, **kwargs)
         if mixed and (self.differentiable or transformed):
-            operation = operation_of(func, args, kwargs, sources.keys(), all_of_them=transformed)
-            if operation is not None:
-                with contextlib.suppress(SeveralResultsError):
-                    return operation.run(self)
+            result = applied(func, args, kwargs, sources.keys(), self, transformed=transformed)
+            if result is not None:
+                return result
         if transformed and mixed:
             return func(*args, **kwargs)
         changed = _changed_in_place(func, args, kwargs)
