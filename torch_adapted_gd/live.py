@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .calls import Call, hides_its_graph, unwatched
+from .jacobian.backward import allows_vmap
+from .jacobian.definition import dtype_and_device
 from .jacobian.factored import Piece, budget_of
 from .jacobian.linearized import Linearized
 from .memory import available_bytes
@@ -34,18 +35,16 @@ def linearized_live(call: Call, place: int, model: nn.Module | None) -> None:
     tape, x = call.tape, call.behind[place]
     if tape is None or model is None or x.ndim == 0 or x.numel() == 0:
         return
-    parameters = tape.parameters
-    if len({p.device for p in parameters.values()}) != 1:
-        return
-    dtypes = [p.dtype for p in parameters.values()]
-    dtype = max(dtypes, key=lambda t: torch.finfo(t).bits)
-    vectorized = not any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+    if len({p.device for p in tape.parameters.values()}) > 1:
+        return  # for the step to say
+    dtype, _ = dtype_and_device(list(tape.parameters.values()))
     with unwatched(), _gradients_kept(tape), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of functorch; the user's own pass gave the model's
         if tape.without_graph and hides_its_graph(x):
             call.tape = None
             return
-        found = Linearized([x], parameters, tape.notes, eps=precision(call, x.dtype), dtype=dtype, vectorized=vectorized)
+        eps, vectorized = precision(call, x.dtype), allows_vmap(model)
+        found = Linearized([x], tape.parameters, tape.notes, eps=eps, dtype=dtype, vectorized=vectorized)
         size = dtype.itemsize * 2 * found.elements * found.q
         free = available_bytes(x.device) if size > _ASK else None  # other calls may hold theirs
         if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):

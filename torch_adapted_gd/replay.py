@@ -2,10 +2,13 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .calls import Call, hides_its_graph, stacked
 
@@ -25,7 +28,6 @@ class Replay:
         names: The parameters to differentiate by.
         n: N, the batch size of the outputs that the loss saw.
         q: Q, their number for each sample.
-        given: The tensors that stand for the parameters while `plain_outputs` runs the model.
     """
 
     def __init__(self, model: nn.Module, call: Call, names: list[str]) -> None:
@@ -33,7 +35,6 @@ class Replay:
         self.call = call
         self.names = names
         self.n, self.q = batch_and_outputs(call)
-        self.given: State = {}
         self.forward = call.function(model)
 
     @contextlib.contextmanager
@@ -43,34 +44,37 @@ class Replay:
             warnings.simplefilter("ignore")
             yield
 
-    def state(self) -> State:
-        """Copies of all parameters and buffers as they were before the call: a forward pass may change them in place."""
+    def copies(self) -> tuple[State, State]:
+        """Copies of the parameters to differentiate by, in the order of ``names``, and of all else as before the call.
+
+        A forward pass may change them in place.
+        """
         parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        return {**parameters, **self.call.buffers(self.model)}
+        moving = {name: parameters.pop(name) for name in self.names}
+        return moving, {**parameters, **self.call.buffers(self.model)}
 
-    def split_state(self) -> tuple[State, State]:
-        """The same in two: the parameters to differentiate by, in the order of ``names``, and the rest."""
-        rest = self.state()
-        return {name: rest.pop(name) for name in self.names}, rest
+    def with_graph(self, mode: Callable[[State, State, bool], AbstractContextManager[Any]]) -> tuple[State, list[Tensor]]:
+        """The parameters to differentiate by, and outputs computed from them, with their graph.
 
-    def plain_outputs(self) -> tuple[State, Tensor]:
-        """The parameters to differentiate by, and outputs ``[NQ]`` computed from them by plain autograd.
+        Args:
+            mode: Makes the context that the model runs in, of those parameters, of all others and buffers, and of whether some
+                input requires a gradient.
 
         Raises:
             DisagreementError: These are not the call's outputs, or gradients of parameters would be lost.
         """
-        parameters = dict(self.model.named_parameters())
-        moving = {name: parameters.pop(name).detach().requires_grad_() for name in self.names}
-        with torch.enable_grad():
+        with self.conditions(), torch.enable_grad():
             inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
-            # Copies of all: the model may change them in place, which autograd lets nobody do to a leaf.
-            fixed = {name: p.detach().clone() for name, p in parameters.items()}
-            self.given = {name: p.clone() for name, p in moving.items()}
-            x = stacked(self.forward({**fixed, **self.call.buffers(self.model), **self.given}, *inputs))
-        self.check_outputs(x.detach())
-        if hides_its_graph(x):
-            raise DisagreementError("the model uses torch.utils.checkpoint, of which only use_reentrant=False works")
-        return moving, x
+            moving, rest = self.copies()
+            # Not leaves: autograd lets nobody change one in place.
+            given = {name: value.requires_grad_().clone() for name, value in moving.items()}
+            differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs))
+            with mode(given, rest, differentiable):
+                outputs = self.forward({**rest, **given}, *inputs)
+        self.check_outputs(stacked(outputs).detach())
+        if any(map(hides_its_graph, outputs)):
+            raise DisagreementError("The model uses torch.utils.checkpoint, of which only use_reentrant=False works.")
+        return given, outputs
 
     def outputs_with(self, values: State) -> Tensor:
         """Outputs ``[NQ]`` for other values of parameters, by name; no graph of these is made."""
@@ -88,12 +92,11 @@ class Replay:
         """
         reference = stacked([self.call.outputs[place] for place in self.call.places])
         x = x.reshape(-1)
-        expected = reference
-        if x.shape != expected.shape or self.n * self.q < x.numel():
-            raise DisagreementError(f"it gave {x.numel()} outputs where the call gave {expected.numel()}")
+        if x.shape != reference.shape:
+            raise DisagreementError(f"it gave {x.numel()} outputs where the call gave {reference.numel()}")
         scale = reference.abs().max().double()
         tolerance = min(1e3 * precision(self.call, x.dtype), 0.05) * scale
-        difference = (x.double() - expected.double()).abs().max()
+        difference = (x.double() - reference.double()).abs().max()
         if torch.isfinite(reference).all() and not difference <= tolerance:
             raise DisagreementError(f"its outputs differ by up to {difference:.2g}, at a size of {scale:.2g}")
 

@@ -1,5 +1,6 @@
 """The output Jacobian D as an operator, and the empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15)."""
 
+from . import functions as functions  # the rules register themselves
 from .definition import output_jacobian
 from .dense import norm
 from .operator import Jacobian

@@ -4,12 +4,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 # Of vmap, for an operation without a batching rule, or of a user's own backward pass under it; plain passes follow.
 _REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 _FEW = 4  # backward passes that vmap would take longer for than one after the other
+
+
+def allows_vmap(model: nn.Module) -> bool:
+    """Whether several backward passes through a model may be made as one: its hooks should see tensors that they can keep."""
+    return not any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
 
 
 class BackwardPasses:

@@ -1,7 +1,7 @@
 """The output Jacobian D = ∂x/∂θ (2.12), by its definition: what every faster way is tested against."""
 
+import contextlib
 import functools
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..calls import Call, record, stacked, underlying
 from ..checks import one_of, positive_integer
 from ..memory import require_memory
 from ..replay import DisagreementError, Replay, State
-from .backward import BackwardPasses
+from .backward import BackwardPasses, allows_vmap
 
 METHODS = ("rows", "jacrev")
 BLOCK_ELEMENTS = 2**20  # columns of D are turned to float64 this many entries (8 MiB) at a time
@@ -134,8 +134,7 @@ def call_jacobian(
         return CallJacobian(matrix, method)
     rows = max(1, _CHUNK_BYTES // max(1, shape[1] * dtype.itemsize)) if chunk_size is None else chunk_size * replay.q
     try:
-        with replay.conditions():
-            (_by_rows if method == "rows" else _by_jacrev)(replay, matrix, min(rows, 256))
+        (_by_rows if method == "rows" else _by_jacrev)(replay, matrix, min(rows, 256))
     except DisagreementError as error:
         raise RuntimeError(
             "The model's call could not be repeated with the same outputs, so its Jacobian is not known. A forward pass has to "
@@ -147,11 +146,12 @@ def call_jacobian(
 
 def _by_rows(replay: Replay, matrix: Tensor, rows: int) -> None:
     """A backward pass for each output."""
-    moving, x = replay.plain_outputs()
-    leaves = list(moving.values())
-    passes = BackwardPasses(x, vectorized=not any(m._backward_hooks or m._backward_pre_hooks for m in replay.model.modules()))
-    for start, parts in passes.rows(leaves, rows):
-        _fill(matrix, start, parts)
+    given, outputs = replay.with_graph(lambda *_: contextlib.nullcontext())
+    with replay.conditions():
+        with torch.enable_grad():
+            x = stacked(outputs)
+        for start, parts in BackwardPasses(x, vectorized=allows_vmap(replay.model)).rows(list(given.values()), rows):
+            _fill(matrix, start, parts)
 
 
 def _by_jacrev(replay: Replay, matrix: Tensor, rows: int) -> None:
@@ -162,10 +162,8 @@ def _by_jacrev(replay: Replay, matrix: Tensor, rows: int) -> None:
         return x, x
 
     # Buffers and inputs are arguments because torch.func lets nothing else be updated in place.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        differentiate = jacrev(batch, has_aux=True, chunk_size=rows)
-        blocks, x = differentiate(*replay.split_state(), replay.call.inputs.leaves)
+    with replay.conditions():
+        blocks, x = jacrev(batch, has_aux=True, chunk_size=rows)(*replay.copies(), replay.call.inputs.leaves)
     replay.check_outputs(x)
     _fill(matrix, 0, list(blocks.values()))
 

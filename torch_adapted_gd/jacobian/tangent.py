@@ -1,18 +1,19 @@
 """The empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15): summed over layers where it can be, from D where it must."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..calls import Call, hides_its_graph, stacked, underlying
+from ..calls import Call, underlying
 from ..checks import one_of, positive_integer
 from ..memory import keep_pages
-from ..replay import DisagreementError, Replay, batch_and_outputs, precision
+from ..replay import Replay, State, batch_and_outputs, precision
 from ..tracking.tape import Tape, constants_of
+from .backward import allows_vmap
 from .definition import call_jacobian, dtype_and_device, recorded
 from .dense import ROWS_ELEMENTS, DenseJacobian, parameter_gram
 from .factored import FactoredJacobian, Piece
@@ -126,24 +127,23 @@ def _traced(model: nn.Module, call: Call, names: list[str], dtype: torch.dtype) 
         DisagreementError: It gave other outputs than the call.
     """
     replay = Replay(underlying(model), call, names)
-    with replay.conditions(), torch.enable_grad():
-        inputs = call.inputs.assembled(call.inputs.differentiable_leaves())
-        parameters = dict(replay.model.named_parameters())
-        # Copies of all: the model may change them in place, which autograd lets nobody do to a leaf.
-        given = {name: parameters.pop(name).detach().requires_grad_().clone() for name in names}
-        fixed = {name: p.detach().clone() for name, p in parameters.items()}
-        state = {**fixed, **call.buffers(replay.model)}
-        others = [*state.values(), *constants_of(replay.model, given)]
-        differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs))
-        tape = Tape(given, iter(others), differentiable=differentiable)
-        with tape:
-            outputs = replay.forward({**state, **given}, *inputs)
-    replay.check_outputs(stacked(outputs).detach())
-    if tape.without_graph and any(map(hides_its_graph, outputs)):
-        raise DisagreementError("The model uses torch.utils.checkpoint, of which only use_reentrant=False works.")
-    vectorized = not any(m._backward_hooks or m._backward_pre_hooks for m in replay.model.modules())
-    eps = precision(call, outputs[0].dtype)
-    found = Linearized(outputs, given, tape.notes, eps=eps, dtype=dtype, vectorized=vectorized, conditions=replay.conditions)
+    tapes: list[Tape] = []
+
+    def tape(given: State, rest: State, differentiable: bool) -> Tape:
+        constants = itertools.chain(rest.values(), constants_of(replay.model, given))
+        tapes.append(Tape(given, constants, differentiable=differentiable))
+        return tapes[0]
+
+    given, outputs = replay.with_graph(tape)
+    found = Linearized(
+        outputs,
+        given,
+        tapes[0].notes,
+        eps=precision(call, outputs[0].dtype),
+        dtype=dtype,
+        vectorized=allows_vmap(replay.model),
+        conditions=replay.conditions,
+    )
     return [Piece(found)]
 
 
