@@ -20,6 +20,7 @@ from .linearized import Linearized
 from .operator import Jacobian, Parts
 from .uses import Use
 
+_MANY_ENTRIES = 2**26  # of rows by weights that are computed from parameters: they take seconds
 _CHUNK_BYTES = 2**29  # what B and its like may take even where Θ is smaller
 
 
@@ -96,12 +97,30 @@ class FactoredJacobian(Jacobian):
     def remark(self) -> str | None:  # type: ignore[override]
         """What the user should be told of, or None."""
         if not self.remarks:
-            return None
+            return self._remark_on_computed_weights()
         why = "; ".join(self.remarks[:3]) + (f"; and {len(self.remarks) - 3} more" if len(self.remarks) > 3 else "")
         return (
             f"Rows of the output Jacobian are taken for {len(self.unserved)} of {len(self.numels)} parameters: {why}. This is "
             "exact but slower and larger: a backward pass per output. BatchNorm in training mode and all else that mixes a "
             'batch need it. If that is intended, choose kernel="jacobian", which does not warn.'
+        )
+
+    def _remark_on_computed_weights(self) -> str | None:
+        """What to say of weights that are functions of parameters, if their rows are many."""
+        names: set[str] = set()
+        entries = 0
+        for piece in self._pieces:
+            computed = {id(s): s for use in piece.uses for s in use.sources.values() if s.name is None and s.view is None}
+            names |= {name for source in computed.values() for name in source.names}
+            entries += piece.n * piece.q * sum(source.tensor.numel() for source in computed.values())
+        if entries <= _MANY_ENTRIES:
+            return None
+        some = ", ".join(map(repr, sorted(names)[:2]))
+        return (
+            f"{entries:,} entries of the output Jacobian are written out, as weights are computed from parameters ({some}, "
+            f"{len(names)} in all) and their rows have to be pulled back to these. This is exact but slow. Train the weights "
+            "themselves (torch.nn.utils.parametrize.remove_parametrizations makes them from a parametrization), or use a "
+            "smaller batch."
         )
 
     @property
