@@ -365,28 +365,47 @@ def test_another_thread_that_evaluates_the_model():
     model, x, y = problem()
     expected = pinv_step(copy.deepcopy(model), x, y, 0.5)
     optimizer = AdaptedGD(model, lr=0.5)
-    started, ended = threading.Event(), threading.Event()
-
-    def wait(module, args):
-        if threading.current_thread() is not threading.main_thread():
-            started.set()
-            ended.wait(10)
-
-    model[2].register_forward_pre_hook(wait)
 
     def evaluate():
         with torch.no_grad():
             model(x)
 
-    thread = threading.Thread(target=evaluate)
-    thread.start()
-    assert started.wait(10)
-    MSE(model(x), y).backward()  # while the other forward pass is under way
-    ended.set()
-    thread.join(10)
+    def meanwhile(module, args):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=evaluate)
+            thread.start()
+            thread.join(10)
+
+    model[2].register_forward_pre_hook(meanwhile)
+    MSE(model(x), y).backward()
     optimizer.step()
     assert_at(model, expected)
     assert torch._C._len_torch_function_stack() == 0
+
+
+def test_an_operation_that_is_wrong_under_vmap():
+    """torch's `cdist`, differentiated for several outputs at once."""
+
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.points, self.head = nn.Linear(4, 3), nn.Parameter(torch.randn(5, 3)), nn.Linear(5, 6)
+
+        def forward(self, x):
+            return self.head(torch.cdist(torch.tanh(self.first(x)), self.points))
+
+    model, x = Prototypes().double(), torch.randn(4, 4).double()
+    d = dense_jacobian(model, x, by_rows=True)
+    torch.testing.assert_close(ntk(model, x).reshape(24, 24), d @ d.T)
+
+
+def test_operands_that_are_asked_for_their_form_alone_are_no_uses():
+    model = ByExample()
+    parameters = dict(model.named_parameters())
+    tape = Tape(parameters, constants_of(model, parameters), differentiable=False)
+    with tape:
+        model(torch.randn(5, 4))
+    assert [note.function for note in tape.notes] == [nn.functional.linear, torch.Tensor.mul]
 
 
 def test_a_hidden_gradient_that_is_retained():
