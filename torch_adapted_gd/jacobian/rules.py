@@ -74,6 +74,7 @@ def register_rule(
         ValueError: ``sample_dims`` is neither of these.
 
     Example:
+        >>> import torch
         >>> @register_rule(torch.sinc, names=("input",), sample_dims="any")
         ... def sinc(use):
         ...     raise NotImplementedError  # that of a parameter does not depend on samples
