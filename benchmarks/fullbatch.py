@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_adapted_gd import AdaptedGD, ConjugateGradients, HalfSquaredLoss, StraightLine
+from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, HalfSquaredLoss, StraightLine
 from torch_adapted_gd.iterative import KernelOperator
 from torch_adapted_gd.jacobian import Jacobian, tangent_jacobian
 from torch_adapted_gd.jacobian.definition import recorded
@@ -61,7 +61,8 @@ def network(options: argparse.Namespace) -> nn.Module:
 
 def train(model: nn.Module, x: Tensor, y: Tensor, options: argparse.Namespace, *, steps: int = 60, until: float = 0.0) -> None:
     """Straight steps at damping 1e-5."""
-    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), solver="cg", damping=1e-5, line_search=StraightLine())
+    policy = StraightLine(damping=1e-5)
+    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=policy, solver=ConjugateGradients())
     batches = list(zip(x.split(options.batch), y.split(options.batch), strict=True))
     for _ in range(steps):
         if optimizer.full_batch(batches) <= until:
@@ -73,9 +74,8 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
     x, y = digits(options.samples, options.device)
     model = network(options)
     train(model, x, y, options, steps=options.after)
-    solver: Any = "auto" if options.dense else ConjugateGradients(options.tolerance, warm_start=False)
-    rtol = 1e-7 if options.dense else None  # which only a matrix can be cut at
-    optimizer = AdaptedGD(model, lr=0.0, criterion=HalfSquaredLoss(), solver=solver, damping=options.damping, rtol=rtol)
+    solver = Dense(rtol=1e-7) if options.dense else ConjugateGradients(options.tolerance, warm_start=False)
+    optimizer = AdaptedGD(model, lr=0.0, criterion=HalfSquaredLoss(), solver=solver, damping=options.damping)
     batches = list(zip(x.split(options.batch), y.split(options.batch), strict=True))
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()

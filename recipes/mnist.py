@@ -26,7 +26,7 @@ from race import above_zero, not_negative, positive
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_adapted_gd import AdaptedGD, LinearInterpolationLR, StraightLine, __version__, ntk
+from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, LinearInterpolationLR, StraightLine, __version__, ntk
 from torch_adapted_gd.plotting import plot_collapse, plot_loss, plot_output_paths, plot_spectrum
 from torch_adapted_gd.solve import default_rtol
 
@@ -37,10 +37,10 @@ HEADER = "  step      t        loss    (1-t)^2 C0   off line      rank/QN   clas
 HEADER_CG = HEADER.replace("     rank/QN", "iter residual")
 
 
-def run_adapted(job: Job, steps: int, damping: float, rtol: float | None) -> tuple[Run, nn.Module]:
+def run_adapted(job: Job, steps: int, damping: float) -> tuple[Run, nn.Module]:
     """Train by AdaptedGD, ``steps`` equal steps of t from 0 to 1."""
     model = job.build()
-    optimizer = AdaptedGD(model, criterion=job.criterion, damping=damping, rtol=rtol)
+    optimizer = AdaptedGD(model, criterion=job.criterion, damping=damping, solver=Dense())
     scheduler = LinearInterpolationLR(optimizer, total_steps=steps)
     run = Run("AdaptedGD")
     print(HEADER)
@@ -62,7 +62,8 @@ def run_adapted(job: Job, steps: int, damping: float, rtol: float | None) -> tup
 def run_full(job: Job, steps: int, damping: float) -> tuple[Run, nn.Module]:
     """Train by AdaptedGD with conjugate gradients on all images at once, steps as long as the outputs follow the line."""
     model = job.build()
-    optimizer = AdaptedGD(model, criterion=job.criterion, solver="cg", line_search=StraightLine(), damping=damping)
+    policy = StraightLine(damping=damping)
+    optimizer = AdaptedGD(model, criterion=job.criterion, damping=policy, solver=ConjugateGradients())
     loader = job.loader()
     run, t = Run("AdaptedGD"), 0.0
     print(HEADER_CG)
@@ -287,9 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rtol = default_rtol(num_outputs, eps)
         if job.solver == "cg":
             adapted, trained = run_full(job, options.steps, 1e-4 if options.damping is None else options.damping)
-        else:  # a cut of its own keeps the library from going over to conjugate gradients
-            cut = rtol if num_outputs > LARGE else None
-            adapted, trained = run_adapted(job, options.steps, options.damping or 0.0, cut)
+        else:
+            adapted, trained = run_adapted(job, options.steps, options.damping or 0.0)
         runs = [adapted]
         if options.optimizer != "adapted":
             name = {"sgd": "SGD", "adam": "Adam", "lbfgs": "LBFGS"}[options.optimizer]

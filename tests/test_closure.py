@@ -1,6 +1,7 @@
 """Closures evaluated at trial parameters: the same steps as without, and no trace, whatever happens."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, LevenbergMarquardt
 
 from .cases import COUPLED, MSE, flat, mlp
-from .trials import SEARCHES, assert_same, closure_of, snapshot, wave
+from .trials import SEARCHES, assert_same, by_closure, closure_of, snapshot, wave
 
 CE = nn.CrossEntropyLoss()
 
@@ -27,8 +28,10 @@ def test_closure_and_plain_loop_take_the_same_steps(search, criterion):
         model = nn.Sequential(*layers).double()
         x = torch.randn(12, 3, dtype=torch.float64)
         y = torch.randint(4, (12,)) if criterion is CE else torch.randn(12, 4, dtype=torch.float64)
-        options = {**SEARCHES[search], **({"damping": LevenbergMarquardt(second_order=False)} if "lev" in search else {})}
-        optimizer = AdaptedGD(model, criterion=criterion, momentum=0.3, trials="closure" if with_closure else "auto", **options)
+        policy = by_closure(search, with_closure)
+        if isinstance(policy, LevenbergMarquardt):
+            policy = dataclasses.replace(policy, second_order=False)
+        optimizer = AdaptedGD(model, criterion=criterion, momentum=0.3, damping=policy)
         closure = closure_of(model, optimizer, x, y, criterion)
         for _ in range(4):
             if with_closure:
@@ -36,7 +39,7 @@ def test_closure_and_plain_loop_take_the_same_steps(search, criterion):
             else:
                 closure()
                 optimizer.step()
-        ends.append((flat(model), [b.clone() for b in model.buffers()], torch.get_rng_state(), optimizer.last_step.trials))
+        ends.append((flat(model), [b.clone() for b in model.buffers()], torch.get_rng_state(), optimizer.last_step.num_trials))
     assert (ends[0][0] - ends[1][0]).norm() <= 1e-8 * ends[0][0].norm()
     assert all(torch.allclose(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
     assert torch.equal(ends[0][2], ends[1][2])
@@ -49,7 +52,7 @@ def test_closure_and_plain_loop_take_the_same_steps(search, criterion):
 def test_a_step_of_rejected_trials_changes_nothing(search, worse):
     model = nn.Sequential(nn.Linear(3, 10), nn.BatchNorm1d(10), nn.Dropout(0.2), nn.Tanh(), nn.Linear(10, 2)).double()
     x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
-    optimizer = AdaptedGD(model, criterion=MSE, momentum=0.5, trials="closure", **SEARCHES[search])
+    optimizer = AdaptedGD(model, criterion=MSE, momentum=0.5, damping=by_closure(search))
     in_place = worse == "larger"
     good = closure_of(model, optimizer, x, y, set_to_none=not in_place)
     optimizer.step(good)
@@ -74,7 +77,7 @@ def test_a_step_of_rejected_trials_changes_nothing(search, worse):
     torch.manual_seed(1)
     optimizer.step(bad)
     assert optimizer.last_step.status == "rejected"
-    assert optimizer.last_step.trials == len(bad.calls) - 1 > 5
+    assert optimizer.last_step.num_trials == len(bad.calls) - 1 > 5
     assert not torch.equal(bad.calls[0], bad.calls[1])
     assert_same(left[0], snapshot(model, optimizer))
     assert torch.equal(left[1], torch.get_rng_state())
@@ -86,7 +89,7 @@ def test_a_step_of_rejected_trials_changes_nothing(search, worse):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_trials_that_are_not_finite_are_shortened(search):
     model, x, y = wave()
-    optimizer = AdaptedGD(model, lr=3.0, criterion=MSE, trials="closure", **SEARCHES[search])
+    optimizer = AdaptedGD(model, lr=3.0, criterion=MSE, damping=by_closure(search))
     start = flat(model)
 
     def near(loss, _):
@@ -95,7 +98,7 @@ def test_trials_that_are_not_finite_are_shortened(search):
     closure = closure_of(model, optimizer, x, y, change=near)
     before = MSE(model(x), y).item()
     optimizer.step(closure)
-    assert optimizer.last_step.trials > 1
+    assert optimizer.last_step.num_trials > 1
     assert 0 < (flat(model) - start).norm() < 1e-3
     assert MSE(model(x), y) < before
 
@@ -104,7 +107,7 @@ def test_trials_that_are_not_finite_are_shortened(search):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_closure_that_raises_changes_nothing(search, at):
     model, x, y = wave()
-    optimizer = AdaptedGD(model, lr=8.0, criterion=MSE, momentum=0.5, trials="closure", **SEARCHES[search])
+    optimizer = AdaptedGD(model, lr=8.0, criterion=MSE, momentum=0.5, damping=by_closure(search))
     optimizer.step(closure_of(model, optimizer, x, y))
     before, state = snapshot(model, optimizer), torch.get_rng_state()
 
@@ -137,7 +140,7 @@ def test_a_closure_that_raises_changes_nothing(search, at):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_closure_has_to_return_a_number(search, at, returned, words):
     model, x, y = wave()
-    optimizer = AdaptedGD(model, criterion=MSE, trials="closure", **SEARCHES[search])
+    optimizer = AdaptedGD(model, criterion=MSE, damping=by_closure(search))
     before = snapshot(model, optimizer)
     closure = closure_of(model, optimizer, x, y, change=lambda loss, number: returned(loss) if number == at else loss)
     with pytest.raises(TypeError, match=rf"`closure` should return the loss as one number, but returned {words}"):
@@ -149,7 +152,7 @@ def test_a_closure_has_to_return_a_number(search, at, returned, words):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_loss_that_is_not_finite_is_refused(search):
     model, x, y = wave()
-    optimizer = AdaptedGD(model, criterion=MSE, trials="closure", **SEARCHES[search])
+    optimizer = AdaptedGD(model, criterion=MSE, damping=by_closure(search))
     before = flat(model)
     with pytest.raises(RuntimeError, match="`closure` should return a finite loss, but returned nan"):
         optimizer.step(closure_of(model, optimizer, x, y, change=lambda loss, _: loss.item() * math.nan))
@@ -180,7 +183,7 @@ def test_trials_leave_no_trace_on_modules(raises):
     model, x = Careless(), torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None]
     once = copy.deepcopy(model)
     once(x)
-    optimizer = AdaptedGD(model, criterion=MSE, trials="closure")
+    optimizer = AdaptedGD(model, criterion=MSE, damping=LevenbergMarquardt(judge="closure"))
 
     def change(loss, number):
         if raises and number == 2:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.functional import hessian
 
-from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
+from torch_adapted_gd import AdaptedGD, Backtracking, HalfSquaredLoss
 from torch_adapted_gd.calls import record
 from torch_adapted_gd.curvature import OutputLoss, largest_curvature
 
@@ -162,7 +162,7 @@ def test_class_scores_need_a_batch():
 
 def test_options_that_need_the_loss_need_to_know_it():
     model = nn.Linear(3, 2)
-    for options in ({"metric": "ggn"}, {"line_search": True}):
+    for options in ({"metric": "ggn"}, {"damping": Backtracking()}):
         with pytest.raises(ValueError, match='`criterion` should have reduction "mean" or "sum" for'):
             AdaptedGD(model, criterion=nn.MSELoss(reduction="none"), **options)
     with pytest.raises(ValueError, match='`criterion` should be given for metric="ggn".* but got None'):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, LevenbergMarquardt
-from torch_adapted_gd.damping import CarryOver
+from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt
+from torch_adapted_gd.policies import CarryOver
 
 from .cases import MSE, flat, mlp
 from .trials import closure_of, wave
@@ -61,8 +61,8 @@ def test_policy():
         ("poor", 1.0, ValueError, "`poor` should be at least 0.0001 and below 1"),
         ("accept", -0.1, ValueError, "`accept` should be at least 0"),
         ("smallest", 0.0, ValueError, "`smallest` should be at least 1e-300"),
-        ("attempts", 0, ValueError, "`attempts` should be at least 1"),
-        ("attempts", 2.0, TypeError, "`attempts` should be a whole number"),
+        ("num_trials", 0, ValueError, "`num_trials` should be at least 1"),
+        ("num_trials", 2.0, TypeError, "`num_trials` should be a whole number"),
         ("second_order", 1, TypeError, "`second_order` should be True or False, but got 1"),
     ],
 )
@@ -77,17 +77,13 @@ def test_options_of_the_optimizer_are_checked():
         AdaptedGD(model, damping="auto")
     with pytest.raises(TypeError, match=r"but got the class. Write LevenbergMarquardt\(\)"):
         AdaptedGD(model, damping=LevenbergMarquardt)
-    with pytest.raises(TypeError, match=r"`line_search` should be True, False or a StraightLine\(\), but got 'armijo'"):
-        AdaptedGD(model, line_search="armijo")
-    with pytest.raises(ValueError, match="`line_search` should be left out with LevenbergMarquardt"):
-        AdaptedGD(model, line_search=True, damping=LevenbergMarquardt())
 
 
 def test_a_number_is_the_default_where_the_loss_is_not_known():
     model = mlp()
     assert AdaptedGD(model).param_groups[0]["damping"] == 0.0
     assert AdaptedGD(model, criterion=nn.MSELoss(reduction="none")).param_groups[0]["damping"] == 0.0
-    assert AdaptedGD(model, criterion=MSE, line_search=True).param_groups[0]["damping"] == 0.0
+    assert AdaptedGD(model, criterion=MSE, damping=Backtracking()).param_groups[0]["damping"] == 0.0
     assert AdaptedGD(model, criterion=MSE).param_groups[0]["damping"] == LevenbergMarquardt().initial
 
 
@@ -106,7 +102,7 @@ def test_damping_is_lowered_only_where_gains_carry_over():
             closure_of(model, optimizer, x, y)()
             optimizer.step()
             dampings.append(optimizer.param_groups[0]["damping"])
-        carry = CarryOver(*optimizer.param_groups[0]["carry_over"])
+        carry = CarryOver.read(optimizer.state[next(model.parameters())])
         if carried:
             assert carry.share == pytest.approx(1.0, abs=1e-6)
             assert dampings[-1] < 1e-4
@@ -147,8 +143,7 @@ def test_no_damping_is_not_the_end():
     """Of a state that was saved without the policy, too."""
     model, x, y = wave()
     state = AdaptedGD(model, criterion=MSE, damping=0.0).state_dict()
-    for name in ("momentum", "carry_over"):  # options that earlier states do not have
-        del state["param_groups"][0][name]
+    del state["param_groups"][0]["momentum"]  # an option that earlier states do not have
     optimizer = AdaptedGD(model, criterion=MSE)
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["damping"] == 0.0
@@ -182,5 +177,5 @@ def test_batches_of_different_sizes_compare(reduction):
         optimizer.zero_grad()
         criterion(model(x), x.sum(1, keepdim=True).sin()).backward()
         optimizer.step()
-    after = CarryOver(*optimizer.param_groups[0]["carry_over"]).after
+    after = CarryOver.read(optimizer.state[next(model.parameters())]).after
     assert after == pytest.approx(nn.functional.mse_loss(model(x), x.sum(1, keepdim=True).sin()).item(), rel=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, memory
+from torch_adapted_gd import AdaptedGD, Dense, memory
 from torch_adapted_gd.jacobian.definition import dtype_and_device
 
 from .cases import assert_at, flat, mlp, pinv_step
@@ -209,7 +209,7 @@ def test_a_model_that_is_not_a_function_of_its_inputs():
     MSE(model(x), y).backward()
     optimizer.step()  # of the graph that is there: nothing is repeated
     assert_at(model.net, expected)
-    optimizer = AdaptedGD(model, kernel="jacobian")
+    optimizer = AdaptedGD(model, solver=Dense(kernel="jacobian"))
     MSE(model(x), y).backward()
     assert_step_refused(optimizer, model, RuntimeError, "could not be repeated with the same outputs")
 
@@ -243,7 +243,7 @@ def test_unscaling_hides_the_scale():
 
 def test_a_step_that_cannot_fit_is_refused_before_it_is_made(monkeypatch):
     model = nn.Linear(1, 100)
-    optimizer = AdaptedGD(model, space="sample", solver="eigh")
+    optimizer = AdaptedGD(model, solver=Dense(space="sample", factorization="eigh"))
     model(torch.ones(50_000, 1)).sum().backward()
     match = r"A step on 5,000,000 outputs \(kernel 2e\+05 GB, and its eigenvectors\) needs .* smaller batch"
     assert_step_refused(optimizer, model, MemoryError, match)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, ConjugateGradients, HalfSquaredLoss
+from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, HalfSquaredLoss
 from torch_adapted_gd.solve.krylov import solve_by_cg
 from torch_adapted_gd.solve.preconditioner import OutputBlockInverse
 from torch_adapted_gd.system import choose_solver
@@ -17,7 +17,7 @@ from .layers import LAYERS
 from .networks import VisionTransformer
 
 HALF, CE = HalfSquaredLoss(), nn.CrossEntropyLoss()
-TIGHT = ConjugateGradients(tolerance=1e-10, iterations=3000)
+TIGHT = ConjugateGradients(rtol=1e-10, max_iter=3000)
 DOUBLE = torch.float64
 
 
@@ -72,7 +72,7 @@ def stepped(model, batches, steps=1, criterion=HALF, **options):
 
 def assert_like_dense(model, batches, tolerance=1e-6, steps=1, solver=TIGHT, **options):
     """Dᵀψ of the first step, or where some lead, is that of the default solver; returns the last report."""
-    expected, dense = stepped(model, batches, steps, space="sample", **options)
+    expected, dense = stepped(model, batches, steps, solver=Dense(space="sample"), **options)
     found, optimizer = stepped(model, batches, steps, solver=solver, **options)
     moved = flat(expected) - flat(model)
     assert moved.norm() > 0
@@ -136,7 +136,7 @@ def test_duplicated_inputs_with_targets_that_contradict_each_other(preconditione
     x[10:] = x[:10]
     d, g = dense_jacobian(model, x), output_gradient(model, x, y)
     expected = torch.linalg.pinv(d, rtol=1e-7) @ g
-    solver = ConjugateGradients(tolerance=1e-6, iterations=5000, preconditioner=preconditioner)
+    solver = ConjugateGradients(rtol=1e-6, max_iter=5000, preconditioner=preconditioner)
     moved, optimizer = stepped(model, [(x, y)], solver=solver, damping=0.0, lr=1.0)
     step = (flat(model) - flat(moved)) / 20  # η = lr/c, c = 1/N
     report = optimizer.last_step
@@ -170,7 +170,7 @@ def test_blocks_are_shared_where_memory_is_short(monkeypatch):
 
 def test_too_few_iterations_are_told_once():
     model, x, y = of("mlp")
-    solver = ConjugateGradients(tolerance=1e-10, iterations=2, preconditioner="none", warm_start=False)
+    solver = ConjugateGradients(rtol=1e-10, max_iter=2, preconditioner="none", warm_start=False)
     optimizer = AdaptedGD(model, criterion=HALF, damping=1e-6, solver=solver, lr=0.1)
 
     def step():
@@ -211,7 +211,7 @@ def test_the_report_is_true(iterations):
     assert not report.full_rank
     assert math.isnan(report.condition)
     assert 0 < report.iterations <= iterations
-    assert (report.fraction, report.space, report.trials) == (1.0, "sample", 1)
+    assert (report.fraction, report.space, report.num_trials) == (1.0, "sample", 1)
     assert report.seconds.keys() == {"factors", "preconditioner", "iterations"}
     assert all(value >= 0 for value in report.seconds.values())
 
@@ -233,7 +233,7 @@ def test_nothing_to_do(zero, damping):
     else:
         model = nn.Sequential(nn.Linear(8, 3), nn.ReLU()).double()
         nn.init.constant_(model[0].bias, -100.0)
-    moved, optimizer = stepped(model, [(x, y)], solver="cg", damping=damping)
+    moved, optimizer = stepped(model, [(x, y)], solver=ConjugateGradients(), damping=damping)
     report = optimizer.last_step
     assert torch.equal(flat(moved), flat(model))
     assert (report.status, report.iterations, report.residual) == ("converged", 0, 0.0) or zero == "kernel"
@@ -268,7 +268,7 @@ def test_another_number_of_outputs_is_no_start():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_state_goes_on_to_the_bit(dtype):
     model, x, y = of("mlp", dtype)
-    solver = ConjugateGradients(tolerance=1e-3)
+    solver = ConjugateGradients(rtol=1e-3)
     batches = [(x, y)]
     model, optimizer = stepped(model, batches, steps=2, solver=solver, lr=0.1)
     twin = copy.deepcopy(model)
@@ -318,8 +318,8 @@ def test_the_optimizer_turns_to_conjugate_gradients_by_size(monkeypatch):
     model, x, y = of("mlp")
     monkeypatch.setattr("torch_adapted_gd.system._DENSE", 59)
     assert stepped(model, [(x, y)])[1].last_step.solver == "cg (output blocks)"
-    assert stepped(model, [(x, y)], rtol=1e-9)[1].last_step.solver == "eigh"
-    assert stepped(model, [(x, y)], space="parameter")[1].last_step.space == "parameter"
+    assert stepped(model, [(x, y)], solver=Dense(rtol=1e-9))[1].last_step.solver == "eigh"
+    assert stepped(model, [(x, y)], solver=Dense(space="parameter"))[1].last_step.space == "parameter"
     monkeypatch.setattr("torch_adapted_gd.system._DENSE", 60)
     assert stepped(model, [(x, y)])[1].last_step.solver == "eigh"
 
@@ -337,7 +337,7 @@ def test_one_iteration_for_each_eigenvalue(shift, start):
         shift=shift,
         scale=float(values.mean()),
         precondition=lambda mu: torch.clone,
-        options=ConjugateGradients(tolerance=1e-12),
+        options=ConjugateGradients(rtol=1e-12),
         start=None if start is None else start * exact,
     )
     torch.testing.assert_close(found.psi, exact)

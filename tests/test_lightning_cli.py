@@ -57,7 +57,7 @@ def test_steps_are_logged_with_all_digits(name, tmp_path):
     for step, (row, (report, logged)) in enumerate(zip(monitor.history, reports, strict=True), 1):
         assert (row["step"], row["optimizer"]) == (step, 0)
         assert same(row, report)
-        for key in ("rank", "num_outputs", "condition", "projected_fraction", "identity_gap", "damping", "trials"):
+        for key in ("rank", "num_outputs", "condition", "projected_fraction", "identity_gap", "damping", "num_trials"):
             assert float(logged[f"adapted/{key}"]) == getattr(report, key), key
         gain = float(logged["adapted/gain_ratio"])
         assert gain == report.gain_ratio or (report.gain_ratio is None and math.isnan(gain))

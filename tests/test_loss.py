@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd.functional import hessian
 
 from torch_adapted_gd import HalfSquaredLoss
-from torch_adapted_gd.loss import output_curvature
+from torch_adapted_gd.losses import output_curvature
 
 LOSSES = [nn.MSELoss, HalfSquaredLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
+from torch_adapted_gd import AdaptedGD, Dense, HalfSquaredLoss
 
 from .cases import cnn, dense_jacobian, flat, make, mlp, move
 
@@ -125,7 +125,7 @@ def test_rtol_cuts_singular_values():
     model, x, y = problem("tanh, K > QN", "mse mean")
     d, g = dense_jacobian(model, x), output_gradient(model, x, y, nn.MSELoss())
     before = flat(model)
-    optimizer = AdaptedGD(model, rtol=0.3)
+    optimizer = AdaptedGD(model, solver=Dense(rtol=0.3))
     nn.MSELoss()(model(x), y).backward()
     optimizer.step()
     torch.testing.assert_close(flat(model), before - torch.linalg.pinv(d, rtol=0.3) @ g, rtol=1e-9, atol=1e-11)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, ntk, register_rule
+from torch_adapted_gd import AdaptedGD, Dense, ntk, register_rule
 
 from .cases import MSE, assert_at, dense_jacobian, flat, pinv_step
 from .layers import Scale
@@ -102,7 +102,7 @@ def test_a_wrong_rule_is_found_out_and_never_stepped_on():
         ntk(model, x, method="structured")
 
     expected, before = pinv_step(model, x, y, 0.5), flat(model)
-    optimizer = AdaptedGD(model, lr=0.5, kernel="structured")
+    optimizer = AdaptedGD(model, lr=0.5, solver=Dense(kernel="structured"))
     MSE(model(x), y).backward()
     with pytest.raises(RuntimeError, match=f'The structured kernel is not right for this model: .*{message}.*Use "auto"'):
         optimizer.step()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD
+from torch_adapted_gd import AdaptedGD, Dense
 
 from .cases import (
     COUPLED,
@@ -265,7 +265,7 @@ class Coupled(nn.Module):
 def test_a_coupling_that_the_outputs_hide_is_found_out():
     model, x, y = Coupled().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
     expected = pinv_step(model, x, y, 0.5)
-    optimizer = AdaptedGD(model, lr=0.5, kernel="jacobian")
+    optimizer = AdaptedGD(model, lr=0.5, solver=Dense(kernel="jacobian"))
     MSE(model(x), y).backward()
     optimizer.step()
     assert optimizer.last_step.kernel == "jacobian (rows)"

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from torch_adapted_gd import AdaptedGD, ntk, register_rule, solve_kernel
+from torch_adapted_gd import AdaptedGD, Dense, ntk, register_rule, solve_kernel
 
 from .cases import COUPLED, MSE, assert_at, dense_jacobian, mlp, pinv_step
 from .layers import Scale
@@ -203,7 +203,7 @@ def test_calls_that_use_different_parameters():
     models[1].load_state_dict(models[0].state_dict())
     xs = torch.randn(2, 2, 4).double()
     for model, kernel in zip(models, ("auto", "jacobian"), strict=True):
-        optimizer = AdaptedGD(model, lr=0.5, kernel=kernel)
+        optimizer = AdaptedGD(model, lr=0.5, solver=Dense(kernel=kernel))
         for x, first in zip(xs, (True, False), strict=True):
             model(x, first).square().sum().backward()
         optimizer.step()

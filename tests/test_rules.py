@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, OuterProducts, ntk
+from torch_adapted_gd import AdaptedGD, Dense, HalfSquaredLoss, OuterProducts, ntk
 from torch_adapted_gd.jacobian import blocks, dense, factored, linearized, products, tangent_jacobian
 from torch_adapted_gd.jacobian.definition import recorded
 
@@ -87,7 +87,7 @@ def test_models_whose_samples_interact(build, message):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="the samples of a batch interact behind"):
         ntk(model, x, method="structured")
-    optimizer = AdaptedGD(model, lr=0.5, kernel="structured")
+    optimizer = AdaptedGD(model, lr=0.5, solver=Dense(kernel="structured"))
     MSE(model(x), y).backward()
     with pytest.raises(RuntimeError, match="the samples of a batch interact behind"):
         optimizer.step()
@@ -107,7 +107,7 @@ def test_steps_are_those_of_the_jacobian(name):
     targets = [torch.randn_like(models[0](*x)) for x in batches]
     results = []
     for model, kernel in zip(models, ("structured", "jacobian"), strict=True):
-        optimizer = AdaptedGD(model, lr=0.5, damping=1e-2, criterion=HalfSquaredLoss(), kernel=kernel)
+        optimizer = AdaptedGD(model, lr=0.5, damping=1e-2, criterion=HalfSquaredLoss(), solver=Dense(kernel=kernel))
         for _ in range(3):
             optimizer.zero_grad()
             for x, y in zip(batches, targets, strict=True):  # accumulated: two calls, one system

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, LevenbergMarquardt
+from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt
 
 from .cases import MSE, dense_jacobian, flat, mlp, move
-from .trials import SEARCHES, closure_of, wave
+from .trials import SEARCHES, by_closure, closure_of, wave
 
 CE = nn.CrossEntropyLoss()
 
@@ -21,7 +21,7 @@ def test_every_step_lowers_the_loss(search, with_closure, criterion):
     model, x, y = wave()
     if criterion is CE:
         model, y = mlp(sizes=(1, 12, 3)).double(), (y[:, 0] > 0).long() + (y[:, 0] > 0.8).long()
-    optimizer = AdaptedGD(model, criterion=criterion, trials="closure" if with_closure else "auto", **SEARCHES[search])
+    optimizer = AdaptedGD(model, criterion=criterion, damping=by_closure(search, with_closure))
     closure = closure_of(model, optimizer, x, y, criterion)
     losses = [criterion(model(x), y).item()]
     for _ in range(15):
@@ -32,7 +32,7 @@ def test_every_step_lowers_the_loss(search, with_closure, criterion):
             optimizer.step()
         losses.append(criterion(model(x), y).item())
         assert losses[-1] < losses[-2]
-        assert optimizer.last_step.trials >= 1
+        assert optimizer.last_step.num_trials >= 1
         assert optimizer.last_step.gain_ratio > 0
     assert losses[-1] < 0.2 * losses[0]
 
@@ -45,9 +45,9 @@ def test_an_accepted_trial_is_the_step_of_its_damping():
     closure_of(model, optimizer, x, y)()
     optimizer.step()
     report = optimizer.last_step
-    assert report.trials > 1
+    assert report.num_trials > 1
     tried = policy.initial
-    for rejections in range(1, report.trials):
+    for rejections in range(1, report.num_trials):
         tried = policy.raised(tried, rejections)
     plain = AdaptedGD(reference, criterion=MSE, damping=tried)
     closure_of(reference, plain, x, y)()
@@ -120,18 +120,18 @@ class Fragile(nn.Module):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_outputs_that_are_not_finite_are_shortened_in_the_plain_loop(search):
     model, x = Fragile(), torch.ones(4, 1, dtype=torch.float64)
-    optimizer = AdaptedGD(model, lr=40.0, criterion=MSE, **SEARCHES[search])
+    optimizer = AdaptedGD(model, lr=40.0, criterion=MSE, damping=SEARCHES[search])
     before = MSE(model(x), 4 * x).item()
     MSE(model(x), 4 * x).backward()
     optimizer.step()
-    assert optimizer.last_step.trials > 1
+    assert optimizer.last_step.num_trials > 1
     assert MSE(model(x), 4 * x).item() < before
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_the_loss_has_to_be_known(search):
     model, x, y = wave()
-    optimizer = AdaptedGD(model, lr=0.01, **SEARCHES[search])
+    optimizer = AdaptedGD(model, lr=0.01, damping=SEARCHES[search])
     closure = closure_of(model, optimizer, x, y, criterion=nn.L1Loss())
     closure()
     before = flat(model)
@@ -174,7 +174,7 @@ def test_penalties_are_part_of_the_loss():
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_momentum_that_leads_uphill_is_left_out(search):
     model, x, y = wave()
-    optimizer = AdaptedGD(model, criterion=MSE, momentum=0.9, **SEARCHES[search])
+    optimizer = AdaptedGD(model, criterion=MSE, momentum=0.9, damping=SEARCHES[search])
     closure = closure_of(model, optimizer, x, y)
     optimizer.step(closure)
     for p in model.parameters():
@@ -187,11 +187,11 @@ def test_a_momentum_that_leads_uphill_is_left_out(search):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_stationary_point_is_not_a_rejection(search):
     model, x, _ = wave()
-    optimizer = AdaptedGD(model, criterion=MSE, trials="closure", **SEARCHES[search])
+    optimizer = AdaptedGD(model, criterion=MSE, damping=by_closure(search))
     before = flat(model)
     optimizer.step(closure_of(model, optimizer, x, model(x).detach()))
     assert optimizer.last_step.status != "rejected"
-    assert optimizer.last_step.trials == 1
+    assert optimizer.last_step.num_trials == 1
     assert torch.equal(flat(model), before)
 
 
@@ -208,7 +208,7 @@ def test_plain_gradients_in_a_step_are_shortened_too(alpha):
         optimizer.step()
         assert optimizer.last_step.status != "rejected"
         losses.append(MSE(model(x), y).item())
-    assert optimizer.last_step.trials > 1
+    assert optimizer.last_step.num_trials > 1
     assert losses == sorted(losses, reverse=True)
 
 
@@ -246,7 +246,7 @@ def test_the_second_order_part_keeps_to_the_learning_rates():
 def test_a_line_search_with_long_steps_of_a_bounded_curvature(lr):
     model, criterion = mlp().double(), nn.BCEWithLogitsLoss()
     x, y = torch.randn(7, 4, dtype=torch.float64), torch.randint(2, (7, 3)).double()
-    optimizer = AdaptedGD(model, lr=lr, criterion=criterion, line_search=True, damping=1e-2)
+    optimizer = AdaptedGD(model, lr=lr, criterion=criterion, damping=Backtracking(damping=1e-2))
     losses = []
     for _ in range(4):
         optimizer.zero_grad()
@@ -277,7 +277,7 @@ def test_a_model_that_refuses_a_trial_has_it_shortened():
     MSE(model(x), 9 * x).backward()
     optimizer.step()
     assert 1 < model.weight <= 1.5
-    assert optimizer.last_step.trials > 1
+    assert optimizer.last_step.num_trials > 1
 
 
 def test_what_rounding_hides_is_not_tried_over_and_over():
@@ -288,7 +288,7 @@ def test_what_rounding_hides_is_not_tried_over_and_over():
     for _ in range(80):
         closure_of(model, optimizer, x, y)()
         optimizer.step()
-        trials.append(optimizer.last_step.trials)
+        trials.append(optimizer.last_step.num_trials)
     assert MSE(model(x), y).item() < 1e-9
     assert sum(trials[-20:]) <= 40
 

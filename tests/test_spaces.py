@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD
+from torch_adapted_gd import AdaptedGD, Dense
 from torch_adapted_gd.jacobian import dense
 
 from .cases import MSE, TwoHeads, cnn, dense_jacobian, flat, mlp, move
@@ -68,7 +68,7 @@ def test_both_spaces_give_the_same_steps(name, criterion, metric, options):
     ends, reports = [], []
     for space in ("sample", "parameter"):
         copied = copy.deepcopy(model)
-        optimizer = train(copied, x, y, criterion, steps, lr=0.3, metric=metric, space=space, **OPTIONS[options])
+        optimizer = train(copied, x, y, criterion, steps, lr=0.3, metric=metric, solver=Dense(space=space), **OPTIONS[options])
         ends.append(flat(copied))
         reports.append(optimizer.last_step)
         assert optimizer.last_step.space == space
@@ -101,7 +101,9 @@ def test_damped_steps_with_momentum_equal_dense_ones(name, metric, space):
     model, x, y = setting(name, criterion)
     reference = copy.deepcopy(model)
     lam = 0.3
-    optimizer = AdaptedGD(model, lr=0.4, criterion=criterion, damping=lam, momentum=0.7, metric=metric, space=space)
+    optimizer = AdaptedGD(
+        model, lr=0.4, criterion=criterion, damping=lam, momentum=0.7, metric=metric, solver=Dense(space=space)
+    )
     momentum = torch.zeros(len(flat(model)), dtype=torch.float64)
     n = len(x)
     for _ in range(3):
@@ -131,7 +133,7 @@ def test_ggn_is_euclidean_for_squared_losses(space):
     ends = []
     for metric in ("euclidean", "ggn"):
         copied = copy.deepcopy(model)
-        train(copied, x, y, MSE, lr=0.5, damping=1e-3, metric=metric, space=space)
+        train(copied, x, y, MSE, lr=0.5, damping=1e-3, metric=metric, solver=Dense(space=space))
         ends.append(flat(copied))
     assert (ends[0] - ends[1]).norm() <= 1e-10 * ends[0].norm()
 
@@ -196,7 +198,7 @@ def test_momentum_keeps_what_the_new_batch_does_not_see():
 def test_options_of_the_system_are_checked():
     model = mlp()
     with pytest.raises(ValueError, match="`space` should be one of 'auto', 'sample', 'parameter', but got 'output'"):
-        AdaptedGD(model, space="output")
+        Dense(space="output")
     for bad in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="`momentum` should be at least 0 and below 1, but got"):
             AdaptedGD(model, momentum=bad)

@@ -1,14 +1,20 @@
 """What tests of trials have in common."""
 
 import copy
+import dataclasses
 
 import torch
 
-from torch_adapted_gd import LevenbergMarquardt
+from torch_adapted_gd import Backtracking, LevenbergMarquardt
 
 from .cases import MSE, flat, mlp
 
-SEARCHES = {"levenberg-marquardt": {"damping": LevenbergMarquardt()}, "line search": {"line_search": True, "damping": 1e-3}}
+SEARCHES = {"levenberg-marquardt": LevenbergMarquardt(), "line search": Backtracking(damping=1e-3)}
+
+
+def by_closure(search, closure=True):
+    """The policy, judged by the closure."""
+    return dataclasses.replace(SEARCHES[search], judge="closure") if closure else SEARCHES[search]
 
 
 def wave(n=40):
@@ -47,4 +53,9 @@ def assert_same(before, after):
     assert before[3]["param_groups"] == after[3]["param_groups"]
     assert before[3]["state"].keys() == after[3]["state"].keys()
     for key, entry in before[3]["state"].items():
-        assert all(torch.equal(value, after[3]["state"][key][name]) for name, value in entry.items())
+        assert entry.keys() == after[3]["state"][key].keys()
+        assert all(_equal(value, after[3]["state"][key][name]) for name, value in entry.items())
+
+
+def _equal(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)

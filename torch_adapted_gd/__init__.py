@@ -6,19 +6,20 @@ output space" (2024); equation numbers in this package are the paper's.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .damping import LevenbergMarquardt
 from .definite import Definiteness, effective_kernel, is_positive_definite, kernel_block
 from .field import Equilibrium, GradientField, gradient_field, is_equilibrium, metric_tensor
 from .flow import FlowResult, InterpolationDeviation, PathResult, adapted_flow, follow_path, interpolation_deviation
 from .jacobian import OuterProducts, Use, ntk, output_jacobian, register_rule
 from .lines import LineLosses, line_losses
-from .loss import HalfSquaredLoss
+from .losses import HalfSquaredLoss, LossFunction
 from .optimizer import AdaptedGD
 from .paths import DetourPath, LinearPath
+from .policies import Backtracking, LevenbergMarquardt, StraightLine
 from .report import StepReport
 from .schedule import LinearInterpolationLR
 from .solve import ConjugateGradients, KernelSolution, LeastSquares, rank_revealing_lstsq, solve_kernel
-from .straight import StraightLine
+from .system import Dense
+from .watching import AdaptedWarning
 
 try:
     __version__ = version("torch_adapted_gd")
@@ -27,8 +28,11 @@ except PackageNotFoundError:  # a source tree that was not installed
 
 __all__ = [
     "AdaptedGD",
+    "AdaptedWarning",
+    "Backtracking",
     "ConjugateGradients",
     "Definiteness",
+    "Dense",
     "DetourPath",
     "Equilibrium",
     "FlowResult",
@@ -41,6 +45,7 @@ __all__ = [
     "LineLosses",
     "LinearInterpolationLR",
     "LinearPath",
+    "LossFunction",
     "OuterProducts",
     "PathResult",
     "StepReport",

@@ -132,7 +132,50 @@ class Conditions:
 
 
 @dataclass(eq=False)
-class Call:
+class Outputs:
+    """Tensors of the user's graph whose entries the loss is a function of: a part of x.
+
+    Attributes:
+        outputs: Their values, by place.
+        gradients: What the loss sent back to each, float64, by the same places. Filled by backward passes.
+        selected: The places that a criterion was given entries of.
+        tapes: The uses of parameters behind them, while the graph is alive; none where nobody could follow it.
+        behind: Themselves, as they are in the graph, likewise.
+        linearized: What they were linearized by, in the backward pass that first came by each.
+        backward_pass: Identifies the last backward pass that came by.
+    """
+
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    selected: set[int] = field(default_factory=set)
+    tapes: "list[Tape]" = field(default_factory=list)
+    behind: dict[int, Tensor] = field(default_factory=dict)
+    linearized: "dict[int, Piece]" = field(default_factory=dict)
+    backward_pass: int = -1
+
+    @property
+    def places(self) -> list[int]:
+        """The outputs that the loss saw; before any backward pass, all of them."""
+        return sorted(self.selected or self.gradients or self.outputs)
+
+    def pieces(self) -> "list[Piece]":
+        """What of it was linearized while its graph was alive, by output; nothing if that could not be."""
+        if any(place not in self.linearized for place in self.places):
+            return []
+        first, pieces = 0, []
+        for place in self.places:
+            piece = self.linearized[place]
+            pieces.append(replace(piece, first=first))
+            first += piece.linearized.q
+        return pieces
+
+    def release(self) -> None:
+        """Give back all that a step needed: the user's graph may live on for long."""
+        self.outputs, self.behind, self.linearized, self.tapes = {}, {}, {}, []
+
+
+@dataclass(eq=False)
+class Call(Outputs):
     """One call of a model, with all that is needed to repeat it.
 
     Attributes:
@@ -142,24 +185,13 @@ class Call:
         outputs: The values of the floating outputs that depend on parameters, by place among the output's leaves.
         random: Whether the pass drew random numbers.
         nested: Whether an input was computed from another recorded call's output.
-        gradients: What the loss sent back to each output, float64, by the same places. Filled by backward passes.
-        tape: The uses of parameters in it, while its graph is alive; None where nobody could follow it.
-        behind: Its outputs as they are in the graph, likewise.
-        linearized: What they were linearized by, in the backward pass that first came by each.
-        backward_pass: Identifies the last backward pass that came by.
     """
 
-    number: int
-    inputs: "Inputs"
-    conditions: Conditions
-    outputs: dict[int, Tensor]
-    random: bool
+    number: int = 0
+    inputs: "Inputs" = None  # type: ignore[assignment]
+    conditions: Conditions = None  # type: ignore[assignment]
+    random: bool = False
     nested: bool = False
-    tape: "Tape | None" = None
-    behind: dict[int, Tensor] = field(default_factory=dict)
-    linearized: "dict[int, Piece]" = field(default_factory=dict)
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-    backward_pass: int = -1
     _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)
 
     @classmethod
@@ -175,33 +207,21 @@ class Call:
             _parameters={name: (_version(p), p.dtype, p.device) for name, p in model.named_parameters()},
         )
 
-    @property
-    def places(self) -> list[int]:
-        """The outputs that the loss saw; before any backward pass, all of them."""
-        return sorted(self.gradients or self.outputs)
-
-    def pieces(self) -> "list[Piece]":
-        """What of it was linearized while its graph was alive, by output; nothing if it has to be repeated for that."""
-        if any(place not in self.linearized for place in self.places):
-            return []
-        first, pieces = 0, []
-        for place in self.places:
-            piece = self.linearized[place]
-            pieces.append(replace(piece, first=first))
-            first += piece.linearized.q
-        return pieces
-
-    def check_unchanged(self, model: nn.Module) -> None:
+    def check_unchanged(self, model: nn.Module, *, alone: bool) -> None:
         """Make sure that the model is still that of the call, and the call one that a step can be taken on.
+
+        Args:
+            model: The model.
+            alone: Whether no criterion says which outputs the loss is a function of.
 
         Raises:
             RuntimeError: A parameter was changed in place, the model was moved or cast, or the call is nested.
         """
-        if self.nested:
+        if self.nested and alone:
             raise RuntimeError(
                 "A call of the model has an input that was computed from the output of another call of it, and the loss went "
-                "through both. AdaptedGD would take both for outputs in their own right. Give it a module that makes all the "
-                "calls and returns what the loss is computed from."
+                "through both. AdaptedGD would take both for outputs in their own right. Give it the loss as `criterion`, or a "
+                "module that makes all the calls and returns what the loss is computed from."
             )
         for name, p in underlying(model).named_parameters():
             version, dtype, device = self._parameters.get(name, (_version(p), p.dtype, p.device))
@@ -217,30 +237,10 @@ class Call:
                     "changes the model; for parts of one model use one AdaptedGD with parameter groups."
                 )
 
-    def check_finite(self, which: str) -> None:
-        """Make sure that outputs and the loss's gradients in them are finite.
-
-        Args:
-            which: What to call this call in the message.
-
-        Raises:
-            RuntimeError: One is not.
-        """
-        for what, tensors in (("output", self.outputs), ("gradient of the loss in output", self.gradients)):
-            for place in self.places:
-                bad = int((~torch.isfinite(tensors[place])).sum())
-                if bad:
-                    advice = "Look at its inputs and the parameters" if what == "output" else "Look at the loss and its targets"
-                    raise RuntimeError(
-                        f"In {which} of the model, the {what} {place} of shape {list(tensors[place].shape)} has {bad} entries "
-                        f"that are not finite, so nothing was changed. {advice}; a smaller `lr` or more `damping` keeps "
-                        "outputs bounded. zero_grad drops the call."
-                    )
-
     def release(self) -> None:
-        """Give back all that a replay needs: the call was stepped on, and the user's graph may live on for long."""
+        """See `Outputs`: all that a replay needs too."""
+        super().release()
         self.inputs = Inputs((), {})
-        self.outputs, self.behind, self.linearized, self.tape = {}, {}, {}, None
         self.conditions.buffers = {}
 
     def function(self, model: nn.Module) -> Callable[..., list[Tensor]]:
@@ -305,7 +305,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
     with torch.inference_mode(False), torch.enable_grad():
         inputs = Inputs(args, kwargs or {})
         start = Conditions.now(model)
-        call = Call(0, inputs, start, {}, random=False)
+        call = Call(inputs=inputs, conditions=start)
         module = underlying(model)
         state = {**dict(module.named_parameters()), **call.buffers(model)}
         with start.restored(module):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Conditions, underlying
-from .recorder import CallRecorder
+from .calls import Conditions, underlying, unwatched
 
 
 class Closure:
@@ -18,11 +17,10 @@ class Closure:
     Args:
         function: The user's.
         model: The network, whose random numbers and buffers every evaluation starts from alike.
-        recorder: Who watches it.
     """
 
-    def __init__(self, function: Callable[[], Any], model: nn.Module, recorder: CallRecorder) -> None:
-        self._function, self._model, self._recorder = function, model, recorder
+    def __init__(self, function: Callable[[], Any], model: nn.Module) -> None:
+        self._function, self._model = function, model
         self._start = Conditions.now(model)
         self.returned: Any = None
 
@@ -67,7 +65,7 @@ class Closure:
                 for name, b in model.named_buffers():
                     b.copy_(self._start.buffers.get(name, b))
             self._start.rewind()
-            with self._recorder.aside():
+            with unwatched():
                 yield
         finally:
             now.rewind()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import real_number
 from .local import OutputMap, Tangent
-from .loss import HalfSquaredLoss
+from .losses import HalfSquaredLoss
 from .solve.choice import factorize
 from .solve.spectrum import default_rtol
 

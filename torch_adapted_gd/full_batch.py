@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .loss import Criterion
 
 
-def full_loss(model: nn.Module, criterion: Criterion, loader: Iterable[Any], device: torch.device) -> Tensor:
+def full_loss(model: nn.Module, criterion: nn.Module, loader: Iterable[Any], device: torch.device) -> Tensor:
     """The criterion's loss of all batches at once, by a call of the model for each, with their graphs.
 
     Args:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .checks import all_finite
-from .curvature import OutputLoss
 from .jacobian import Jacobian
 from .jacobian.dense import spans
 from .memory import available_bytes, require_memory
 from .solve.krylov import ConjugateGradients, Iterate, solve_by_cg
 from .solve.preconditioner import Identity, Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
+from .weights import Metric
 
 _SHARE = 0.6  # of the memory that is available, for blocks between all samples
 _WORKSPACE = 3  # blocks that are needed beside those that stay
@@ -46,7 +46,7 @@ class KernelOperator:
     def __init__(
         self,
         jacobian: Jacobian,
-        metric: OutputLoss | None,
+        metric: Metric | None,
         options: ConjugateGradients,
         start: Tensor | None = None,
     ) -> None:
@@ -91,8 +91,8 @@ class KernelOperator:
         """Θ̃v."""
         if self._metric is None:
             return self._jacobian.mv(self._jacobian.rmv(v))
-        image = self._jacobian.mv(self._jacobian.rmv(self._metric.hessian_root(v)))
-        return self._metric.hessian_root_transpose(image)
+        image = self._jacobian.mv(self._jacobian.rmv(self._metric.root(v)))
+        return self._metric.root_transpose(image)
 
     def solve(self, g: Tensor, shift: float = 0.0, *, beside: bool = False) -> Tensor:
         """ψ̃ = (Θ̃ + λ1)⁻¹g as far as the tolerance; `last` tells how well.
@@ -170,13 +170,13 @@ class KernelOperator:
         assert self._metric is not None
         padded = weights.new_zeros(self.size, weights.shape[2])
         padded[span] = weights.flatten(0, 1)
-        return self._metric.hessian_root(padded)[span].view(weights.shape)
+        return self._metric.root(padded)[span].view(weights.shape)
 
     def _weighed(self, blocks: Tensor, start: int) -> Tensor:
         """S_nᵀ Θ(x_n, x_n) S_n, ``[N, Q, Q]``."""
         assert self._metric is not None
         for _ in range(2):
-            blocks = self._metric.hessian_root_transpose(blocks.flatten(0, 1), start).view(blocks.shape).mT.contiguous()
+            blocks = self._metric.root_transpose(blocks.flatten(0, 1), start).view(blocks.shape).mT.contiguous()
         return blocks
 
     def _add_time(self, part: str, started: float, without: float = 0.0) -> None:

@@ -2,21 +2,21 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, stacked, underlying
+from .calls import Call, Outputs, stacked, underlying
 from .checks import all_finite
-from .curvature import OutputLoss, largest_curvature
 from .iterative import KernelOperator
 from .jacobian import norm
-from .loss import Criterion
+from .objective import Objective
 from .replay import Replay, batch_and_outputs, precision
-from .solve import ConjugateGradients, default_rtol
-from .system import Problem, choose_solver
+from .system import ConjugateGradients, Dense, Problem, choose_solver
+from .solve import default_rtol
+from .weights import DiagonalMetric, Metric
 
 METRICS = ("euclidean", "ggn")
 Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat, float64
@@ -44,120 +44,166 @@ class Linearization:
 
     Args:
         model: The network.
-        calls: Its calls that the loss went through, at least one; their rows of D are stacked.
+        stacked_from: What x is stacked from: its calls, and what else criteria were given; at least one.
         trained: The parameters θ by name.
         arrived: ∇_θC of each of these, as backward delivered it.
         loss_scale: What a GradScaler multiplied the loss by.
-        criterion: The loss whose output curvature is wanted.
+        objective: The loss as a function of x, if there are criteria that tell.
         metric: One of `METRICS`.
-        rtol: Relative cut on the singular values of D, or None for the default.
-        space: One of `SPACES`: where to solve; ``"auto"``: in parameter space if K < QN.
-        kernel_method: How to come by the kernel; like ``chunk_size``, see `ntk`.
-        solver: How to solve: one of `SOLVERS`, or how to by conjugate gradients.
-        chunk_size: See there.
-        start: A ψ̃ for these to begin with, or None.
+        solver: How to solve.
+        unit: The output curvature that ``lr`` is measured in where no criterion tells.
+        start: A ψ̃ to begin with, or None.
 
     Attributes:
         trained: θ.
+        objective: As given.
         gradient: ∇_θC by parameter's name, in the parameters' dtype.
         off_output: r = ∇_θC − Dᵀg, flat in float64; None where it is rounding.
         off_output_fraction: |r|/|∇_θC|.
-        curvature: c that η = lr/c divides by, see `output_curvature`; 1 without a criterion and in the GGN metric.
+        curvature: c that η = lr/c divides by: the largest of `Objective.curvatures`, or 1 in the GGN metric.
         system: What is solved.
         warm_start: Whether ψ̃ should be kept for the next one.
+        repeatable: Whether x can be had for other parameters by repeating calls.
         num_calls, num_outputs, num_params: Calls stacked, QN and K.
 
     Raises:
         RuntimeError: Something is not finite, empty, changed since the call, or cannot be repeated.
-        ValueError: The outputs do not have the batch first, or do not suit the criterion.
+        ValueError: The outputs do not have the batch first.
         MemoryError: The Jacobian or the kernel would not fit.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        calls: list[Call],
+        stacked_from: list[Outputs],
         trained: dict[str, nn.Parameter],
         arrived: dict[str, Tensor],
         *,
         loss_scale: float,
-        criterion: Criterion | None,
+        objective: Objective | None,
         metric: str,
-        rtol: float | None,
-        space: str,
-        kernel_method: str,
-        solver: str | ConjugateGradients,
-        chunk_size: int | None,
+        solver: Dense | ConjugateGradients | None,
+        unit: float = 1.0,
         start: Tensor | None = None,
     ) -> None:
         dtype = next(iter(trained.values())).dtype
-        for number, call in enumerate(calls, start=1):
-            call.check_unchanged(model)
-            call.check_finite(f"call {number} of {len(calls)}")
-        self.num_outputs = rows = sum(n * q for n, q in map(batch_and_outputs, calls))
+        calls = [each for each in stacked_from if isinstance(each, Call)]
+        for call in calls:
+            call.check_unchanged(model, alone=objective is None)
+        rows = sum(n * q for n, q in map(batch_and_outputs, stacked_from))
         if rows == 0:
-            raise RuntimeError("The model's outputs that reached the loss are empty. Leave out empty batches.")
-        self._model, self._calls, self._criterion, self._loss_scale = model, calls, criterion, loss_scale
-        self.trained = trained
-        self.num_calls = len(calls)
+            raise RuntimeError("The outputs that reached the loss are empty. Leave out empty batches.")
+        self._model, self._calls, self._stacked = model, calls, stacked_from
+        self.repeatable = len(calls) == len(stacked_from) and not any(call.nested for call in calls)
+        self.trained, self.objective = trained, objective
+        self.num_calls = len(stacked_from)
         self._numels = {name: p.numel() for name, p in trained.items()}
         self.num_params = sum(self._numels.values())
-        self._g = torch.cat([stacked([call.gradients[place] for place in call.places]) for call in calls]) / loss_scale  # [R]
-        self._metric = self.output_loss if metric == "ggn" else None
-        self.curvature = 1.0 if criterion is None or self._metric else largest_curvature(criterion, calls)
-        self._eps = eps = max(precision(call, dtype) for call in calls)
-        problem = Problem(model, calls, list(trained), self._g, self._metric, kernel_method, chunk_size)
-        space, krylov = choose_solver(space, solver, rtol, self.num_params, rows, self._g.device)
-        self.warm_start = krylov is not None and krylov.warm_start
-        if krylov is not None:
-            self.system, square = problem.without_matrix(krylov, start if krylov.warm_start else None)
+        self._eps = eps = max(precision(each, dtype) for each in stacked_from)
+        self._outputs = _stack(stacked_from, lambda each: each.outputs)  # x, [R]
+        if objective is None:
+            self._g = _stack(stacked_from, lambda each: each.gradients) / loss_scale
         else:
-            solving = {"rtol": default_rtol(rows, eps) if rtol is None else rtol, "method": solver, "firm": rtol is not None}
+            self._g = objective.gradient(self._outputs)
+            self._check_explained(loss_scale)
+        self._check_finite()
+        self._metric, self.curvature = self._chosen_metric(metric, unit)
+        kept = None if self._metric is None else self._metric.kept
+        self.num_outputs = rows if kept is None else len(kept)
+        local = self._metric is None or self._metric.local
+        space, chosen = choose_solver(solver, self.num_params, self.num_outputs, self._g.device, local=local)
+        if isinstance(chosen, ConjugateGradients) and self._metric is not None:
+            self._metric = self._metric.padded()
+        self.warm_start = isinstance(chosen, ConjugateGradients) and chosen.warm_start
+        problem = Problem(model, stacked_from, list(trained), self._g, self._metric, chosen)
+        if isinstance(chosen, ConjugateGradients):
+            self.system, square = problem.without_matrix(chosen, start if chosen.warm_start else None)
+        else:
+            rtol = default_rtol(self.num_outputs, eps) if chosen.rtol is None else chosen.rtol
+            solving = {"rtol": rtol, "method": chosen.factorization, "firm": chosen.rtol is not None}
             build = problem.in_parameter_space if space == "parameter" else problem.in_sample_space
             self.system, square = build(solving)
         self._check_solved()
         self.gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}
         self._find_off_output(square, dtype, eps)
 
+    def _chosen_metric(self, metric: str, unit: float) -> tuple[Metric | None, float]:
+        """S of the metric, None for 1, and the curvature that lr is divided by."""
+        x, g = self._outputs, self._g
+        if self.objective is None:
+            keep = (g != 0) | torch.isfinite(x)
+            return (None if bool(keep.all()) else DiagonalMetric(torch.ones_like(x), keep)), unit
+        if metric == "ggn":
+            return self.objective.hessian_metric(x, g), 1.0
+        c = self.objective.curvatures(x, g)
+        largest = float(c.max())
+        if not largest > 0:
+            return None, 1.0  # nothing that the loss would look at
+        if bool((c == largest).all()):
+            return None, largest
+        return DiagonalMetric((c / largest).sqrt(), c > 0), largest
+
+    def _check_explained(self, loss_scale: float) -> None:
+        """Make sure that the criteria explain what gradient arrived at the outputs.
+
+        Raises:
+            RuntimeError: They do not.
+        """
+        if not self.repeatable:
+            return  # of a call's gradient, a part may have come by way of what was computed from it
+        arrived = _stack(self._stacked, lambda each: each.gradients) / loss_scale
+        apart, size, explained = (float(torch.linalg.vector_norm(v)) for v in (arrived - self._g, arrived, self._g))
+        if not apart > max(1e-3, 16 * self._eps) * max(size, explained):
+            return
+        raise RuntimeError(
+            f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, so "
+            "nothing was changed. Something else in the loss depends on the outputs, or a hook edits gradients. Give AdaptedGD "
+            "all criteria that the loss is made of, criterion=(first, second), functions as LossFunction(function)."
+        )
+
+    def _check_finite(self) -> None:
+        """Make sure that outputs and the loss's gradients in them are finite, or that the loss does not look at them.
+
+        Raises:
+            RuntimeError: One is not.
+        """
+        for what, v in (("outputs", self._outputs), ("gradient of the loss in the outputs", self._g)):
+            bad = int((~torch.isfinite(v) & ((self._g != 0) | (what != "outputs"))).sum())
+            if what == "outputs" and self.objective is not None and bool(torch.isnan(v).any()):
+                bad = bad or int(torch.isnan(v).sum()) if not math.isfinite(self.loss) else bad
+            if bad:
+                advice = "Look at inputs and parameters" if what == "outputs" else "Look at the loss and its targets"
+                raise RuntimeError(
+                    f"The {what} of the model that the loss was computed from, {len(v)} numbers, have {bad} that are not finite, so "
+                    f"nothing was changed. {advice}; a smaller `lr` or more `damping` keeps outputs bounded. zero_grad drops the "
+                    "call."
+                )
+
+    @functools.cached_property
+    def loss(self) -> float:
+        """C, by the criteria."""
+        assert self.objective is not None
+        return self.objective.value(self._outputs)
+
     @functools.cached_property
     def _replays(self) -> list[Replay]:
         return [Replay(underlying(self._model), call, list(self.trained)) for call in self._calls]
 
     @functools.cached_property
-    def _outputs(self) -> Tensor:
-        """x, ``[R]``."""
-        return torch.cat([stacked([call.outputs[place] for place in call.places]) for call in self._calls]).double()
-
-    @functools.cached_property
     def rounding(self) -> float:
         """What rounding of the outputs can do to the loss."""
-        return 4 * self._eps * float(self._g.abs() @ self._outputs.abs())
+        seen = self._g != 0
+        return 4 * self._eps * float(self._g[seen].abs() @ self._outputs[seen].abs())
 
     @functools.cached_property
     def output_rounding(self) -> float:
         """What rounding of the outputs can do to a difference of them."""
-        return 4 * self._eps * float(self._outputs.norm())
-
-    @property
-    def num_passes(self) -> int:
-        """Backward passes that went through the calls."""
-        return len({call.backward_pass for call in self._calls})
+        return 4 * self._eps * float(self._outputs[torch.isfinite(self._outputs)].norm())
 
     @property
     def loss_unit(self) -> int:
         """What to divide losses by for batches of different sizes to compare."""
-        return self.num_outputs if self._criterion is not None and self._criterion.reduction == "sum" else 1
-
-    @property
-    def has_criterion(self) -> bool:
-        """Whether it is known which loss this is."""
-        return self._criterion is not None
-
-    @functools.cached_property
-    def output_loss(self) -> OutputLoss:
-        """The criterion's loss as a function of the outputs; only with a criterion."""
-        assert self._criterion is not None
-        return OutputLoss(self._criterion, self._calls, self._loss_scale)
+        return self.num_outputs if self.objective is not None and self.objective.is_sum else 1
 
     @property
     def iterative(self) -> KernelOperator | None:
@@ -219,18 +265,22 @@ class Linearization:
         return sum(float(self.gradient[name].double().reshape(-1) @ part) for name, part in change.items())
 
     def outputs_moved(self, values: dict[str, Tensor]) -> Tensor | None:
-        """x(θ') − x(θ), ``[R]``, by a replay with other values of the parameters; None if that fails or is not finite.
+        """x(θ') − x(θ), ``[R]``, by a replay with other values of the parameters; None if that cannot be, or is not finite.
 
         Args:
             values: θ' by name.
         """
+        if not self.repeatable:
+            return None
         try:
             with torch.no_grad():
-                moved = torch.cat([replay.outputs_with(values) for replay in self._replays]).double() - self._outputs
+                there = torch.cat([replay.outputs_with(values) for replay in self._replays]).double()
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # of a model that checks its values
             return None
+        # What is not finite here, and no part of the loss, may stay so.
+        moved = torch.where(there == self._outputs, 0.0, there - self._outputs)
         return moved if all_finite(moved) else None
 
     def loss_change(self, moved: Tensor, change: Parts) -> float:
@@ -241,7 +291,8 @@ class Linearization:
             change: δ.
         """
         beside = sum(float(part @ change[name]) for name, part in (self.off_output or {}).items())
-        return self.output_loss.change(moved) + beside
+        assert self.objective is not None
+        return self.objective.value(self._outputs + moved) - self.loss + beside
 
     def identity_gap(self, direction: Direction) -> float:
         """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if matrix and products belong together."""
@@ -270,7 +321,7 @@ class Linearization:
                 "cg",
                 f"Conjugate gradients did not converge: after {iterative.last.iterations} iterations the residual is "
                 f"{iterative.last.residual:.2g} of the right-hand side. The step was computed from what they had come to. "
-                "Raise `damping`, or `iterations` or `tolerance` of ConjugateGradients.",
+                "Raise `damping`, or `max_iter` or `rtol` of ConjugateGradients.",
             )
 
     def _find_off_output(self, square: float, dtype: torch.dtype, eps: float) -> None:
@@ -319,11 +370,20 @@ class Linearization:
 
     def _weigh(self, v: Tensor) -> Tensor:
         """Sᵀv."""
-        return v if self._metric is None else self._metric.hessian_root_transpose(v)
+        return v if self._metric is None else self._metric.root_transpose(v)
 
     def _unweigh(self, v: Tensor) -> Tensor:
         """Sv."""
-        return v if self._metric is None else self._metric.hessian_root(v)
+        return v if self._metric is None else self._metric.root(v)
 
     def _flat(self, parts: Parts) -> Tensor:
         return torch.cat([parts[name] for name in self._numels])
+
+
+def _stack(outputs: list[Outputs], values: Callable[[Outputs], dict[int, Tensor]]) -> Tensor:
+    """One vector ``[R]`` in float64 of values of all outputs; zero where there is none."""
+    parts = []
+    for each in outputs:
+        found = values(each)
+        parts.append(stacked([found.get(place, torch.zeros_like(each.outputs[place])).double() for place in each.places]))
+    return torch.cat(parts)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import Call, hides_its_graph, unwatched
+from .calls import Outputs, hides_its_graph, unwatched
 from .jacobian.backward import allows_vmap
 from .jacobian.definition import dtype_and_device
 from .jacobian.factored import Piece, budget_of
@@ -21,30 +21,29 @@ from .tracking.tape import Note, Source, Tape
 _ASK = 2**26  # bytes from which the system is asked how much there is
 
 
-def linearized_live(call: Call, place: int, model: nn.Module | None) -> None:
-    """Linearize one output of a call before the backward pass that has just reached it frees what is behind.
+def linearized_live(of: Outputs, place: int, model: nn.Module | None, parameters: dict[str, Tensor]) -> None:
+    """Linearize an output before the backward pass that has just reached it frees what is behind.
 
-    Where that is not possible the call will be repeated for it: with activations that are checkpointed in the way that hides
-    its graph, or where B would take more memory than there is.
+    Where that is not possible a call will be repeated for it: with activations that are checkpointed in the way that hides its
+    graph, or where B would take more memory than there is.
 
     Args:
-        call: The call; gets what was found.
-        place: Which output.
+        of: Whose output; gets what was found.
+        place: Which one.
         model: The model.
+        parameters: What to differentiate by, by name.
     """
-    tape, x = call.tape, call.behind[place]
-    if tape is None or model is None or x.ndim == 0 or x.numel() == 0:
-        return
-    if len({p.device for p in tape.parameters.values()}) > 1:
+    x = of.behind[place]
+    if model is None or x.ndim == 0 or x.numel() == 0 or len({p.device for p in parameters.values()}) > 1:
         return  # for the step to say
-    dtype, _ = dtype_and_device(list(tape.parameters.values()))
-    with unwatched(), _gradients_kept(tape), warnings.catch_warnings():
+    dtype, _ = dtype_and_device(list(parameters.values()))
+    with unwatched(), _gradients_kept(of.tapes), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of functorch; the user's own pass gave the model's
-        if tape.without_graph and hides_its_graph(x):
-            call.tape = None
+        if any(tape.without_graph for tape in of.tapes) and hides_its_graph(x):
+            of.tapes = []
             return
-        eps, vectorized = precision(call, x.dtype), allows_vmap(model)
-        found = Linearized([x], tape.parameters, tape.notes, eps=eps, dtype=dtype, vectorized=vectorized)
+        notes = [note for tape in of.tapes for note in tape.notes]
+        found = Linearized([x], parameters, notes, eps=precision(of, x.dtype), dtype=dtype, vectorized=allows_vmap(model))
         size = dtype.itemsize * 2 * found.elements * found.q
         free = available_bytes(x.device) if size > _ASK else None  # other calls may hold theirs
         if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):
@@ -53,14 +52,14 @@ def linearized_live(call: Call, place: int, model: nn.Module | None) -> None:
         found.uses = [
             dataclasses.replace(use, note=copies.of(use.note), sources=copies.sources(use.sources)) for use in found.uses
         ]
-        call.linearized[place] = Piece(found, 0, found.at(range(found.q)))
+        of.linearized[place] = Piece(found, 0, found.at(range(found.q)))
         found.release()
 
 
 @contextlib.contextmanager
-def _gradients_kept(tape: Tape) -> Iterator[None]:
+def _gradients_kept(tapes: list[Tape]) -> Iterator[None]:
     """Context in which ``.grad`` of hidden tensors that retain theirs is left as it is by passes of our own."""
-    tensors = [tensor for reference in tape.retaining if (tensor := reference()) is not None]
+    tensors = [tensor for tape in tapes for reference in tape.retaining if (tensor := reference()) is not None]
     before = [None if tensor.grad is None else tensor.grad.clone() for tensor in tensors]
     try:
         yield

@@ -1,6 +1,5 @@
 """AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -8,20 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from . import options
-from .checks import all_finite, one_of, positive_integer
+from .calls import Outputs
+from .checks import all_finite, one_of
 from .closure import Closure
-from .damping import CarryOver, LevenbergMarquardt
 from .full_batch import full_loss
-from .jacobian import METHODS
 from .linearization import METRICS, Linearization
-from .loss import check_criterion
+from .losses import check_criteria
+from .objective import Objective
+from .policies import Backtracking, Fixed, LevenbergMarquardt, Outcome, Policy, Step, StraightLine
 from .recorder import CallRecorder
 from .report import StepReport
-from .search import Outcome, Search
-from .solve import ConjugateGradients
-from .straight import Progress, StraightLine
-from .system import SPACES
-from .trials import JUDGES, Trial, TrialMaker, choose_judge, kept_momentum
+from .system import ConjugateGradients, Dense
+from .trials import ByNext, Judge, Trial, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .watching import WatchingOptimizer
 
 
@@ -37,16 +34,20 @@ class AdaptedGD(WatchingOptimizer):
 
     It replaces any torch optimizer in one line; the model is given instead of its parameters.
 
-    A call ``model(x)`` belongs to the step from the moment ``backward`` sends a gradient through its output into ``.grad``,
-    and what clears ``.grad`` drops it; `step` uses it up. Calls before one step stack (gradient accumulation: divide each
-    loss by their number, as usual). What else a step reads and leaves:
+    With a ``criterion``, x are the entries of tensors that it was given and that were computed from trained parameters, in any
+    number of calls before ``backward``: the model's outputs, some of them, or anything that was made from them, such as the
+    residuals of a differential equation. What the loss makes of its values (multiples, sums, ``reduction="none"`` times
+    weights, accumulated gradients) is followed exactly. Without one, x are the outputs of the model that a gradient reached.
 
-    - The step is computed from the gradient that ``backward`` sends to the outputs. ``.grad`` is filled as usual but not
+    What belongs to a step is what ``backward`` sends a gradient through into ``.grad``; what clears ``.grad`` drops it; `step`
+    uses it up. Calls before one step stack. What else a step reads and leaves:
+
+    - The step is computed from the gradient that ``backward`` sends. ``.grad`` is filled as usual but not
       read: clipping or editing it changes nothing, and a warning says so once.
-    - A loss that also depends on the parameters directly (a penalty on weights, derivatives of the network) has a part r
-      in its gradient that no output carries. It takes a plain gradient step −lr·r, and a warning says so once.
+    - A loss that also depends on the parameters directly, as by a penalty on weights, has a part r in its gradient that x does
+      not carry. It takes a plain gradient step −lr·r, and a warning says so once.
     - The Jacobian comes from the graph of the user's own ``backward``: uses of parameters are noted while the forward pass
-      runs, and differentiated when the loss's gradient arrives at the outputs. The forward pass is repeated only for trials of
+      runs, and differentiated when the loss's gradient arrives at x. The forward pass is repeated only for trials of
       a policy, where the model was compiled, and where memory cannot hold the gradients at all uses: with the same random
       numbers (dropout masks), autocast and modes; buffers, attributes of modules and the random stream are left as they were.
     - The step is all or nothing: when anything is not finite it raises and
@@ -58,38 +59,29 @@ class AdaptedGD(WatchingOptimizer):
     pass; parameters for which they are not all are served by rows of the Jacobian, and a warning says so once.
 
     Args:
-        model: The module whose outputs the loss is computed from.
-        lr: η, at least 0. Without ``criterion`` it multiplies the gradient of the loss as it is. Default 1.
+        model: The module that is trained.
+        lr: η, at least 0, in units of the output curvature c of the loss, η = lr/c: ``lr=1`` is the full Gauss–Newton step of
+            a squared loss, whatever its reduction, multiples and weights, and for others the longest step that is sure to
+            descend if outputs followed it exactly (`Objective.curvatures`). Without ``criterion`` c is learned from a
+            closure's values, if there is one and the policy asks for the loss; else it is 1, and lr multiplies the gradient of
+            the loss as it is. Default 1.
+        criterion: The loss, a module, or several in a tuple: the very ones that the training step calls. A function is one as
+            `LossFunction`.
         params: What to step, as for any torch optimizer (parameters, named ones, groups with their own ``lr``, ``alpha``
             and ``weight_decay``); by default the model's trainable parameters.
-        criterion: The loss in use (`MSELoss`, `HalfSquaredLoss`, `CrossEntropyLoss`, `BCEWithLogitsLoss`): itself, not a
-            multiple, of the model's outputs as they are. Then lr is measured in units of its output curvature c, η = lr/c:
-            ``lr=1`` is the full Gauss–Newton step of a squared loss, whatever its reduction, the batch size and Q, and for the
-            others the longest step that is sure to descend if outputs followed it exactly (`output_curvature`).
         alpha: α in [0, 1]. Default 1. At 0 without ``criterion`` the step is that of `torch.optim.SGD`, to the bit.
-        damping: λ of Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹∇_θC relative to the mean of diag Θ, at least 0; or what chooses it, a
-            `LevenbergMarquardt`. By default that is so where a ``criterion`` tells the loss. Else 0, which is the paper's step:
-            undamped full steps interpolate each mini-batch and undo the last one.
-        rtol: Singular values of D up to rtol·σ_max count as zero. By default √(QN·ε) with ε of float64, or the machine epsilon
-            of the forward pass (autocast's, under autocast) where that is larger; a λ far above that rounding makes them count.
+        damping: λ of Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹∇_θC relative to the mean of diag Θ, at least 0; or a policy that chooses it,
+            or the length of the step: `LevenbergMarquardt`, `Backtracking`, `StraightLine`. By default LevenbergMarquardt()
+            where a ``criterion`` or a closure tells the loss. Else 0, which is the paper's step: undamped full steps
+            interpolate each mini-batch and undo the last one.
         momentum: μ in [0, 1) of SPRING: what the last step leaves to be corrected on this batch is solved for, φ = D⁺(g − μDφ₋)
             + μφ₋ in place of D⁺g. With a number for ``damping`` and an lr near 1 − μ, it averages over batches. Default 0.
         weight_decay: w ≥ 0, decoupled: θ ← (1 − lr·w) θ beside the step, and no part of what trials are judged by. Default 0.
-        metric: Of the outputs: ``"euclidean"`` (default, the paper's), or ``"ggn"``, the loss's Hessian H = SSᵀ there: a step
-            Dᵀψ with ψ = S(SᵀΘS + λ1)⁻¹S⁺g, Newton's but for the network's curvature. For squared losses they are the same.
-        line_search: Shorten steps, by halves, until the loss decreases by 10⁻⁴ of what its slope promises; or a `StraightLine`:
-            until the outputs move as predicted. Default False.
-        trials: What tells the loss at trial parameters: ``"outputs"``, a repeated forward pass and the criterion;
-            ``"closure"``, that of `step`; ``"auto"`` (default), the closure only where the criterion does not know all of it.
-        space: Where to solve: ``"sample"``, with Θ, QN×QN; ``"parameter"``, with DᵀD, K×K, added up over blocks of samples; or
-            ``"auto"`` (default), whichever is smaller.
-        kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the uses of parameters and raises for a model
-            that this does not fit, ``"jacobian"`` builds it from D, ``"auto"`` (default) is structured where that is right.
-        solver: ``"auto"`` (default): Cholesky where an estimate of the condition allows it, pivoted Cholesky where the rank is
-            short and unambiguous, else ``"eigh"``, the eigenvalue decomposition, which may be had always; see `solve_kernel`.
-            Or ``"cg"`` or a `ConjugateGradients`, which never form Θ; ``"auto"`` takes them beyond 8,192 outputs (and as many
-            parameters), and where memory does not suffice, unless ``rtol`` or ``space="parameter"`` are given.
-        chunk_size: Samples' worth of rows of D that are differentiated at a time, see `ntk`.
+        metric: Of the outputs: ``"euclidean"`` (default, the paper's; where c differs between outputs, as by weights, each is
+            measured by its own), or ``"ggn"``, the loss's Hessian H = SSᵀ there: a step Dᵀψ with
+            ψ = S(SᵀΘS + λ1)⁻¹S⁺g, Newton's but for the network's curvature. For squared losses they are the same.
+        solver: `Dense`, `ConjugateGradients`, or ``"auto"`` (default): Dense() up to 8,192 outputs or parameters, and while
+            memory suffices, then ConjugateGradients().
 
     Attributes:
         last_step: The `StepReport` of the last step, or None.
@@ -113,27 +105,19 @@ class AdaptedGD(WatchingOptimizer):
         (True, 16)
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands over its scale instead of dividing .grad, which is not read
-
     def __init__(
         self,
         model: nn.Module,
         lr: float = 1.0,
         *,
+        criterion: nn.Module | tuple[nn.Module, ...] | list[nn.Module] | None = None,
         params: Iterable[Any] | None = None,
-        criterion: nn.Module | None = None,
         alpha: float = 1.0,
-        damping: float | LevenbergMarquardt | None = None,
-        rtol: float | None = None,
+        damping: float | LevenbergMarquardt | Backtracking | StraightLine | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         metric: str = "euclidean",
-        line_search: bool | StraightLine = False,
-        trials: str = "auto",
-        space: str = "auto",
-        kernel: str = "auto",
-        solver: str | ConjugateGradients = "auto",
-        chunk_size: int | None = None,
+        solver: str | Dense | ConjugateGradients = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -146,33 +130,23 @@ class AdaptedGD(WatchingOptimizer):
                 "model.module, and call that."
             )
         self._model = model
-        self._criterion = check_criterion(criterion)
-        self._line_search = options.check_line_search(line_search)
-        damping, self._policy = options.split_damping(damping, self._criterion, self._line_search)
+        self._criteria = check_criteria(criterion)
+        self._policy = options.check_damping(damping)
         self._metric = one_of("metric", metric, METRICS)
-        options.check_together(self._criterion, self._metric, self._policy, self._line_search)
-        self._trials = one_of("trials", trials, JUDGES)
-        self._space = one_of("space", space, SPACES)
-        self._kernel = one_of("kernel", kernel, METHODS)
-        self._solver = options.check_solver(solver, self._space, rtol)
-        self._chunk_size = None if chunk_size is None else positive_integer("chunk_size", chunk_size)
-        self._recorder = CallRecorder(model)
+        if metric == "ggn" and not self._criteria:
+            raise ValueError('`criterion` should be given for metric="ggn", which is the Hessian of that loss, but got None.')
+        self._solver = options.check_solver(solver)
+        self._recorder = CallRecorder(model, self._criteria)
         self._said: set[str] = set()
+        self._rejected = 0
         self.last_step: StepReport | None = None
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("`model` should have trainable parameters, but none requires a gradient.")
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "damping": damping,
-            "rtol": rtol,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "carry_over": (),  # of the policies, in the first group
-            "progress": (),
-        }
+        start = self._policy or (LevenbergMarquardt() if self._criteria else Fixed())
+        first = start.initial if isinstance(start, LevenbergMarquardt) else start.damping
+        defaults = {"lr": lr, "alpha": alpha, "damping": first, "momentum": momentum, "weight_decay": weight_decay}
         options.check_options(defaults)
         super().__init__(params, defaults)
 
@@ -194,16 +168,16 @@ class AdaptedGD(WatchingOptimizer):
 
         Raises:
             TypeError: A batch is not such a pair, or the model returns something else than a tensor.
-            ValueError: There is no ``criterion``, it has reduction ``"none"``, or there are no batches.
+            ValueError: There is not one ``criterion``, it has reduction ``"none"``, or there are no batches.
             RuntimeError: As for `step`; nothing has been changed then.
         """
-        if self._criterion is None or self._criterion.reduction == "none":
-            given = "None" if self._criterion is None else 'reduction="none"'
-            raise ValueError(f'`criterion` should be a loss of reduction "mean" or "sum" for `full_batch`, but got {given}.')
+        if len(self._criteria) != 1 or getattr(self._criteria[0], "reduction", "mean") == "none":
+            given = f"{len(self._criteria)} of them" if len(self._criteria) != 1 else 'reduction="none"'
+            raise ValueError(f"`criterion` should be one loss that returns a number for `full_batch`, but got {given}.")
         self.zero_grad()
         with torch.enable_grad():
             device = self.param_groups[0]["params"][0].device
-            loss = full_loss(self._model, self._criterion, loader, device)
+            loss = full_loss(self._model, self._criteria[0], loader, device)
             loss.backward()
         self.step()
         return loss.item()
@@ -220,7 +194,7 @@ class AdaptedGD(WatchingOptimizer):
 
         Args:
             closure: Clears gradients, computes the loss, calls ``backward`` and returns the loss; evaluated once, and again at
-                trial parameters where ``trials`` says so: with the random numbers of the first time, and without a trace.
+                trial parameters where a policy asks for it: with the random numbers of the first time, and without a trace.
 
         Returns:
             What ``closure`` returned, or None.
@@ -241,7 +215,7 @@ class AdaptedGD(WatchingOptimizer):
 
     def _step(self, function: Callable[[], float] | None) -> float | None:
         recorder = self._recorder
-        closure = None if function is None else Closure(function, self._model, recorder)
+        closure = None if function is None else Closure(function, self._model)
         loss = None if closure is None else closure()
         recorder.notice_cleared()
         if not recorder.calls and not recorder.gradients and closure is not None and loss is None:
@@ -256,29 +230,52 @@ class AdaptedGD(WatchingOptimizer):
                 f"AdaptedGD solves one system over the whole batch in one process, but {processes} processes are training "
                 "together, and their parameters would drift apart. Train in a single process."
             )
+        if not recorder.gradients and self._asked_for_state():
+            return loss
         scale = self._loss_scale()
-        if not recorder.calls:
+        stacked_from: list[Outputs] = list(recorder.calls)
+        if self._criteria:
+            parts = {id(part.of): part.of for term in recorder.terms for part in term.parts}
+            stacked_from = sorted(parts.values(), key=lambda each: getattr(each, "number", 2**62))
+        if not stacked_from:
             options.check_membership(self._model, self.param_groups)
             raise RuntimeError(recorder.why_no_call())
         trained = self._trained()
         arrived = {name: recorder.gradients[id(p)] for name, p in trained.items()}
+        kept, bad = self._looked_back(scale)
+        if bad:
+            self._undo(kept)
+            self._note_rejection(rejected=True)
+            return loss
+        objective = Objective(recorder.terms, stacked_from, scale) if self._criteria else None
+        policy = self._chosen_policy(closure)
+        unit = 1.0
+        if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):
+            unit = kept.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value)
         linearization = Linearization(
             self._model,
-            recorder.calls,
+            stacked_from,
             trained,
             arrived,
             loss_scale=scale,
-            criterion=self._criterion,
+            objective=objective,
             metric=self._metric,
-            rtol=options.shared_option(self.param_groups, "rtol"),
-            space=self._space,
-            kernel_method=self._kernel,
             solver=self._solver,
-            chunk_size=self._chunk_size,
-            start=self._kept_psi(trained),
+            unit=unit,
+            start=self._kept_psi(),
         )
         propose = TrialMaker(linearization, self._groups())
-        outcome, carried = self._search(linearization, propose, closure)
+        decay = options.shared_option(self.param_groups, "momentum")
+        judge: Judge | None = None
+        if isinstance(policy, LevenbergMarquardt | Backtracking):
+            judge = choose_judge(policy.judge, linearization, closure)
+            if judge is None or (isinstance(judge, ByNext) and isinstance(policy, Backtracking)):
+                raise RuntimeError(
+                    f"{type(policy).__name__}() needs the loss at trial parameters, so nothing was changed. Pass the loss as "
+                    "`criterion` to AdaptedGD, or a closure to `step` that returns it; or give `damping` a number."
+                )
+        momentum = kept_momentum(self.state, trained) if decay else None
+        outcome = policy.search(Step(linearization, propose, judge, momentum, decay, kept))
         report = StepReport.of(linearization, outcome)
         values = propose.finished(outcome.trial) if outcome.trial else {}
         for name, value in values.items():
@@ -288,56 +285,84 @@ class AdaptedGD(WatchingOptimizer):
                 )
         self._warn(linearization, trained, arrived)  # before anything changes: a warning may be made an error
         if outcome.trial:
-            self._take(linearization, outcome.trial, values)
-            for group in self.param_groups:
-                group["damping"] = outcome.damping
-            self.param_groups[0].update(carried)
+            self._take(linearization, outcome, values, keep=isinstance(judge, ByNext))
+        self._note_rejection(rejected=outcome.trial is None and not outcome.hidden)
         recorder.drop("step", spent=True)
         self.last_step = report
         return loss
 
-    def _search(
-        self, linearization: Linearization, propose: TrialMaker, closure: Closure | None
-    ) -> tuple[Outcome, dict[str, tuple[Any, ...]]]:
-        """Choose the step, and what the policies are to keep for the next one; changes nothing."""
-        damping, decay = (options.shared_option(self.param_groups, name) for name in ("damping", "momentum"))
-        momentum = kept_momentum(self.state, linearization.trained) if decay else None
-        if not self._policy and not self._line_search:
-            return Search(linearization, propose).once(damping, momentum, decay), {}
-        if isinstance(self._line_search, StraightLine):
-            progress = Progress(*self.param_groups[0]["progress"])
-            outcome, progress = Search(linearization, propose).straight(self._line_search, damping, momentum, decay, progress)
-            return outcome, {"progress": dataclasses.astuple(progress)}
-        lrs = [float(group["lr"]) for group in self.param_groups]
-        judge, contradiction = choose_judge(self._trials, linearization, closure, lrs)
-        if contradiction:
-            self._warn_once("criterion", contradiction)
-        search = Search(linearization, propose, judge)
-        if self._policy is None:
-            return search.backtracking(damping, momentum, decay), {}
-        unit = linearization.loss_unit
-        carry = CarryOver(*self.param_groups[0]["carry_over"]).met(judge.before / unit)
-        if carry.remark:
-            self._warn_once("carry-over", carry.remark)
-        outcome = search.levenberg_marquardt(self._policy, damping, momentum, decay, carry.share)
-        carry = carry.stepped(judge.before / unit, None if outcome.change is None else outcome.change / unit)
-        return outcome, {"carry_over": dataclasses.astuple(carry)}
+    def _chosen_policy(self, closure: Closure | None) -> Policy:
+        """The policy: what was given, or by default one where the loss is known."""
+        if isinstance(self._policy, Fixed) or (self._policy is None and not self._criteria and closure is None):
+            return Fixed(options.shared_option(self.param_groups, "damping"))
+        return self._policy or LevenbergMarquardt()
 
-    def _take(self, linearization: Linearization, trial: Trial, values: dict[str, Tensor]) -> None:
+    @property
+    def _kept(self) -> dict[str, float]:
+        """What the policy remembers."""
+        first = self.param_groups[0]["params"][0]
+        return {name: value for name, value in self.state.get(first, {}).items() if isinstance(value, float)}
+
+    def _take(self, linearization: Linearization, outcome: Outcome, values: dict[str, Tensor], *, keep: bool) -> None:
         """Move the parameters, and keep what the next step builds on."""
         decay = options.shared_option(self.param_groups, "momentum")
+        trial = outcome.trial
+        assert trial is not None
         for name, p in linearization.trained.items():
+            if keep:
+                self.state[p]["previous"] = p.detach().clone()
+                if "momentum" in self.state[p]:
+                    self.state[p]["previous_momentum"] = self.state[p]["momentum"].clone()
             p.copy_(values[name])
             if decay:
-                kept = trial.direction.adapted[name] / linearization.curvature
-                self.state[p]["momentum"] = kept.reshape(p.shape).to(p.dtype)
-        first = next(iter(linearization.trained.values()))
+                momentum = trial.direction.adapted[name] / linearization.curvature
+                self.state[p]["momentum"] = momentum.reshape(p.shape).to(p.dtype)
+        first = self.param_groups[0]["params"][0]
         if linearization.warm_start and (psi := trial.direction.weights) is not None:
             self.state[first]["psi"] = psi.to(first.dtype)  # loading a state casts it to that
+        remembered = dict(outcome.state)
+        if keep:
+            remembered["job"] = self._recorder.job()
+        else:
+            for p in linearization.trained.values():
+                for name in ("previous", "previous_momentum", "predicted", "before", "job"):
+                    self.state[p].pop(name, None)
+        if (damping := remembered.pop("damping", None)) is not None:
+            for group in self.param_groups:
+                group["damping"] = damping
+        if remembered:
+            self.state[first].update(remembered)
 
-    def _kept_psi(self, trained: dict[str, nn.Parameter]) -> Tensor | None:
+    def _looked_back(self, scale: float) -> tuple[dict[str, float], bool]:
+        """What the policy remembers, with the last step judged by the loss now if nobody could then; and if it is to be undone."""
+        kept = {**self._kept, "damping": options.shared_option(self.param_groups, "damping")}
+        policy = self._policy or LevenbergMarquardt()
+        if "predicted" not in kept or not isinstance(policy, LevenbergMarquardt):
+            return kept, False
+        now = sum(term.value() for term in self._recorder.terms) / scale
+        return policy.looked_back(kept, now, same=kept["job"] == self._recorder.job())
+
+    def _undo(self, kept: dict[str, float]) -> None:
+        """Take the last step back."""
+        for group in self.param_groups:
+            group["damping"] = kept["damping"]
+            for p in group["params"]:
+                state = self.state[p]
+                if "previous" in state:
+                    p.copy_(state.pop("previous"))
+                    state.pop("momentum", None)
+                if "previous_momentum" in state:
+                    state["momentum"] = state.pop("previous_momentum")
+        state = self.state[self.param_groups[0]["params"][0]]
+        for name in ("predicted", "before", "job"):
+            del state[name]
+        state["rejections"] = kept["rejections"]
+        self.last_step = StepReport.undone(len(self._recorder.terms), kept["damping"])
+        self._recorder.drop("step", spent=True)
+
+    def _kept_psi(self) -> Tensor | None:
         """ψ of the last step, for conjugate gradients to begin with."""
-        kept = self.state.get(next(iter(trained.values())), {}).get("psi")
+        kept = self.state.get(self.param_groups[0]["params"][0], {}).get("psi")
         return None if kept is None else kept.double()
 
     def _warn(self, linearization: Linearization, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor]) -> None:

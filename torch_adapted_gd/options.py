@@ -6,14 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .calls import underlying
-from .checks import one_of, real_number
-from .damping import LevenbergMarquardt
-from .loss import Criterion, require_reduced
-from .solve import ConjugateGradients
-from .straight import StraightLine
-from .system import SOLVERS
+from .checks import real_number
+from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
+from .system import ConjugateGradients, Dense
 
-SHARED = ("damping", "rtol", "momentum")  # of the one system that all parameter groups share
+SHARED = ("damping", "momentum")  # of the one system that all parameter groups share
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -28,87 +25,39 @@ def check_options(options: dict[str, Any]) -> None:
     real_number("damping", options["damping"], low=0.0)
     real_number("momentum", options["momentum"], low=0.0, below=1.0)
     real_number("weight_decay", options["weight_decay"], low=0.0)
-    if options["rtol"] is not None:
-        real_number("rtol", options["rtol"], low=0.0, below=1.0)
 
 
-def split_damping(
-    damping: Any, criterion: Criterion | None, line_search: bool | StraightLine
-) -> tuple[float, LevenbergMarquardt | None]:
-    """The damping to begin with, and the policy that changes it, if there is one.
-
-    Args:
-        damping: What the user gave; None for the policy where it can be had.
-        criterion: The loss, if it is known.
-        line_search: Whether there is another judge of steps.
+def check_damping(damping: Any) -> Policy | None:
+    """The policy that a ``damping`` means; None for the default.
 
     Raises:
         TypeError: It is neither a number nor a policy.
         ValueError: It is negative, or not finite.
     """
-    if damping is None:
-        hidden = isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is not None and criterion.label_smoothing > 0
-        known = criterion is not None and criterion.reduction != "none" and not hidden
-        damping = LevenbergMarquardt() if known and not line_search else 0.0
-    if isinstance(damping, LevenbergMarquardt):
-        return damping.initial, damping
-    if damping is LevenbergMarquardt:
-        raise TypeError("`damping` should be a number or a policy, but got the class. Write LevenbergMarquardt().")
+    if damping is None or isinstance(damping, Backtracking | StraightLine | LevenbergMarquardt):
+        return damping
+    if damping in (Backtracking, StraightLine, LevenbergMarquardt):
+        raise TypeError(f"`damping` should be a number or a policy, but got the class. Write {damping.__name__}().")
     if isinstance(damping, (str, bool)) or not hasattr(damping, "__float__") or isinstance(damping, Tensor):
         raise TypeError(
-            f"`damping` should be a number or a LevenbergMarquardt(), but got {damping!r} of type {type(damping).__name__}."
+            "`damping` should be a number, LevenbergMarquardt(), Backtracking() or StraightLine(), but got "
+            f"{damping!r} of type {type(damping).__name__}."
         )
-    return real_number("damping", damping, low=0.0), None
+    return Fixed(real_number("damping", damping, low=0.0))
 
 
-def check_together(
-    criterion: Criterion | None, metric: str, policy: LevenbergMarquardt | None, line_search: bool | StraightLine
-) -> None:
-    """Check options that need each other, or exclude each other.
+def check_solver(solver: Any) -> Dense | ConjugateGradients | None:
+    """How to solve; None for "auto".
 
     Raises:
-        ValueError: They do not fit together.
+        TypeError: It is neither "auto" nor a way to.
     """
-    if line_search and policy:
-        raise ValueError("`line_search` should be left out with LevenbergMarquardt(), which shortens steps itself.")
-    if metric == "ggn" and criterion is None:
-        raise ValueError('`criterion` should be given for metric="ggn", which is the Hessian of that loss, but got None.')
-    if metric == "ggn" or policy or line_search is True:
-        require_reduced(criterion)
-
-
-def check_line_search(line_search: Any) -> bool | StraightLine:
-    """Return ``line_search`` if it is a bool or a policy.
-
-    Raises:
-        TypeError: It is not.
-    """
-    if isinstance(line_search, bool | StraightLine):
-        return line_search
-    given = "the class. Write StraightLine()" if line_search is StraightLine else repr(line_search)
-    raise TypeError(f"`line_search` should be True, False or a StraightLine(), but got {given}.")
-
-
-def check_solver(solver: Any, space: str, rtol: float | None) -> str | ConjugateGradients:
-    """Return ``solver`` if it is a way to solve that goes with the other options.
-
-    Raises:
-        TypeError: It is neither a word nor a `ConjugateGradients`.
-        ValueError: It is an unknown word, or does not go with the others.
-    """
-    if not isinstance(solver, str | ConjugateGradients):
-        given = "the class. Write ConjugateGradients()" if solver is ConjugateGradients else repr(solver)
-        raise TypeError(f"`solver` should be a word or a ConjugateGradients(), but got {given}.")
-    if isinstance(solver, str):
-        one_of("solver", solver, SOLVERS)
-    if solver == "cg" or isinstance(solver, ConjugateGradients):
-        if space == "parameter":
-            raise ValueError('`space` should be "sample" or "auto" for conjugate gradients, but got "parameter".')
-        if rtol is not None:
-            raise ValueError(
-                f"`rtol` should be left out for conjugate gradients, which reveal no singular values, but got {rtol!r}."
-            )
-    return solver
+    if isinstance(solver, Dense | ConjugateGradients):
+        return solver
+    if solver == "auto":
+        return None
+    given = f"the class. Write {solver.__name__}()" if solver in (Dense, ConjugateGradients) else repr(solver)
+    raise TypeError(f'`solver` should be "auto", Dense() or ConjugateGradients(), but got {given}.')
 
 
 def check_parameter(name: str | None, p: Tensor) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .calls import Call, Conditions, Inputs, compiled, graph, output_leaves, replaying, underlying
+from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying, unwatched
 from .live import linearized_live
 from .tracking import private
+from .tracking.criteria import MARK, Entries, Term, entries_of, flat_arguments, found_in_graph
 from .tracking.tape import Tape, constants_of
 
-_MARK = "torch_adapted_gd"  # set in the metadata of the graph node that a recorded output comes from
+_KEPT = 256  # calls under which derivatives may be taken that are kept for a criterion to be given these
 
 
 class _Hook:
@@ -61,8 +62,8 @@ class _Hook:
 class _Running:
     """A forward pass under way: what it started from, and the tape that notes its uses of parameters."""
 
-    def __init__(self, inputs: Inputs, conditions: Conditions, nested: bool) -> None:
-        self.inputs, self.conditions, self.nested = inputs, conditions, nested
+    def __init__(self, inputs: Inputs, conditions: Conditions, before: list[Call]) -> None:
+        self.inputs, self.conditions, self.before = inputs, conditions, before
         self.tape: Tape | None = None
 
     def begin(self, model: nn.Module, parameters: dict[str, Tensor], differentiable: bool) -> None:
@@ -84,24 +85,33 @@ class _Running:
 
 
 class CallRecorder:
-    """Watches a model and the parameters to be stepped.
+    """Watches a model, the parameters to be stepped, and the criteria that make the loss.
+
+    Args:
+        model: The model.
+        criteria: The criteria.
 
     Attributes:
         calls: The calls that a loss went through since the last `drop`, in the order in which they were made.
+        terms: The calls of criteria that it was made of, likewise.
         gradients: ∇_θC as backward passes delivered it since the last `drop`, by ``id`` of the parameter: what ``.grad``
             would hold, before anyone clips or edits it.
         dropped_by: What emptied the recorder last, for the message of a step that finds no call.
         unusable_output: Type of what the last call returned, if no gradient can reach any of it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, criteria: tuple[nn.Module, ...] = ()) -> None:
         self.calls: list[Call] = []
+        self.terms: list[Term] = []
+        self._criteria = criteria
+        self._inside: list[tuple[nn.Module, Term | None]] = []  # the calls of criteria under way
+        self._kept: list[Call] = []
         self.gradients: dict[int, Tensor] = {}
         self.dropped_by: str | None = None
         self.unusable_output: str | None = None
         self._threads: dict[int, list[_Running | None]] = {}
         self._count = 0
-        self._pending: list[tuple[Call, int, Tensor]] = []
+        self._pending: list[Callable[[], None]] = []
         self._pass = -1
         self._model = weakref.ref(model)
         self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
@@ -111,6 +121,14 @@ class CallRecorder:
         # Called after a forward pass that raised, too, so that nothing of it is kept.
         after = model.register_forward_hook(_Hook(self, CallRecorder._after), with_kwargs=True, always_call=True)
         self._handles = (before, after)
+        for criterion in criteria:
+            given = _Hook(self, CallRecorder._before_criterion)
+            gave = _Hook(self, CallRecorder._after_criterion)
+            handles = (
+                criterion.register_forward_pre_hook(given, with_kwargs=True),
+                criterion.register_forward_hook(gave, with_kwargs=True, always_call=True),
+            )
+            weakref.finalize(self, _remove, handles)
         weakref.finalize(self, _remove, self._handles)
         weakref.finalize(self, _end_all, self._threads)
 
@@ -153,29 +171,46 @@ class CallRecorder:
             by: ``"step"`` or ``"zero_grad"``.
             spent: The parameters have moved, so that the calls can never be stepped on again.
         """
-        if self.calls:
+        if replaying():  # a closure that is evaluated for a trial
+            return
+        if self.calls or self.terms:
             self.dropped_by = by
-        for call in self.calls:  # the user's graph may still hold them, for a second backward pass
-            call.gradients = {}
+        outputs = [*self.calls, *(part.of for term in self.terms for part in term.parts)]
+        for each in outputs:  # the user's graph may still hold them, for a second backward pass
+            each.gradients, each.selected = {}, set()
             if spent:
-                call.release()
-        self.calls = []
+                each.release()
+        for term in self.terms:
+            term.factors = {}
+        self.calls, self.terms = [], []
+        if by == "step":
+            self._kept = []
         self.gradients = {}
         self._forget_pending()
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Let a trial's calls and ``zero_grad`` go by: what was taken down before is there again afterwards."""
-        names = ("calls", "gradients", "dropped_by", "unusable_output", "_pending", "_incoming", "_pass")
-        kept = {name: getattr(self, name) for name in names}
-        self.calls, self.gradients, self._pending, self._incoming = [], {}, [], {}
-        try:
-            yield
-        finally:
-            self.__dict__.update(kept)
+    def job(self) -> float:
+        """A number for what the loss is computed from, beside the parameters: the same for the same inputs and targets."""
+        calls = dict.fromkeys([*self.calls, *self._kept])
+        given = [leaf for call in calls for leaf in call.inputs.leaves]
+        for term in self.terms:
+            given += [leaf for number, leaf in enumerate(term.arguments) if number not in term.entries]
+        total = 0.0
+        for number, leaf in enumerate(given, start=1):
+            if isinstance(leaf, Tensor) and leaf.numel():
+                values = leaf.detach().double().reshape(-1).nan_to_num()
+                places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
+                total += number * (float(values @ torch.cos(places)) + 1e-3 * len(values))
+        return total
 
     def why_no_call(self) -> str:
         """What to tell a user whose step finds no call."""
+        if self._criteria and self.gradients:
+            names = " or ".join(type(criterion).__name__ for criterion in self._criteria)
+            return (
+                f"`criterion` was not called on anything that was computed from the parameters, although they received "
+                f"gradients. Compute the loss by the very {names} that AdaptedGD was given: loss = criterion(model(x), y). "
+                "For a loss that is a function, give criterion=LossFunction(function) and call that; or leave `criterion` out."
+            )
         text = "`step` found no call of the model that a loss went through"
         if self.unusable_output:
             return (
@@ -220,8 +255,8 @@ class CallRecorder:
             self._running.append(None)
             return
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        nested = any(self._comes_from_a_call(leaf) for leaf in leaves)
-        running = _Running(Inputs(args, kwargs), Conditions.now(model), nested)
+        before = [call for leaf in leaves for call in self._calls_behind(leaf)]
+        running = _Running(Inputs(args, kwargs), Conditions.now(model), before)
         self._running.append(running)
         if not compiled(model):  # what was compiled runs as a whole, and is run again to be differentiated
             running.begin(model, self._named(model), any(leaf.requires_grad for leaf in leaves))
@@ -242,7 +277,7 @@ class CallRecorder:
         if not leaves:
             return None
         call = Call.of(self._count, model, running.inputs, running.conditions, output)
-        call.nested = running.nested
+        call.nested = bool(running.before)
         self._count += 1
         # What is returned are copies. The hooks are on them, and what is behind them can be differentiated without these being
         # called; one output may be computed from another, and the gradient that the user's loss sends to each stays apart; and
@@ -250,20 +285,73 @@ class CallRecorder:
         all_leaves, structure = tree_flatten(output)
         copies = {id(leaf): leaf.clone() for leaf in leaves.values()}
         if running.tape is not None:
-            call.tape, call.behind = running.tape, leaves
-        reference = weakref.ref(self)
+            call.tapes = [*dict.fromkeys(tape for each in running.before for tape in each.tapes), running.tape]
+            call.behind = leaves
+            if self._criteria and running.tape.differentiable:
+                self._kept = [*self._kept[-_KEPT:], call]
         for place, leaf in leaves.items():
             copy = copies[id(leaf)]
-            copy.register_hook(_arrival(reference, call, place))
-            cast(Any, copy.grad_fn).metadata[_MARK] = id(self)
+            copy.register_hook(_arrival(weakref.ref(self), CallRecorder._arrived, call, place))
+            cast(Any, copy.grad_fn).metadata[MARK] = (id(self), call, place)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
-    def _comes_from_a_call(self, tensor: Tensor) -> bool:
-        """Whether a tensor was computed from the output of a recorded call."""
-        return any(node.metadata.get(_MARK) == id(self) for node in graph(tensor))
+    def _calls_behind(self, tensor: Tensor) -> list[Call]:
+        marks = [node.metadata[MARK] for node in graph(tensor) if MARK in node.metadata]
+        return [call for recorder, call, _ in marks if recorder == id(self)]
 
-    def _arrived(self, call: Call, place: int, gradient: Tensor) -> None:
-        """An output received a gradient; whether it will go on to a parameter's ``.grad`` is not known yet.
+    def _before_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take down what a criterion is given; what is part of x it is given as copies, whose gradients are its alone."""
+        outer = bool(self._inside)
+        self._inside.append((criterion, None))
+        if outer or not torch.is_grad_enabled():
+            return None
+        leaves, structure = flat_arguments(args, kwargs)
+        entries: dict[int, list[Entries]] = {}
+        copies: dict[int, Tensor] = {}
+        found: dict[int, list[Entries]] = {}
+        for number, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad or not leaf.is_floating_point():
+                continue
+            if private.is_batched(leaf):
+                return None
+            if id(leaf) not in copies:
+                marked, moved, depends = found_in_graph(leaf, id(self), self._parameters)
+                if not depends:
+                    continue
+                copies[id(leaf)] = copy = leaf.clone()
+                parts = entries_of(leaf, marked) if moved else None
+                found[id(leaf)] = parts or [self._argument(leaf, copy, [call for _, call, _ in marked.values()])]
+            entries[number] = found[id(leaf)]
+        if not entries:
+            return None
+        arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._inside[-1] = (criterion, Term(criterion, arguments, structure, entries, torch.get_rng_state()))
+        return tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
+
+    def _argument(self, leaf: Tensor, copy: Tensor, calls: list[Call]) -> Entries:
+        """A criterion's argument that has to be differentiated itself."""
+        tapes = [tape for call in dict.fromkeys([*self._kept, *calls]) for tape in call.tapes]
+        rows = leaf.reshape(1) if leaf.ndim == 0 else leaf
+        argument = Outputs({0: rows.detach().clone()}, tapes=tapes, behind={0: rows})
+        copy.register_hook(_arrival(weakref.ref(self), CallRecorder._arrived, argument, 0))
+        return Entries(argument, 0)
+
+    def _after_criterion(self, criterion: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        """Wait for what the loss makes of a criterion's value."""
+        called, term = self._inside.pop() if self._inside else (None, None)
+        while called is not criterion and self._inside:  # left over from one that was interrupted
+            called, term = self._inside.pop()
+        if term is None or output is None:
+            return
+        if torch.equal(cast(Tensor, term.random), torch.get_rng_state()):
+            term.random = None
+        for number, leaf in enumerate(tree_leaves(output)):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                term.values[number] = leaf.detach().clone()
+                leaf.register_hook(_arrival(weakref.ref(self), CallRecorder._factor_arrived, term, number))
+
+    def _in_pass(self) -> None:
+        """Something has arrived; whether it will go on to a parameter's ``.grad`` is not known yet.
 
         `torch.autograd.grad(output, input)`, as in physics-informed losses, comes by here too and must not count: the
         end of its backward pass takes away what no parameter has confirmed. One that raised never came to its end.
@@ -273,10 +361,44 @@ class CallRecorder:
             self._notice_new_pass()
         if not self._pending:
             private.at_end_of_backward(self._forget_pending)
-        call.backward_pass = self._pass
-        if call.tape is not None and place not in call.linearized and self._will_be_filled():
-            linearized_live(call, place, self._model())
-        self._pending.append((call, place, gradient.detach().to(torch.float64, copy=True)))
+
+    def _factor_arrived(self, term: Term, number: int, factor: Tensor) -> None:
+        """A criterion's value has received a gradient."""
+        self._in_pass()
+        if not self._will_be_filled():
+            return
+        for part in term.parts:
+            part.of.selected.add(part.place)
+        factor, number_of_pass = factor.detach().to(torch.float64, copy=True), self._pass
+
+        def confirmed() -> None:
+            term.backward_pass = number_of_pass
+            before = term.factors.get(number)
+            term.factors[number] = factor if before is None else before + factor
+            if term not in self.terms:
+                self.terms.append(term)
+
+        self._pending.append(confirmed)
+
+    def _arrived(self, outputs: Outputs, place: int, gradient: Tensor) -> None:
+        """An output, or a criterion's argument, has received a gradient."""
+        self._in_pass()
+        outputs.backward_pass = self._pass
+        wanted = place in outputs.selected if self._criteria else True
+        followed = bool(outputs.tapes) or not isinstance(outputs, Call)  # a call can be repeated instead
+        model = self._model()
+        if wanted and followed and model is not None and place not in outputs.linearized and self._will_be_filled():
+            linearized_live(outputs, place, model, self._named(model))
+        gradient = gradient.detach().to(torch.float64, copy=True)
+
+        def confirmed() -> None:
+            before = outputs.gradients.get(place)
+            outputs.gradients[place] = gradient if before is None else before + gradient
+            if isinstance(outputs, Call) and outputs not in self.calls:
+                self.calls.append(outputs)
+                self.calls.sort(key=lambda c: c.number)
+
+        self._pending.append(confirmed)
 
     def _will_be_filled(self) -> bool:
         """Whether the backward pass under way is about to fill ``.grad`` of a parameter."""
@@ -317,12 +439,8 @@ class CallRecorder:
             return
         known = self.gradients.get(id(parameter))
         self.gradients[id(parameter)] = gradient if known is None else known + gradient
-        for call, place, output_gradient in self._pending:
-            before = call.gradients.get(place)
-            call.gradients[place] = output_gradient if before is None else before + output_gradient
-            if call not in self.calls:
-                self.calls.append(call)
-                self.calls.sort(key=lambda c: c.number)
+        for confirmed in self._pending:
+            confirmed()
         self._pending.clear()
 
     def _forget_pending(self) -> None:
@@ -330,12 +448,14 @@ class CallRecorder:
         self._incoming.clear()
 
 
-def _arrival(reference: "weakref.ref[CallRecorder]", call: Call, place: int) -> Callable[[Tensor | None], None]:
+def _arrival(
+    reference: "weakref.ref[CallRecorder]", method: Callable[..., None], of: Any, number: int
+) -> Callable[[Tensor | None], None]:
     def arrived(gradient: Tensor | None) -> None:
         recorder = reference()
         # None: an output that the loss does not use, of an operation that has another one that it does.
         if recorder is not None and gradient is not None and not replaying() and not private.is_batched(gradient):
-            recorder._arrived(call, place, gradient)
+            method(recorder, of, number, gradient)
 
     return arrived
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .calls import Call, hides_its_graph, stacked
+from .calls import Call, Outputs, hides_its_graph, stacked
 
 State = dict[str, Tensor]
 
@@ -101,8 +101,8 @@ class Replay:
             raise DisagreementError(f"its outputs differ by up to {difference:.2g}, at a size of {scale:.2g}")
 
 
-def batch_and_outputs(call: Call) -> tuple[int, int]:
-    """N and Q of a call.
+def batch_and_outputs(call: Outputs) -> tuple[int, int]:
+    """N and Q of outputs that belong together.
 
     Raises:
         ValueError: The outputs do not share a first dimension.
@@ -117,9 +117,10 @@ def batch_and_outputs(call: Call) -> tuple[int, int]:
     return n, sum(shape.numel() for shape in shapes) // max(n, 1)
 
 
-def precision(call: Call, dtype: torch.dtype) -> float:
-    """Machine epsilon of the arithmetic that a call ran in: of ``dtype``, its outputs or autocast, the coarsest."""
+def precision(call: Outputs, dtype: torch.dtype) -> float:
+    """Machine epsilon of the arithmetic that outputs came from: of ``dtype``, theirs or autocast's, the coarsest."""
     kinds = {x.device.type for x in call.outputs.values()}
-    lowered = [low for kind, low, enabled in call.conditions.autocast if enabled and kind in kinds]
+    autocast = call.conditions.autocast if isinstance(call, Call) else []
+    lowered = [low for kind, low, enabled in autocast if enabled and kind in kinds]
     found = [piece.linearized.eps for piece in call.linearized.values()]
     return max(*(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values()))), *found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .linearization import Linearization
-    from .search import Outcome
+    from .policies import Outcome
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class StepReport:
     """Report of the last step of `AdaptedGD`, kept as ``optimizer.last_step``.
 
     Attributes:
-        num_outputs: QN, the outputs of all calls that the loss went through.
+        num_outputs: QN, the outputs that the loss was computed from.
         num_params: K, the parameters stepped.
         rank: Rank of D: singular values above ``rtol``·σ_max; None by ``"cg"``, which does not reveal it.
         condition: σ_max/σ_min of D over those, but by ``"eigh"`` an estimate from below; NaN when the rank is 0, and
@@ -25,10 +25,10 @@ class StepReport:
         identity_gap: |ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², zero but for rounding when kernel and Jacobian belong together.
         off_output_fraction: |∇_θC − Dᵀg| / |∇_θC|, the part of the loss's gradient that did not come through the
             outputs; 0 when it is within rounding.
-        curvature: c, the output curvature that ``lr`` was divided by; 1 without a ``criterion``.
+        curvature: c, the output curvature that ``lr`` was divided by; 1 where nobody knows the loss.
         damping: λ added to Θ, in its units.
         space: Where the system was solved: ``"sample"`` (Θ, QN×QN) or ``"parameter"`` (DᵀD, K×K).
-        trials: Steps that were tried, the last one included: more than 1 with `LevenbergMarquardt` or a line search.
+        num_trials: Steps that were tried, the last one included: more than 1 with a policy.
         gain_ratio: Actual over predicted decrease of the loss; None where nobody looked.
         num_calls: Calls of the model whose rows were stacked.
         kernel: How Θ came about: ``"structured"``, ``"jacobian"``, or both for different parameters, with the method of the
@@ -39,7 +39,7 @@ class StepReport:
             ``"not_converged"``, see `ConjugateGradients`. Or, nothing
             having been changed, ``"rejected"``, when no trial lowered the loss enough, and ``"skipped"``, when a GradScaler
             found scaled gradients that are not finite.
-        fraction: The part of ``lr`` that the step went: less than 1 by a ``line_search``, and by trials that had to be
+        fraction: The part of ``lr`` that the step went: less than 1 by policies, and by trials that had to be
             shortened.
         iterations: Those of conjugate gradients, for all trials of the step; 0 where others solved.
         residual: Their |g − (Θ + λ1)ψ|/|g| at the end of the last trial's solution, see `ConjugateGradients`: how far the
@@ -58,7 +58,7 @@ class StepReport:
     curvature: float
     damping: float
     space: str
-    trials: int
+    num_trials: int
     gain_ratio: float | None
     num_calls: int
     kernel: str
@@ -81,6 +81,12 @@ class StepReport:
         return cls(0, 0, 0, nan, nan, nan, nan, nan, nan, "none", 0, None, num_calls, "none", "none", "skipped")
 
     @classmethod
+    def undone(cls, num_calls: int, damping: float) -> "StepReport":
+        """Report of a step that took the last one back."""
+        nan = math.nan
+        return cls(0, 0, 0, nan, nan, nan, nan, nan, damping, "none", 0, None, num_calls, "none", "none", "rejected", 0.0)
+
+    @classmethod
     def of(cls, linearization: "Linearization", outcome: "Outcome") -> "StepReport":
         """Report of a step."""
         system, iterative = linearization.system, linearization.iterative
@@ -95,7 +101,7 @@ class StepReport:
             curvature=linearization.curvature,
             damping=outcome.direction.damping,
             space=system.space,
-            trials=outcome.trials,
+            num_trials=outcome.num_trials,
             gain_ratio=outcome.gain_ratio,
             num_calls=linearization.num_calls,
             kernel=system.jacobian.description,

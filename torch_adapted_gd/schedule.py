@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .checks import positive_integer
+from .policies import Fixed, LevenbergMarquardt
 
 
 class LinearInterpolationLR(LRScheduler):
@@ -42,7 +43,7 @@ class LinearInterpolationLR(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, total_steps: int, last_epoch: int = -1) -> None:
         self.total_steps = positive_integer("total_steps", total_steps)
-        if getattr(optimizer, "_policy", None) is not None:
+        if _is_damped(optimizer):
             warnings.warn(
                 "Damped steps leave the straight line. Give AdaptedGD damping=0.0 to follow it: with a criterion, its default "
                 "is LevenbergMarquardt().",
@@ -59,3 +60,8 @@ class LinearInterpolationLR(LRScheduler):
         """The learning rate of each parameter group for the step to come."""
         starts = [group.setdefault("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         return [float(lr) / max(self.total_steps - self.last_epoch, 1) for lr in starts]
+
+
+def _is_damped(optimizer: Optimizer) -> bool:
+    policy = getattr(optimizer, "_policy", Fixed())
+    return isinstance(policy, LevenbergMarquardt) or (policy is None and bool(getattr(optimizer, "criterion", None)))

@@ -8,18 +8,59 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .calls import Call
-from .curvature import OutputLoss
+from .calls import Outputs
+from .checks import one_of, positive_integer, real_number
 from .iterative import KernelOperator
-from .jacobian import Jacobian, tangent_gram, tangent_jacobian, written_if_small
+from .jacobian import METHODS, Jacobian, tangent_gram, tangent_jacobian, written_if_small
 from .memory import available_bytes, require_memory
 from .solve import ConjugateGradients, Factorization, factorize
+from .weights import Metric
 
 SPACES = ("auto", "sample", "parameter")
-SOLVERS = ("auto", "eigh", "cg")
+FACTORIZATIONS = ("auto", "eigh")
 _DENSE = 8192  # rows up to which "auto" forms and factors a matrix: one of 8,192 rows takes 0.5 GB, and Cholesky some seconds
 _SMALL = 2**18  # entries of D up to which it is written out: its parts would take longer to be called than to be computed
 _MATRICES = 5  # as many as Θ that a solution with it may need: its eigenvectors, and LAPACK's workspace
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Solve for steps with a matrix: Θ = DDᵀ, or DᵀD, formed and factored in float64, its rank revealed.
+
+    Args:
+        space: Where to solve: ``"sample"``, with Θ, QN×QN; ``"parameter"``, with DᵀD, K×K, added up over blocks of samples; or
+            ``"auto"``, whichever is smaller.
+        rtol: Singular values of D up to rtol·σ_max count as zero. By default √(QN·ε) with ε of float64, or the machine epsilon
+            of the forward pass (autocast's, under autocast) where that is larger; a λ far above that rounding makes them count.
+        factorization: ``"auto"``: Cholesky where an estimate of the condition allows it, pivoted Cholesky where the rank is
+            short and unambiguous, else ``"eigh"``, the eigenvalue decomposition, which may be had always; see `solve_kernel`.
+        kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the uses of parameters and raises for a model
+            that this does not fit, ``"jacobian"`` builds it from D, ``"auto"`` is structured where that is right.
+        chunk_size: Samples' worth of rows of D that are differentiated at a time, see `ntk`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> Dense(space="parameter").rtol is None
+        True
+    """
+
+    space: str = "auto"
+    rtol: float | None = None
+    factorization: str = "auto"
+    kernel: str = "auto"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("space", self.space, SPACES)
+        one_of("factorization", self.factorization, FACTORIZATIONS)
+        one_of("kernel", self.kernel, METHODS)
+        if self.rtol is not None:
+            real_number("rtol", self.rtol, low=0.0, below=1.0)
+        if self.chunk_size is not None:
+            positive_integer("chunk_size", self.chunk_size)
 
 
 @dataclass(frozen=True)
@@ -66,21 +107,19 @@ class Problem:
 
     Attributes:
         model: The network.
-        calls: Its calls; their rows of D are stacked.
+        stacked_from: What x is stacked from, its calls and others; their rows of D are stacked.
         names: The parameters θ.
         g: ∇ₓC, ``[R]``.
         metric: Where S comes from; None for S = 1.
-        kernel: How to come by Θ; like ``chunk_size``, see `ntk`.
-        chunk_size: See there.
+        solver: How to solve.
     """
 
     model: nn.Module
-    calls: list[Call]
+    stacked_from: list[Outputs]
     names: list[str]
     g: Tensor
-    metric: OutputLoss | None
-    kernel: str
-    chunk_size: int | None
+    metric: Metric | None
+    solver: Dense | ConjugateGradients
 
     def in_sample_space(self, solving: dict[str, Any]) -> tuple[System, float]:
         """The system with Θ̃, and |D|²."""
@@ -89,13 +128,13 @@ class Problem:
             _MATRICES * 8 * rows**2,
             self.g.device,
             f"A step on {rows:,} outputs (kernel {8 * rows**2 / 1e9:.3g} GB, and its eigenvectors)",
-            'Use a smaller batch, or solver="cg".',
+            'Use a smaller batch, or solver=ConjugateGradients().',
         )
         jacobian = written_if_small(self._jacobian(), _SMALL)
         theta = jacobian.gram()  # [R, R]
         square = float(theta.diagonal().sum())
         if self.metric is not None:  # SᵀΘS, Θ symmetric
-            theta = self.metric.hessian_root_transpose(self.metric.hessian_root_transpose(theta).T.contiguous())
+            theta = self.metric.root_transpose(self.metric.root_transpose(theta).T.contiguous())
         right = self._right()
         system = System(
             space="sample",
@@ -111,15 +150,16 @@ class Problem:
     def in_parameter_space(self, solving: dict[str, Any]) -> tuple[System, float]:
         """The system with M, and |D|²."""
         jacobian = written_if_small(self._jacobian())
-        weigh = self.metric.hessian_root_transpose if self.metric else None
+        weigh = self.metric.root_transpose if self.metric else None
         gram, products, square = tangent_gram(jacobian, self.g[:, None], weigh)
+        right = self._right()
         system = System(
             space="parameter",
             matrix=gram,
             factorization=factorize(gram, **solving),
             right=products[:, 0],
-            size=float(torch.linalg.vector_norm(self._right())),
-            scale=float(gram.diagonal().sum()) / len(self.g),
+            size=float(torch.linalg.vector_norm(right)),
+            scale=float(gram.diagonal().sum()) / max(1, len(right)),
             jacobian=jacobian,
         )
         return system, square
@@ -146,33 +186,39 @@ class Problem:
         return system, operator.square
 
     def _jacobian(self) -> Jacobian:
-        return tangent_jacobian(self.model, self.calls, self.names, method=self.kernel, chunk_size=self.chunk_size)
+        given = self.solver if isinstance(self.solver, Dense) else Dense()
+        return tangent_jacobian(
+            self.model, self.stacked_from, self.names, method=given.kernel, chunk_size=given.chunk_size
+        )
 
     def _right(self) -> Tensor:
-        return self.g if self.metric is None else self.metric.hessian_root_inverse(self.g)
+        return self.g if self.metric is None else self.metric.root_inverse(self.g)
 
 
 def choose_solver(
-    space: str, solver: str | ConjugateGradients, rtol: float | None, params: int, rows: int, device: torch.device
-) -> tuple[str, ConjugateGradients | None]:
-    """The space to solve in, and how to by conjugate gradients if that is to be.
+    solver: Dense | ConjugateGradients | None, params: int, rows: int, device: torch.device, *, local: bool
+) -> tuple[str, Dense | ConjugateGradients]:
+    """The space to solve in, and how.
 
     Args:
-        space: One of `SPACES`.
-        solver: One of `SOLVERS`, or how to by conjugate gradients; ``"auto"`` takes these where a matrix would be large.
-        rtol: What the user gave; a cut on singular values needs a matrix.
+        solver: What the user gave; None for conjugate gradients where a matrix would be large, else with one.
         params: K.
-        rows: QN.
+        rows: The rows of x that the loss looks at.
         device: Where.
+        local: Whether the metric does not couple samples; where it does, blocks of samples cannot be added up one by one.
+
+    Raises:
+        ValueError: They cannot, but the user asked for it.
     """
     if isinstance(solver, ConjugateGradients):
         return "sample", solver
-    if solver == "cg":
-        return "sample", ConjugateGradients()
-    chosen = ("parameter" if params < rows else "sample") if space == "auto" else space
-    if solver == "auto" and rtol is None and space != "parameter":
-        size = params if chosen == "parameter" else rows
+    given = solver or Dense()
+    if given.space == "parameter" and not local:
+        raise ValueError('`space` should be "sample" for metric="ggn" of a loss that couples samples, but got "parameter".')
+    space = ("parameter" if params < rows and local else "sample") if given.space == "auto" else given.space
+    if solver is None:
+        size = params if space == "parameter" else rows
         free = available_bytes(device) if _MATRICES * 8 * size**2 > 2**26 else None
         if size > _DENSE or (free is not None and _MATRICES * 8 * size**2 > free):
             return "sample", ConjugateGradients()
-    return chosen, None
+    return space, given

@@ -1,17 +1,16 @@
 """Trial parameters, and what tells the loss there."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .calls import Outputs
 from .closure import Closure
 from .linearization import Direction, Linearization, Parts
-
-JUDGES = ("auto", "outputs", "closure")
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,13 @@ class Judge(Protocol):
     Attributes:
         before: The loss at the present parameters.
         wants_outputs: Whether it has to be told how the outputs moved.
+        later: Whether only the next step tells.
         curvature: The loss's curvature to assume in predictions; None where the criterion tells.
     """
 
     before: float
     wants_outputs: bool
+    later: bool
     curvature: float | None
 
     def change(self, trial: Trial, moved: Tensor | None) -> float:
@@ -124,12 +125,12 @@ class Judge(Protocol):
 class ByOutputs:
     """By the outputs there and the criterion."""
 
-    wants_outputs = True
+    wants_outputs, later = True, False
+    curvature: float | None = None
 
     def __init__(self, linearization: Linearization) -> None:
         self._linear = linearization
-        self.curvature: float | None = None
-        self.before = linearization.output_loss.value()
+        self.before = linearization.loss
 
     def change(self, trial: Trial, moved: Tensor | None) -> float:
         """See `Judge`."""
@@ -149,7 +150,7 @@ class ByClosure:
         TypeError: It did not return a number.
     """
 
-    wants_outputs = False
+    wants_outputs, later = False, False
 
     def __init__(self, closure: Closure, curvature: float | None) -> None:
         self._closure, self.curvature = closure, curvature
@@ -162,48 +163,68 @@ class ByClosure:
         return self._closure.at(trial.values) - self.before
 
 
-def choose_judge(
-    trials: str, linearization: Linearization, closure: Closure | None, lrs: Sequence[float]
-) -> tuple[Judge, str | None]:
-    """The judge of a step's trials, and what the user should be told of that.
+class ByNext:
+    """By the loss of the next step: until then what was predicted is believed."""
+
+    wants_outputs, later = False, True
+    curvature: float | None = None
+
+    def __init__(self, linearization: Linearization) -> None:
+        self._linear = linearization
+        self.before = linearization.loss
+
+    def change(self, trial: Trial, moved: Tensor | None) -> float:  # noqa: ARG002
+        """What is predicted."""
+        return self._linear.loss_change(self._linear.linear(trial.change), trial.change)
+
+
+def choose_judge(wanted: str, linearization: Linearization, closure: Closure | None) -> Judge | None:
+    """The judge of a step's trials; None if nobody knows the loss.
 
     Args:
-        trials: One of `JUDGES`; ``"auto"`` asks the closure, which costs more and may have effects of its own, only where the
+        wanted: One of `JUDGES`; ``"auto"`` asks the closure, which costs more and may have effects of its own, only where the
             criterion does not know the whole loss.
         linearization: The loss around the present parameters.
         closure: The user's closure, if there is one.
-        lrs: The learning rates.
 
     Raises:
-        RuntimeError: Nobody knows the loss.
+        RuntimeError: Who was asked for cannot tell.
     """
-    known, contradiction = linearization.has_criterion, None
-    if trials == "auto" and known:
-        if closure is not None and linearization.off_output is None:
-            contradiction = _contradiction(linearization, closure)
-        by_outputs = closure is None or (linearization.off_output is None and contradiction is None)
-        trials = "outputs" if by_outputs else "closure"
-    if trials == "outputs" and known:
-        return ByOutputs(linearization), None
-    if closure is None or trials == "outputs":
-        missing = "" if known else "the loss as `criterion` to AdaptedGD, or "
+    known = linearization.objective is not None
+    if wanted == "auto":
+        whole = linearization.off_output is None or closure is None
+        if known and linearization.repeatable and whole:
+            wanted = "outputs"
+        elif closure is not None:
+            wanted = "closure"
+        elif known:
+            wanted = "next"
+        else:
+            return None
+    if wanted == "closure":
+        if closure is None:
+            raise RuntimeError('judge="closure" needs the loss from a closure: write optimizer.step(closure). Nothing was changed.')
+        return ByClosure(closure, None if known else linearization.curvature)
+    if not known:
         raise RuntimeError(
-            "A line search and LevenbergMarquardt() need the loss at trial parameters, so nothing was changed. Pass "
-            f"{missing}a closure to `step` that returns it; or give `damping` a number."
+            f'judge="{wanted}" needs the loss as `criterion` to AdaptedGD, and nothing was changed. Give it there, or pass a '
+            "closure to `step`."
         )
-    # A step of length lr is the full one of a loss with curvature c/lr.
-    return ByClosure(closure, None if known else 1 / max(1e-300, *lrs)), contradiction
+    if wanted == "outputs" and not linearization.repeatable:
+        raise RuntimeError(
+            'judge="outputs" needs a criterion that is given the model\'s outputs, or entries of them, which a forward pass can '
+            'give again, but it was given something that was computed from them. Nothing was changed. Use judge="closure" with '
+            'a closure, or judge="next".'
+        )
+    return ByOutputs(linearization) if wanted == "outputs" else ByNext(linearization)
 
 
-def _contradiction(linearization: Linearization, closure: Closure) -> str | None:
-    """What there is to say if the closure's loss is not that of the criterion."""
-    if linearization.num_passes > 1:  # the closure returned the last one's loss
-        return None
-    mine, returned = linearization.output_loss.value(), closure.value
-    if abs(mine - returned) <= 1e-2 * abs(returned) + linearization.rounding:
-        return None
-    return (
-        f"The closure returned the loss {returned:.6g}, but `criterion` makes {mine:.6g} of outputs and gradients: the loss is "
-        "not that of the model's outputs as they are, or not it alone. Then `lr` is not in units of it, and steps are judged "
-        "by the closure. Give AdaptedGD a module that returns what the criterion is given, or leave `criterion` out."
-    )
+def learned_curvature(stacked_from: list[Outputs], loss_scale: float, loss: float) -> float:
+    """The output curvature to begin with where no criterion tells: |g|²/2C, that of a square with minimum 0."""
+    g = torch.cat([(each.gradients[place] / loss_scale).reshape(-1) for each in stacked_from for place in each.places])
+    x = torch.cat([each.outputs[place].double().reshape(-1) for each in stacked_from for place in each.places])
+    square = float(g.square().sum())
+    if square > 0 and loss > 0 and math.isfinite(square) and math.isfinite(loss):
+        return square / (2 * loss)
+    size = math.sqrt(square) / max(1.0, float(x.norm()))  # move outputs by as much as they are
+    return size if size > 0 and math.isfinite(size) else 1.0

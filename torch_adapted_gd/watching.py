@@ -1,5 +1,8 @@
 """What an optimizer that is given a model has to do beside stepping: groups, calls and gradients, states, copies."""
 
+import copy
+import math
+import sys
 import warnings
 from typing import Any
 
@@ -11,7 +14,13 @@ from .calls import underlying
 from .recorder import CallRecorder
 from .report import StepReport
 
-_NEW = {"momentum": 0.0, "carry_over": (), "progress": ()}  # options that states of earlier versions do not have
+_OPTIONS = ("lr", "alpha", "damping", "momentum", "weight_decay")
+_PATIENCE = 5  # steps that are rejected one after the other before it is said
+_PASSED = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "skorch", "ignite")
+
+
+class AdaptedWarning(UserWarning):
+    """What `AdaptedGD` warns of; each thing once for an optimizer."""
 
 
 class WatchingOptimizer(Optimizer):
@@ -23,14 +32,16 @@ class WatchingOptimizer(Optimizer):
 
     _model: nn.Module
     _recorder: CallRecorder
+    _criteria: tuple[nn.Module, ...]
     _said: set[str]
+    _rejected: int
     last_step: StepReport | None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to step, with options of their own (``lr``, ``alpha``, ``weight_decay``).
 
         Args:
-            param_group: As for any torch optimizer. ``damping``, ``rtol`` and ``momentum`` belong to the one system that all
+            param_group: As for any torch optimizer. ``damping`` and ``momentum`` belong to the one system that all
                 groups share, and have to be those of the other groups.
 
         Raises:
@@ -74,9 +85,8 @@ class WatchingOptimizer(Optimizer):
             TypeError: An option has the wrong type.
             ValueError: It is the state of another optimizer, or an option is out of range.
         """
-        state_dict = {**state_dict, "param_groups": [{**_NEW, **group} for group in state_dict["param_groups"]]}
         for group in state_dict["param_groups"]:
-            missing = [name for name in self.defaults if name not in group]
+            missing = [name for name in _OPTIONS if name not in group]
             if missing:
                 raise ValueError(
                     f"`state_dict` should come from an AdaptedGD, but a parameter group has no {', '.join(missing)}."
@@ -84,28 +94,85 @@ class WatchingOptimizer(Optimizer):
             options.check_options(group)
         super().load_state_dict(state_dict)
 
+    @property
+    def criterion(self) -> nn.Module | tuple[nn.Module, ...] | None:
+        """What is watched: the very loss that the training step has to call, also of an optimizer that was unpickled."""
+        return self._criteria[0] if len(self._criteria) == 1 else self._criteria or None
+
     def __getstate__(self) -> dict[str, Any]:
-        chosen = ("_policy", "_metric", "_line_search", "_trials", "_space", "_kernel", "_solver", "_chunk_size")
-        kept = ("_model", "_criterion", *chosen, "_said", "last_step")
+        kept = ("_model", "_criteria", "_policy", "_metric", "_solver", "_said", "_rejected", "last_step")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
-            self._recorder = CallRecorder(self._model)
+            self._recorder = CallRecorder(self._model, self._criteria)
             for group in self.param_groups:
                 for p in group["params"]:
                     self._recorder.watch(p)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copy is told of the loss by the same criterion, unless that is a part of what is copied along.
+        state = self.__getstate__()
+        for name in ("_model", "state", "param_groups", "defaults"):
+            state[name] = copy.deepcopy(state[name], memo)
+        state["_criteria"] = tuple(memo.get(id(criterion), criterion) for criterion in self._criteria)
+        state["_said"] = set(self._said)
+        same = type(self).__new__(type(self))
+        memo[id(self)] = same
+        same.__setstate__(state)
+        return same
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler should hand over its scale instead of dividing ``.grad``, which is not read.
+
+        It should; but others who ask take this for a reason not to clip, which does no harm.
+        """
+        return str(sys._getframe(1).f_globals.get("__name__", "")).startswith("torch.")
+
+    def _asked_for_state(self) -> bool:
+        """Whether a step with gradients of zeros is asked for, as checkpointing tools do it to have the state made."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if not all(p.grad is not None and not p.grad.any() for p in parameters if p.requires_grad):
+            return False
+        for p in parameters:
+            if p.requires_grad and options.shared_option(self.param_groups, "momentum"):
+                self.state[p].setdefault("momentum", p.new_zeros(p.shape))
+        return True
+
+    def _note_rejection(self, *, rejected: bool) -> None:
+        """Count steps that were rejected one after the other, and say so when they are many."""
+        self._rejected = self._rejected + 1 if rejected else 0
+        if self._rejected == _PATIENCE:
+            self._warn_once(
+                "rejected",
+                f"The last {_PATIENCE} steps were rejected: no trial lowered the loss by what was predicted for it, and "
+                "parameters stay where they are. Where the loss is as low as it gets, that is the end. Else: use float64; bring "
+                "parameters and inputs to sizes near 1; give the damping a larger `initial` or more `num_trials`; and see that "
+                "the forward pass gives the same again for the same parameters.",
+            )
+
     def _loss_scale(self) -> float:
         """What a GradScaler multiplied the loss by."""
         scale = getattr(self, "grad_scale", None)
-        if scale is None and hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "GradScaler.unscale_(optimizer) divided `.grad`, which AdaptedGD does not read, and hides the scale that the "
-                "outputs' gradient still carries. Leave unscale_ out: scaler.step(optimizer) hands the scale over."
-            )
-        return 1.0 if scale is None else float(scale)
+        if scale is not None or not hasattr(self, "found_inf"):
+            return 1.0 if scale is None else float(scale)
+        # The scaler has divided `.grad` before, as Lightning has it do: what backward delivered tells by how much.
+        arrived = self._recorder.gradients
+        pairs = [(arrived[id(p)], p.grad) for p in self._groups_parameters() if id(p) in arrived and p.grad is not None]
+        square = sum(float(g.double().square().sum()) for _, g in pairs)
+        product = sum(float((a.double() * g.double()).sum()) for a, g in pairs)
+        apart = sum(float((a.double() - product / max(square, 1e-300) * g.double()).square().sum()) for a, g in pairs)
+        if square > 0 and apart <= 1e-8 * product**2 / square and math.frexp(product / square)[0] == 0.5:
+            return product / square
+        raise RuntimeError(
+            "GradScaler.unscale_(optimizer) divided `.grad`, which AdaptedGD does not read, and hides the scale that the "
+            "outputs' gradient still carries. Leave unscale_ and clipping out: scaler.step(optimizer) hands the scale over."
+        )
+
+    def _groups_parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         return {id(p): group for group in self.param_groups for p in group["params"]}
@@ -124,6 +191,14 @@ class WatchingOptimizer(Optimizer):
         return trained
 
     def _warn_once(self, about: str, text: str) -> None:
-        if about not in self._said:
-            self._said.add(about)
-            warnings.warn(text, stacklevel=7)
+        """Warn of something, pointing at the line of the user's that called for the step."""
+        if about in self._said:
+            return
+        self._said.add(about)
+        level, frame = 1, sys._getframe(1)
+        while frame.f_back is not None:
+            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if package not in (*_PASSED, __name__.partition(".")[0]):
+                break
+            level, frame = level + 1, frame.f_back
+        warnings.warn(text, AdaptedWarning, stacklevel=level)

@@ -2,13 +2,13 @@
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calls import Call, underlying
+from ..calls import Call, Outputs, underlying
 from ..checks import one_of, positive_integer
 from ..memory import keep_pages
 from ..replay import Replay, State, batch_and_outputs, precision
@@ -86,13 +86,13 @@ def ntk(
 
 
 def tangent_jacobian(
-    model: nn.Module, calls: list[Call], names: list[str], *, method: str = "auto", chunk_size: int | None = None
+    model: nn.Module, calls: Sequence[Outputs], names: list[str], *, method: str = "auto", chunk_size: int | None = None
 ) -> Jacobian:
     """D of recorded calls.
 
     Args:
         model: The network.
-        calls: Its calls; their rows are stacked.
+        calls: Its calls, and what else was linearized; their rows are stacked.
         names: The parameters θ.
         method: One of `METHODS`.
         chunk_size: See `ntk`.
@@ -116,16 +116,34 @@ def tangent_jacobian(
                 '"jacobian" for the kernel.'
             )
         return factored
-    parts = [call_jacobian(model, call, names, chunk_size=chunk_size) for call in calls]
+    parts = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
     return DenseJacobian.of(parts, shapes, {name: p.numel() for name, p in parameters.items()})
 
 
-def _traced(model: nn.Module, call: Call, names: list[str], dtype: torch.dtype) -> list[Piece]:
+def _repeatable(outputs: Outputs) -> Call:
+    """Outputs, if a call can be repeated for them.
+
+    Raises:
+        RuntimeError: They were computed outside of the model.
+    """
+    if isinstance(outputs, Call) and not outputs.nested:
+        return outputs
+    raise RuntimeError(
+        "The Jacobian of what `criterion` was given has to be had in the training step's own backward pass, as it was computed "
+        "outside of the model or from several calls of it, and could not: memory does not suffice, the graph is hidden by "
+        'torch.utils.checkpoint with use_reentrant=True, or kernel="jacobian" was asked for. Nothing was changed. Use fewer '
+        "samples at a time, or compute it within the model."
+    )
+
+
+def _traced(model: nn.Module, outputs: Outputs, names: list[str], dtype: torch.dtype) -> list[Piece]:
     """A call repeated under a tape, and linearized by the parameters.
 
     Raises:
         DisagreementError: It gave other outputs than the call.
+        RuntimeError: It is no call.
     """
+    call = _repeatable(outputs)
     replay = Replay(underlying(model), call, names)
     tapes: list[Tape] = []
 

@@ -23,8 +23,8 @@ class ConjugateGradients:
     """Solve for steps by preconditioned conjugate gradients: N·Q of tens or hundreds of thousands, where no Θ would fit.
 
     An iteration applies Θ = DDᵀ once, in float64, from the layers' factors: neither Θ nor D is formed. It ends when
-    r = g − (Θ + λ1)ψ is at most ``tolerance``·|g|. The outputs' predicted motion Θψ is then within that of the exact one,
-    because Θ(Θ + λ1)⁻¹ shortens everything. So a tolerance of 1e-2 means: the outputs are sent where they should go to within
+    r = g − (Θ + λ1)ψ is at most ``rtol``·|g|. The outputs' predicted motion Θψ is then within that of the exact one,
+    because Θ(Θ + λ1)⁻¹ shortens everything. So an rtol of 1e-2 means: the outputs are sent where they should go to within
     1 % of the way. For λ = 0 and a Θ whose rank is short the right-hand side has a part out of reach, which no ψ removes from
     r. This is noticed, and D⁺g = lim Dᵀ(Θ + μ1)⁻¹g is approached by repeated solutions with μ = 10⁻⁸ of the mean of diag Θ,
     each for what the last ones left (iterated Tikhonov regularization), until Θψ settles to within the tolerance; the
@@ -40,8 +40,8 @@ class ConjugateGradients:
     single one, ``"samples"`` takes its place: Θ(x_n, x_n), exact, and nothing between samples.
 
     Args:
-        tolerance: Largest |r|/|g|.
-        iterations: Most iterations of one solution.
+        rtol: Largest |r|/|g|.
+        max_iter: Most iterations of one solution.
         preconditioner: ``"outputs"``, ``"samples"`` or ``"none"``.
         warm_start: Begin a step's solution with a multiple of the last step's ψ, the best one, if the number of outputs is the
             same. It is kept in the optimizer's state, and helps where steps are short and the samples are the same, in the same
@@ -52,19 +52,19 @@ class ConjugateGradients:
         ValueError: An argument is out of range.
 
     Example:
-        >>> solver = ConjugateGradients(tolerance=1e-6)
-        >>> solver.iterations
+        >>> solver = ConjugateGradients(rtol=1e-6)
+        >>> solver.max_iter
         500
     """
 
-    tolerance: float = 1e-2
-    iterations: int = 500
+    rtol: float = 1e-2
+    max_iter: int = 500
     preconditioner: str = "outputs"
     warm_start: bool = True
 
     def __post_init__(self) -> None:
-        real_number("tolerance", self.tolerance, low=1e-14, below=1.0)
-        positive_integer("iterations", self.iterations)
+        real_number("rtol", self.rtol, low=1e-14, below=1.0)
+        positive_integer("max_iter", self.max_iter)
         one_of("preconditioner", self.preconditioner, PRECONDITIONERS)
         true_or_false("warm_start", self.warm_start)
 
@@ -125,8 +125,8 @@ def solve_by_cg(
             factor = float(start @ g) / energy
             begin = Iterate(factor * start, factor * image, 1.0, 1, False)
     inverse = precondition(max(shift, _LEAST * scale))
-    found = _iterate(product, g, shift, inverse, options.tolerance * size, options.iterations, begin)
-    if found.converged or shift > 0 or found.iterations >= options.iterations:
+    found = _iterate(product, g, shift, inverse, options.rtol * size, options.max_iter, begin)
+    if found.converged or shift > 0 or found.iterations >= options.max_iter:
         return replace(found, residual=found.residual / size)
     return _in_rounds(product, g, _ZERO * scale, precondition, options, found.iterations)
 
@@ -148,14 +148,14 @@ def _in_rounds(
     Only solutions whose residual is small in all directions count, those out of reach too: then nothing above μ was missed.
     """
     size = float(torch.linalg.vector_norm(g))
-    inverse, goal = precondition(shift), _INNER * options.tolerance * size
+    inverse, goal = precondition(shift), _INNER * options.rtol * size
     psi, image = torch.zeros_like(g), torch.zeros_like(g)
     for number in range(_ROUNDS):
-        part = _iterate(product, g - image, shift, inverse, goal, options.iterations, _zero(g, spent))
+        part = _iterate(product, g - image, shift, inverse, goal, options.max_iter, _zero(g, spent))
         spent = part.iterations
         psi, image = psi + part.psi, image + part.image
         left = float(torch.linalg.vector_norm(part.image)) if number else part.residual  # what the first moved is the step
-        settled = number > 0 and left <= options.tolerance * size
+        settled = number > 0 and left <= options.rtol * size
         if settled or not part.converged:
             break
     left = max(left, part.residual)

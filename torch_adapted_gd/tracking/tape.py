@@ -185,9 +185,10 @@ class Tape(TorchFunctionMode):
         return result
 
     def finish(self) -> None:
-        """Take no more notes; what it needed for that is given back."""
+        """Take no more notes, but for derivatives that are taken after the forward pass; what it needed is given back."""
         self.finished = True
-        self._sources, self._constants = {}, {}
+        if not self.differentiable:
+            self._sources, self._constants = {}, {}
 
     def note(self, function: Callable[..., Any], args: tuple[Any, ...], sources: dict[Key, Source], result: Tensor) -> None:
         """Take down an operation that was run elsewhere."""

@@ -1,0 +1,292 @@
+"""Losses as people write them: the first step is the dense Gauss–Newton step, and training goes where the plain mean goes."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LossFunction
+
+from .cases import flat
+
+Loss = Callable[..., torch.Tensor]
+N, Q = 10, 4
+WEIGHTS = torch.tensor([1.0, 2, 0.5, 3]).double()
+MSE, CE, BCE = nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()
+SUM, EACH = nn.MSELoss(reduction="sum"), nn.MSELoss(reduction="none")
+
+
+def net(outputs: int = Q, inputs: int = 3, width: int = 60) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, outputs)).double()
+
+
+class Data:
+    """What all of the losses are made from."""
+
+    def __init__(self) -> None:
+        self.x, self.x2 = torch.randn(N, 3).double(), torch.randn(N, 3).double()
+        self.y, self.y2 = torch.randn(N, Q).double(), torch.randn(N, Q).double()
+        self.labels = torch.arange(N) % Q
+        self.some = torch.rand(N, Q) < 0.6
+        self.rows = torch.tensor([0, 2, 3, 7])
+        self.binary = (torch.arange(N * Q).view(N, Q) % 3 == 0).double()
+        self.soft = torch.softmax(torch.randn(N, Q), 1).double()
+        self.w = torch.rand(N, Q).double() + 0.2
+        self.image = torch.randn(3, 1, 4, 4).double()
+        self.pixels = torch.randint(0, 3, (3, 4, 4))
+        self.tokens = torch.randint(0, 5, (4, 6))
+
+
+@dataclass
+class Case:
+    """A loss.
+
+    Attributes:
+        criteria: What AdaptedGD is given.
+        loss: Of the model, the criteria in order, and data.
+        linear: Whether the criterion has no second derivatives.
+        model: The network.
+        close: How much of the first loss may be left after 40 steps; None for what is not bounded below by 0.
+    """
+
+    criteria: Any
+    loss: Loss
+    linear: bool = False
+    model: Callable[[], nn.Module] = net
+    close: float | None = 1e-6
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 1)).double()
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 30), nn.Linear(30, 5)
+        self.mix = nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, tokens):
+        h = torch.tanh(self.embedding(tokens))
+        return self.head(torch.tanh(torch.tril(self.mix) @ h))
+
+
+def residual(u, x):
+    """u″ + u by derivatives outside of the model."""
+    (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    return second.sum(1, keepdim=True) + u
+
+
+def physics(m, c, d):
+    x = d.x[:, :1].clone().requires_grad_()
+    interior = residual(m(x), x)
+    edge = m(torch.tensor([[0.0], [1.0]]).double())
+    return c(interior, torch.sin(x.detach())) + 100 * c(edge, torch.zeros(2, 1).double())
+
+
+def accumulated(m, c, d):
+    loss = c(m(d.x), d.y) / 4
+    loss.backward()
+    return 3 * c(m(d.x2), d.y2) / 4
+
+
+def language(m, c, d):
+    logits = m(d.tokens)
+    return c(logits[:, :-1].reshape(-1, 5), d.tokens[:, 1:].reshape(-1))
+
+
+CASES = {
+    "mean of squares": Case(MSE, lambda m, c, d: c(m(d.x), d.y)),
+    "sum of squares": Case(SUM, lambda m, c, d: c(m(d.x), d.y)),
+    "ten times": Case(MSE, lambda m, c, d: 10 * c(m(d.x), d.y)),
+    "a thousandth": Case(MSE, lambda m, c, d: 1e-3 * c(m(d.x), d.y)),
+    "half squares": Case(HalfSquaredLoss(), lambda m, c, d: c(m(d.x), d.y)),
+    "by keywords": Case(MSE, lambda m, c, d: c(input=m(d.x), target=d.y)),
+    "mask": Case(MSE, lambda m, c, d: c(m(d.x)[d.some], d.y[d.some])),
+    "masked fill": Case(MSE, lambda m, c, d: c(m(d.x).masked_fill(~d.some, 0.5), d.y), close=None),
+    "times a mask": Case(EACH, lambda m, c, d: (c(m(d.x), d.y) * d.some).sum() / d.some.sum()),
+    "gather": Case(MSE, lambda m, c, d: c(m(d.x).gather(1, d.labels[:, None])[:, 0], d.y[:, 0])),
+    "some rows": Case(MSE, lambda m, c, d: c(m(d.x)[d.rows], d.y[d.rows])),
+    "one output": Case(MSE, lambda m, c, d: c(m(d.x)[:, 0], d.y[:, 0])),
+    "squeezed": Case(MSE, lambda m, c, d: c(m(d.x).squeeze(-1), d.y[:, 0]), model=lambda: net(1)),
+    "weights of entries": Case(EACH, lambda m, c, d: (d.w * c(m(d.x), d.y)).mean()),
+    "weights of samples": Case(EACH, lambda m, c, d: (d.w[:, 0] * c(m(d.x), d.y).mean(1)).sum()),
+    "two means": Case(MSE, lambda m, c, d: c(m(d.x), d.y) + c(m(d.x2), d.y2)),
+    "two weighted means": Case(MSE, lambda m, c, d: c(m(d.x), d.y) + 100 * c(m(d.x2[:3]), d.y2[:3])),
+    "two criteria": Case(
+        (MSE, nn.HuberLoss(delta=5.0)), lambda m, a, b, d: a(m(d.x)[:, :2], d.y[:, :2]) + b(m(d.x)[:, 2:], d.y[:, 2:])
+    ),
+    "two criteria on the same": Case(
+        (MSE, CE), lambda m, a, b, d: (lambda out: a(out, d.y) + b(out, d.labels))(m(d.x)), close=None
+    ),
+    "accumulated": Case(MSE, accumulated),
+    "stacked calls": Case(MSE, lambda m, c, d: c(torch.cat([m(d.x), m(d.x2)]), torch.cat([d.y, d.y2]))),
+    "physics outside of the model": Case(MSE, physics, model=lambda: net(1, 1), close=1e-4),
+    "a function of outputs": Case(MSE, lambda m, c, d: c(m(d.x).sinh(), d.y)),
+    "difference of two calls": Case(MSE, lambda m, c, d: c(m(d.x) - m(d.x2), d.y)),
+    "classes": Case(CE, lambda m, c, d: c(m(d.x), d.labels), close=0.03),
+    "sum over classes": Case(nn.CrossEntropyLoss(reduction="sum"), lambda m, c, d: c(m(d.x), d.labels), close=0.03),
+    "class weights": Case(nn.CrossEntropyLoss(WEIGHTS), lambda m, c, d: c(m(d.x), d.labels), close=0.03),
+    "smoothed labels": Case(nn.CrossEntropyLoss(label_smoothing=0.1), lambda m, c, d: c(m(d.x), d.labels), close=None),
+    "smoothed and weighted": Case(
+        nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.1), lambda m, c, d: c(m(d.x), d.labels), close=None
+    ),
+    "probabilities": Case(CE, lambda m, c, d: c(m(d.x), d.soft), close=None),
+    "ignored": Case(CE, lambda m, c, d: c(m(d.x), torch.where(d.labels == 1, -100, d.labels)), close=0.03),
+    "some classes": Case(CE, lambda m, c, d: c(m(d.x)[:, :3], d.labels % 3), close=0.03),
+    "segmentation": Case(CE, lambda m, c, d: c(m(d.image), d.pixels), model=conv, close=None),
+    "segmentation, classes last": Case(
+        CE, lambda m, c, d: c(m(d.image).permute(0, 2, 3, 1).reshape(-1, 3), d.pixels.reshape(-1)), model=conv, close=None
+    ),
+    "language": Case(CE, language, model=lambda: Language().double(), close=None),
+    "binary": Case(BCE, lambda m, c, d: c(m(d.x), d.binary), close=0.03),
+    "binary, weighted": Case(nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), lambda m, c, d: c(m(d.x), d.binary), close=0.03),
+    "probabilities made outside": Case(nn.BCELoss(), lambda m, c, d: c(torch.sigmoid(m(d.x)), d.binary), close=0.3),
+    "huber": Case(nn.HuberLoss(), lambda m, c, d: c(m(d.x), d.y)),
+    "smooth l1": Case(nn.SmoothL1Loss(beta=2.0), lambda m, c, d: c(m(d.x), d.y)),
+    "a function": Case(LossFunction(F.huber_loss, delta=2.0), lambda m, c, d: c(m(d.x), d.y)),
+    "written by hand": Case(LossFunction(lambda a, b: ((a - b) ** 2).mean()), lambda m, c, d: c(m(d.x), d.y)),
+    "poisson": Case(nn.PoissonNLLLoss(), lambda m, c, d: c(m(d.x), d.y.abs()), close=None),
+    "gaussian": Case(nn.GaussianNLLLoss(), lambda m, c, d: c(m(d.x)[:, :2], d.y[:, :2], F.softplus(m(d.x)[:, 2:])), close=None),
+    "kl of probabilities": Case(
+        nn.KLDivLoss(reduction="batchmean"), lambda m, c, d: c(F.log_softmax(m(d.x), 1), d.soft), linear=True, close=0.1
+    ),
+    "soft margin": Case(nn.SoftMarginLoss(), lambda m, c, d: c(m(d.x), 2 * d.binary - 1)),
+    "multi label soft margin": Case(nn.MultiLabelSoftMarginLoss(), lambda m, c, d: c(m(d.x), d.binary)),
+    "cosine": Case(nn.CosineEmbeddingLoss(), lambda m, c, d: c(m(d.x), m(d.x2), torch.ones(N)), close=1e-3),
+    "log probabilities": Case(nn.NLLLoss(), lambda m, c, d: c(F.log_softmax(m(d.x), 1), d.labels), linear=True, close=0.1),
+    "l1": Case(nn.L1Loss(), lambda m, c, d: c(m(d.x), d.y), linear=True, close=0.6),
+    "margins": Case(nn.MultiMarginLoss(), lambda m, c, d: c(m(d.x), d.labels), linear=True, close=0.1),
+    "triplets": Case(nn.TripletMarginLoss(), lambda m, c, d: c(m(d.x), m(d.x2), m(d.x + 1)), close=None),
+    "a coupled loss": Case(
+        LossFunction(lambda z, y: F.cross_entropy(z @ z.T / 3, y)), lambda m, c, d: c(m(d.x), torch.arange(N)), close=None
+    ),
+}
+
+
+def prepared(name: str) -> tuple[Case, nn.Module, Data]:
+    torch.manual_seed(5)
+    data, case = Data(), CASES[name]
+    return case, case.model(), data
+
+
+def criteria_of(case: Case) -> tuple[nn.Module, ...]:
+    return case.criteria if isinstance(case.criteria, tuple) else (case.criteria,)
+
+
+class Spy(nn.Module):
+    """A criterion that takes down what it is given, or is told what to have been given."""
+
+    def __init__(self, criterion, taken, told=None):
+        super().__init__()
+        self.criterion, self.taken, self.told = copy.deepcopy(criterion).double(), taken, told
+
+    def forward(self, *args, **kwargs):
+        leaves, structure = tree_flatten((args, kwargs))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                if self.told is None:
+                    self.taken.append(leaf)
+                else:
+                    part, self.told[0] = self.told[0][: leaf.numel()], self.told[0][leaf.numel() :]
+                    leaves[i] = part.view(leaf.shape)
+        args, kwargs = tree_unflatten(leaves, structure)
+        return self.criterion(*args, **kwargs)
+
+
+def dense(case: Case, model: nn.Module, data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """D of all that criteria were given, row by row, the metric and g: the loss's own H, or its largest eigenvalue where it is
+    not positive in all directions that g has."""
+    parameters = list(model.parameters())
+
+    def run(told=None):
+        taken: list[torch.Tensor] = []
+        rest = None if told is None else [told]
+        before = [p.grad for p in parameters]
+        parts: list[torch.Tensor] = []
+        backward = torch.Tensor.backward
+        torch.Tensor.backward = lambda self: parts.append(self)  # of accumulation
+        try:
+            spies = [Spy(criterion, taken, rest) for criterion in criteria_of(case)]
+            total = case.loss(model, *spies, data)
+        finally:
+            torch.Tensor.backward = backward
+        assert [p.grad for p in parameters] == before
+        return taken, total + sum(parts)
+
+    taken, _ = run()
+    x = torch.cat([t.reshape(-1) for t in taken])
+    rows = [
+        torch.cat(
+            [
+                torch.zeros(p.numel()).double() if g is None else g.reshape(-1)
+                for p, g in zip(
+                    parameters, torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True), strict=True
+                )
+            ]
+        )
+        for entry in x
+    ]
+    d, x = torch.stack(rows), x.detach()
+    g = torch.autograd.functional.jacobian(lambda v: run(v)[1], x)
+    if case.linear:  # of what it does not look at nothing is asked
+        return d, g.square().sum() / (2 * run(x)[1].detach()) * torch.diag((g != 0).double()), g
+    h = torch.autograd.functional.hessian(lambda v: run(v)[1], x)
+    values, vectors = torch.linalg.eigh((h + h.T) / 2)
+    there = values > 1e-12 * values.max()
+    if values.min() < -1e-12 or (vectors[:, ~there].T @ g).norm() > 1e-9 * g.norm():  # bent downwards, or linear somewhere
+        looked_at = (g != 0) | (h != 0).any(1)
+        return d, values.max() * torch.diag(looked_at.double()), g
+    return d, h, g
+
+
+def backward_of(case, model, data, optimizer):
+    optimizer.zero_grad()
+    loss = case.loss(model, *criteria_of(case), data)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_first_step_is_the_dense_gauss_newton_step(name):
+    case, model, data = prepared(name)
+    d, h, g = dense(case, copy.deepcopy(model), data)
+    metric = "ggn" if not torch.equal(h, h[0, 0] * torch.eye(len(h)).double() * (h.diagonal() != 0)) else "euclidean"
+    optimizer = AdaptedGD(model, criterion=case.criteria, damping=1e-3, metric=metric)
+    before = flat(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backward_of(case, model, data, optimizer)
+        optimizer.step()
+    shift = optimizer.last_step.damping * optimizer.last_step.curvature
+    expected = -torch.linalg.solve(d.T @ h @ d + shift * torch.eye(d.shape[1]).double(), d.T @ g)
+    got = flat(model) - before
+    assert optimizer.last_step.off_output_fraction == 0
+    assert (got - expected).norm() <= 1e-8 * expected.norm()
+
+
+def trained(case, model, data, steps=40):
+    optimizer = AdaptedGD(model, criterion=case.criteria)
+    losses = []
+    for _ in range(steps):
+        losses.append(backward_of(case, model, data, optimizer).item())
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_default_steps_train(name):
+    case, model, data = prepared(name)
+    losses = trained(case, model, data)
+    assert losses[-1] < losses[0]
+    if case.close is not None:
+        assert losses[-1] <= case.close * losses[0]

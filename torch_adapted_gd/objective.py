@@ -1,0 +1,360 @@
+"""The loss as a function of the outputs: C(x) = Σ ⟨f, criterion(x, y)⟩ by the user's own criteria, and its curvature."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Outputs
+from .losses import HalfSquaredLoss
+from .weights import LEAST, BlockMetric, DiagonalMetric, Metric
+from .replay import batch_and_outputs
+from .tracking.criteria import Entries, Term
+
+_COLUMNS = 256  # of blocks of a Hessian that are found one after the other, by a double backward pass of the criterion each
+_ENTRIES = 2**24  # of all blocks
+_POWERS = 50  # iterations for the largest eigenvalue of a Hessian that is too large for that
+
+
+class Objective:
+    """C as a function of x, the stacked outputs that criteria were given entries of.
+
+    Args:
+        terms: The calls of the criteria, with what the loss made of their values.
+        stacked: What x is stacked from, in this order.
+        loss_scale: What a GradScaler multiplied the loss by.
+    """
+
+    def __init__(self, terms: list[Term], stacked: list[Outputs], loss_scale: float) -> None:
+        self._terms, self._loss_scale = terms, loss_scale
+        self._rows: dict[tuple[int, int], Tensor] = {}
+        start = 0
+        self.sizes = [batch_and_outputs(outputs) for outputs in stacked]
+        for outputs, (n, q) in zip(stacked, self.sizes, strict=True):
+            device = outputs.outputs[outputs.places[0]].device
+            numbers = torch.arange(start, start + n * q, device=device).view(n, q)
+            column = 0
+            for place in outputs.places:
+                entries = outputs.outputs[place].shape[1:].numel()
+                self._rows[id(outputs), place] = numbers[:, column : column + entries].reshape(-1)
+                column += entries
+            start += n * q
+        self.size = start
+        self._in_order = [
+            len(stacked) == 1
+            and len(stacked[0].places) == 1
+            and len(term.parts) == 1
+            and term.parts[0].index is None
+            for term in terms
+        ]
+
+    def rows(self, part: Entries) -> Tensor:
+        """Where in x some entries are, ``[S]``."""
+        rows = self._rows[id(part.of), part.place]
+        return rows if part.index is None else rows[part.index]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """C(x) for x ``[R]`` in float64; differentiable."""
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for number in range(len(self._terms)):
+            total = total + self._term(number, x)
+        return total
+
+    def _term(self, number: int, x: Tensor) -> Tensor:
+        term = self._terms[number]
+        arguments: dict[int, Tensor] = {}
+        for leaf, parts in term.entries.items():
+            own = term.arguments[leaf]
+            if self._in_order[number]:
+                arguments[leaf] = x.view(own.shape)
+                continue
+            whole = own.double().reshape(-1)
+            if len(parts) == 1 and parts[0].at is None:
+                whole = x[self.rows(parts[0])]
+            else:
+                at = torch.cat([_at(part, whole) for part in parts])
+                whole = whole.index_put((at,), torch.cat([x[self.rows(part)] for part in parts]))
+            arguments[leaf] = whole.view(own.shape)
+        return term.called(arguments) / self._loss_scale
+
+    @torch.no_grad()
+    def value(self, x: Tensor) -> float:
+        """C(x); inf where a criterion refuses that x."""
+        try:
+            return float(self(x))
+        except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # of one that checks what it is given
+            return math.inf
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """∇ₓC, ``[R]``."""
+        return _gradient(self, x)
+
+    def of_terms(self, x: Tensor) -> list[tuple[Term, Tensor]]:
+        """∇ₓ of each term."""
+        return [(term, _gradient(functools.partial(self._term, i), x)) for i, term in enumerate(self._terms)]
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether criteria add up what they find, so that losses of more samples are larger."""
+        return all(getattr(term.criterion, "reduction", None) == "sum" for term in self._terms)
+
+    def curvatures(self, x: Tensor, g: Tensor) -> Tensor:
+        """c for each entry of x, ``[R]``: H = ∇²ₓC for squares, an upper bound of it for losses that have one.
+
+        | criterion | c of an entry, by what the mean divides by |
+        |---|---|
+        | MSELoss | 2 |
+        | HalfSquaredLoss | 1 |
+        | CrossEntropyLoss | ½ · weight of the sample |
+        | BCEWithLogitsLoss | ¼ · weight of the entry |
+        | others that are squares, Σ hᵢ(xᵢ − yᵢ)²/2 | hᵢ |
+        | others | the largest eigenvalue of H at x; where H = 0, \\|g\\|²/2C, that of a square with minimum 0 |
+
+        Entries that the loss does not look at have 0.
+
+        Raises:
+            RuntimeError: The loss bends downwards in all directions, as when it is multiplied by −1.
+        """
+        total = torch.zeros_like(x)
+        for number, term in enumerate(self._terms):
+            closed = _closed_form(term)
+            if closed is not None:
+                leaf, c = closed
+                for part in term.entries[leaf]:
+                    found = c.reshape(-1)
+                    total.index_add_(0, self.rows(part), (found if part.at is None else found[part.at]) / self._loss_scale)
+            else:
+                total += self._of_any(functools.partial(self._term, number), term, x)
+        dead = (g == 0) & ~torch.isfinite(x)
+        total = torch.where(dead, 0.0, total)
+        if total.numel() and float(total.min()) < 0:
+            raise RuntimeError(
+                "The loss has a negative multiple of `criterion` in it, so that it is to be maximized there, and nothing was "
+                "changed. AdaptedGD minimizes: leave the sign out, or give it a loss that is to be minimized."
+            )
+        return total
+
+    def _of_any(self, function: Callable[[Tensor], Tensor], term: Term, x: Tensor) -> Tensor:
+        touched = torch.cat([self.rows(part) for part in term.parts]).unique()
+        hessian = Hessian(function, x, touched, self.owners)
+        used = torch.zeros_like(x, dtype=torch.bool)
+        used[touched] = True
+        g = _gradient(function, x)
+        if hessian.diagonal is not None:
+            h = hessian.diagonal
+            largest = float(h.max()) if h.numel() else 0.0
+            if largest > 0 and float(h.min()) >= 0:
+                other = torch.where(used & torch.isfinite(x), x - g / largest, x)
+                if math.isfinite(self.value(other)):
+                    again = Hessian(function, other, touched, self.owners).diagonal
+                    if again is not None and float((again - h).norm()) <= 1e-10 * float(h.norm()):
+                        return h  # squares
+        largest = hessian.largest
+        value = float(function(x).detach())
+        if largest <= 0:
+            largest = float(g.square().sum()) / (2 * value) if value > 0 else float(g.norm())
+        return (used & ((g != 0) | hessian.touches)) * x.new_tensor(largest)
+
+    @functools.cached_property
+    def owners(self) -> Tensor:
+        """The number of each row's sample, ``[R]``: the same in outputs that have as many."""
+        alike = len({n for n, _ in self.sizes}) == 1
+        numbers, first = [], 0
+        for n, q in self.sizes:
+            numbers.append(first + torch.arange(n).repeat_interleave(q))
+            first += 0 if alike else n
+        device = next(iter(self._rows.values())).device
+        return torch.cat(numbers).to(device)
+
+    def hessian_metric(self, x: Tensor, g: Tensor) -> Metric:
+        """H = SSᵀ at x, where it bends downwards cut off.
+
+        Raises:
+            RuntimeError: It is zero, or samples are coupled in it and too many.
+        """
+        everything = torch.arange(self.size, device=x.device)
+        hessian = Hessian(self, x, everything, self.owners)
+        keep = ((g != 0) | hessian.touches) & torch.isfinite(x)
+        if hessian.diagonal is not None:
+            h = hessian.diagonal.clamp(min=0.0)
+            if not bool((h > 0).any()):
+                raise RuntimeError(
+                    'The loss has no curvature at these outputs, which metric="ggn" is, so nothing was changed. '
+                    'Use metric="euclidean" for losses that are linear in what they are given, such as NLLLoss and L1Loss.'
+                )
+            return DiagonalMetric(torch.where(g != 0, h.clamp(min=LEAST * float(h.max())), h).sqrt(), keep)
+        if hessian.blocks is None:
+            raise RuntimeError(
+                f'The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and nothing '
+                'was changed. Use metric="euclidean", or fewer samples at a time.'
+            )
+        calls_apart = len({n for n, _ in self.sizes}) == len(self.sizes) or len(self.sizes) == 1
+        return BlockMetric(*hessian.blocks, g, keep, local=calls_apart and hessian.by_sample)
+
+
+class Hessian:
+    """The structure of ∇² of a function at x: a diagonal, blocks of rows, or neither.
+
+    Args:
+        function: Of x ``[R]``.
+        x: Where.
+        rows: Which rows it is a function of.
+        owners: The sample of each row ``[R]``.
+
+    Attributes:
+        diagonal: ``[R]`` if it is one, else None.
+        touches: Which rows it is not zero in.
+        blocks: The rows of each block ``[G, m]``, −1 for none, and the blocks ``[G, m, m]``; None if there are too many.
+        by_sample: Whether a block for each sample is all that there is.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, owners: Tensor) -> None:
+        self._x = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            value = function(self._x)
+            (self._g,) = torch.autograd.grad(value, self._x, create_graph=True)
+        generator = torch.Generator().manual_seed(0)
+        one = torch.ones_like(x)
+        s = (torch.rand(len(x), generator=generator, dtype=x.dtype) + 0.5).to(x.device)
+        h, hs = self.times(one), self.times(s)
+        self.touches = (h != 0) | (hs != 0)
+        self.diagonal: Tensor | None = None
+        self.blocks: tuple[Tensor, Tensor] | None = None
+        self.by_sample = False
+        if float((hs - s * h).norm()) <= 1e-12 * float(hs.norm()):
+            self.diagonal = h
+            return
+        whole = owners.unique(return_inverse=True)[1]
+        t = (torch.rand(int(whole.max()) + 1, generator=generator, dtype=x.dtype) + 0.5).to(x.device)[whole]
+        self.by_sample = float((self.times(t * s) - t * hs).norm()) <= 1e-12 * float(hs.norm())
+        group = whole[rows] if self.by_sample else torch.zeros_like(rows)
+        order = torch.argsort(group, stable=True)
+        rows, group = rows[order], group[order]
+        counts = torch.bincount(group)
+        groups, most = counts.nonzero()[:, 0], int(counts.max())
+        if most > _COLUMNS * (1 if self.by_sample else 16) or len(groups) * most**2 > _ENTRIES:
+            return
+        rank = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[group]
+        number = torch.searchsorted(groups, group)
+        index = torch.full((len(groups), most), -1, device=x.device)
+        index[number, rank] = rows
+        blocks = x.new_zeros(len(groups), most, most)
+        for column in range(most):
+            unit = torch.zeros_like(x)
+            unit[rows[rank == column]] = 1.0
+            blocks[number, rank, column] = self.times(unit)[rows]
+        self.blocks = index, (blocks + blocks.mT) / 2
+
+    def times(self, v: Tensor) -> Tensor:
+        """Hv."""
+        if not self._g.requires_grad:
+            return torch.zeros_like(v)
+        try:
+            (found,) = torch.autograd.grad(self._g, self._x, v, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            return torch.zeros_like(v)  # of a loss that torch does not differentiate twice, such as MultiMarginLoss
+        return torch.zeros_like(v) if found is None else found.detach()
+
+    @functools.cached_property
+    def largest(self) -> float:
+        """Its largest eigenvalue."""
+        if self.diagonal is not None:
+            return float(self.diagonal.max())
+        if self.blocks is not None:
+            return float(torch.linalg.eigvalsh(self.blocks[1]).max())
+        v = torch.randn(len(self._x), generator=torch.Generator().manual_seed(1), dtype=self._x.dtype).to(self._x.device)
+        largest = 0.0
+        for _ in range(_POWERS):
+            v = v / v.norm()
+            image = self.times(v)
+            largest = max(largest, float(v @ image))
+            if not float(image.norm()) > 0:
+                break
+            v = image
+        return largest
+
+
+def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = function(x)
+        if not value.requires_grad:
+            return torch.zeros_like(x)
+        (found,) = torch.autograd.grad(value, x, allow_unused=True)
+    return torch.zeros_like(x) if found is None else found.detach()
+
+
+def _at(part: Entries, whole: Tensor) -> Tensor:
+    return torch.arange(len(whole), device=whole.device) if part.at is None else part.at
+
+
+def _closed_form(term: Term) -> tuple[int, Tensor] | None:
+    """The curvature of each entry of the first argument of a loss that has a bound of it, and that argument's number."""
+    kind = type(term.criterion)
+    if kind not in _FORMS or list(term.entries) != [0] or list(term.factors) != [0] or len(term.arguments) != 2:
+        return None
+    x, y = term.arguments
+    if not isinstance(y, Tensor):
+        return None
+    return (0, found) if (found := _FORMS[kind](term.criterion, x, y, term.factors[0])) is not None else None
+
+
+def _shared(criterion: Any, f: Tensor, weight: Tensor, total: Tensor | float) -> Tensor:
+    """f times the weight of each of the values, by the reduction."""
+    return f * weight / total if criterion.reduction == "mean" else f * weight
+
+
+def _squares(criterion: nn.MSELoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:
+    if x.shape != y.shape:
+        return None
+    return 2 * _shared(criterion, f, torch.ones_like(x, dtype=torch.float64), x.numel())
+
+
+def _half_squares(criterion: HalfSquaredLoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:  # noqa: ARG001
+    f = f.view(-1, *[1] * (x.ndim - 1)) if criterion.reduction == "none" else f
+    return _shared(criterion, f, torch.ones_like(x, dtype=torch.float64), x.shape[0])
+
+
+def _binary(criterion: nn.BCEWithLogitsLoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:
+    if x.shape != y.shape:
+        return None
+    y = y.double()
+    weight = torch.ones_like(y) if criterion.weight is None else torch.ones_like(y) * criterion.weight.double()
+    if criterion.pos_weight is not None:
+        weight = weight * (1 - y + y * criterion.pos_weight.double())
+    return 0.25 * _shared(criterion, f, weight, x.numel())
+
+
+def _classes(criterion: nn.CrossEntropyLoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:
+    dim = min(1, x.ndim - 1)
+    classes, smoothing = x.shape[dim], criterion.label_smoothing
+    weight = torch.ones(classes, device=x.device) if criterion.weight is None else criterion.weight
+    weight = weight.double()
+    if y.is_floating_point():
+        soft = y.double() * (1 - smoothing) + smoothing / classes
+        samples = (soft * weight.view(-1, *[1] * (x.ndim - dim - 1))).sum(dim)
+        total: Tensor | float = samples.numel()
+    else:
+        seen = y != criterion.ignore_index
+        of_class = torch.where(seen, weight[torch.where(seen, y, 0)], 0.0)
+        samples = (1 - smoothing) * of_class + smoothing / classes * float(weight.sum()) * seen
+        total = of_class.sum()
+        if not float(total) > 0:
+            samples, total = torch.zeros_like(samples), 1.0
+    return (0.5 * _shared(criterion, f, samples, total)).unsqueeze(dim).expand_as(x)
+
+
+_FORMS: dict[type, Callable[[Any, Tensor, Tensor, Tensor], Tensor | None]] = {
+    nn.MSELoss: _squares,
+    HalfSquaredLoss: _half_squares,
+    nn.BCEWithLogitsLoss: _binary,
+    nn.CrossEntropyLoss: _classes,
+}
+

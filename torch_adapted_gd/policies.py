@@ -1,0 +1,479 @@
+"""Policies: how far a step goes, and with how much damping. Each owns its options; what it remembers is the optimizer's state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .checks import one_of, positive_integer, real_number, true_or_false
+from .jacobian import norm
+
+if TYPE_CHECKING:
+    from .linearization import Direction, Linearization, Parts
+    from .trials import Judge, Trial, TrialMaker
+
+JUDGES = ("auto", "outputs", "closure", "next")
+State = dict[str, float]  # what a policy remembers: plain numbers, to be kept in checkpoints
+
+_DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Armijo)
+_BENDING = 0.375  # largest second-order part of a step, relative to it
+_LEARNING = 10.0  # most that a learned curvature changes by in a step
+_LOSING = -1.0  # share of the gain below which damping is raised: more than twice the gain is missing on the next batch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy came to.
+
+    Attributes:
+        direction: The last direction.
+        trial: The trial to take; None if all were rejected.
+        num_trials: How many were made.
+        gain_ratio: Actual over predicted decrease of the loss at it; None if nobody looked.
+        state: What the policy is to remember if the trial is taken.
+        hidden: Whether no trial could be told from where the parameters are, so that a rejection says nothing.
+    """
+
+    direction: Direction
+    trial: Trial | None
+    num_trials: int
+    gain_ratio: float | None
+    state: State = dataclasses.field(default_factory=dict)
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a policy decides on.
+
+    Attributes:
+        linear: The loss around the present parameters.
+        propose: Makes trials.
+        judge: Tells what they do to the loss; None if nobody can.
+        momentum: φ of the last step, or None.
+        decay: μ.
+        state: What the policy remembers.
+    """
+
+    linear: Linearization
+    propose: TrialMaker
+    judge: Judge | None
+    momentum: Parts | None
+    decay: float
+    state: State
+
+    def direction(self, damping: float, *, with_momentum: bool = True) -> Direction:
+        """Where to go."""
+        return self.linear.direction(damping, self.momentum if with_momentum else None, self.decay)
+
+    def known(self) -> Judge:
+        """Who tells the loss."""
+        assert self.judge is not None
+        return self.judge
+
+    def moved(self, trial: Trial) -> Tensor | None:
+        """Δx of a trial; None if it is not finite."""
+        return self.linear.outputs_moved(trial.values)
+
+    def predicted(self, trial: Trial, straight: Tensor) -> float:
+        """What the trial would do to the loss if the outputs moved by Dδ."""
+        curvature = self.known().curvature
+        if curvature is None:
+            return self.linear.loss_change(straight, trial.change)
+        return self.linear.slope(trial.change) + 0.5 * curvature * float(straight.square().sum())
+
+    def change(self, trial: Trial, moved: Tensor | None) -> float:
+        """What it does."""
+        judge = self.known()
+        if judge.wants_outputs and moved is None:
+            return math.inf
+        change = judge.change(trial, moved)
+        return change if math.isfinite(change) else math.inf
+
+    def learned(self, trial: Trial, change: float) -> State:
+        """The curvature that the loss showed along a trial, where no criterion tells it."""
+        curvature = self.known().curvature
+        if curvature is None:
+            return {}
+        square = float(self.linear.linear(trial.change).square().sum())
+        shown = 2 * (change - self.linear.slope(trial.change)) / square if square > 0 else curvature
+        if not math.isfinite(shown):
+            return {}
+        return {"curvature": min(_LEARNING * curvature, max(curvature / _LEARNING, shown))}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The step as it is, with a damping that stays: what a number for ``damping`` means."""
+
+    damping: float = 0.0
+
+    def search(self, step: Step) -> Outcome:
+        """The step."""
+        direction = step.direction(self.damping)
+        return Outcome(direction, step.propose(direction), 1, None)
+
+
+@dataclass(frozen=True)
+class Backtracking:
+    """Shorten steps until the loss decreases: the longest of η, η/2, η/4, … that gives 10⁻⁴ of what its slope promises (Armijo).
+
+    Args:
+        damping: λ, relative to the mean of diag Θ, at least 0.
+        judge: What tells the loss at trial parameters, see `LevenbergMarquardt`; ``"next"`` cannot, as it comes too late.
+        num_trials: The most trials of a step. After 40 halvings float64 would not see a step.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> Backtracking(damping=1e-3)
+        Backtracking(damping=0.001, judge='auto', num_trials=40)
+    """
+
+    damping: float = 0.0
+    judge: str = "auto"
+    num_trials: int = 40
+
+    def __post_init__(self) -> None:
+        real_number("damping", self.damping, low=0.0)
+        one_of("judge", self.judge, JUDGES[:3])
+        positive_integer("num_trials", self.num_trials)
+
+    def search(self, step: Step) -> Outcome:
+        """See `Backtracking`."""
+        direction = step.direction(self.damping)
+        trial = step.propose(direction)
+        if step.momentum is not None and step.linear.slope(trial.change) >= 0:  # the momentum leads uphill here
+            direction = step.direction(self.damping, with_momentum=False)
+            trial = step.propose(direction)
+        for halvings in range(self.num_trials):
+            if halvings:
+                trial = step.propose(direction, 0.5**halvings)
+            slope = step.linear.slope(trial.change)
+            decrease = -step.change(trial, step.moved(trial) if step.known().wants_outputs else None)
+            if decrease >= -_DECREASE * slope:
+                predicted = step.predicted(trial, step.linear.linear(trial.change))
+                ratio = decrease / -predicted if predicted < 0 else None
+                return Outcome(direction, trial, halvings + 1, ratio, step.learned(trial, -decrease))
+        return Outcome(direction, None, self.num_trials, None)
+
+
+@dataclass(frozen=True)
+class StraightLine:
+    """Take steps as long as the outputs follow them: a policy that compares motions, not losses.
+
+    A step of length η is predicted to move the outputs by Dδ = −η·DDᵀψ and moves them by Δx, which differs by O(η²). It is
+    taken if
+
+        |Δx − Dδ| ≤ tolerance · |x₀ − y|,
+
+    with the distance |x₀ − y| that the first step's prediction had to go at η = 1 (as a root mean square over outputs, so that
+    batches of other sizes compare). Else η is shortened to what that error, growing like η², suggests, down to a tenth at a
+    time, and the next step begins with what the last error suggests, up to five times as long; never longer than ``lr``. Each
+    trial costs a forward pass and no new solution. So steps are short at the start, where small eigenvalues of Θ ask for long
+    motions of the parameters, and grow until the last ones are full Gauss–Newton steps, which end on the targets.
+
+    Each step aims at the targets from where the outputs are, which mends what they were off by as it goes. What damping leaves
+    out of the motion is not seen as an error: choose λ small. How near to the line from their start to the targets that keeps
+    all outputs is in docs/fullbatch.md: with the default, within 5 %.
+
+    The time t = 1 − Π(1 − η) advances with ``lr · last_step.fraction`` for η. No criterion is needed, but without one η
+    multiplies the gradient of the loss as it is.
+
+    Args:
+        tolerance: Largest error of a step, relative to the distance at the start.
+        smallest: Fraction of ``lr`` below which no shorter step is tried: nothing changes then, and the report's status is
+            ``"rejected"``.
+        damping: λ, relative to the mean of diag Θ, at least 0.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> policy = StraightLine(tolerance=0.02)
+        >>> round(policy.next_fraction(0.1, error=0.005), 6)  # a quarter of the error: twice the length, less a reserve
+        0.16
+    """
+
+    tolerance: float = 0.02
+    smallest: float = 1e-6
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        real_number("tolerance", self.tolerance, low=1e-12, below=1e12)
+        real_number("smallest", self.smallest, low=1e-300, below=1.0)
+        real_number("damping", self.damping, low=0.0)
+
+    def next_fraction(self, fraction: float, error: float) -> float:
+        """The fraction of ``lr`` to try after one that had an error, relative to the distance at the start."""
+        allowed = _RESERVE * math.sqrt(self.tolerance / error) if error > 0 else math.inf
+        return min(1.0, fraction * min(_LONGER, max(_SHORTER, allowed)))
+
+    def search(self, step: Step) -> Outcome:
+        """The longest of ever shorter steps that the outputs follow as predicted."""
+        direction = step.direction(self.damping)
+        whole = step.propose(direction)
+        straight = step.linear.linear(whole.change)  # Dδ at the full lr
+        root = math.sqrt(max(1, step.linear.num_outputs))
+        distance = step.state.get("distance", 0.0)
+        if not distance and step.propose.largest_lr:
+            distance = float(straight.norm()) / root / step.propose.largest_lr
+        fraction, trials = step.state.get("fraction", 1.0), 0
+        while fraction >= self.smallest:
+            trial = whole if fraction == 1 else step.propose(direction, fraction)
+            moved = step.moved(trial)
+            trials += 1
+            error = math.inf
+            if moved is not None:
+                apart = float((moved - fraction * straight).norm())
+                error = max(0.0, apart - step.linear.output_rounding) / root / distance if distance else 0.0
+            following = self.next_fraction(fraction, error)
+            if error <= self.tolerance:
+                return Outcome(direction, trial, trials, None, {"distance": distance, "fraction": following})
+            fraction = following
+        return Outcome(direction, None, trials, None)
+
+
+_RESERVE = 0.8  # of the length that an error growing like the square would allow
+_LONGER, _SHORTER = 5.0, 0.1  # most that a step is made longer or shorter by
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Raise and lower the damping λ of (DᵀD + λ1)⁻¹∇_θC by how well the last trial was predicted.
+
+    Each step of `AdaptedGD` tries parameters θ + δ and compares the decrease of the loss there with the one that would come
+    about if the outputs moved by Dδ, as their linearization has it. A trial that is not finite, or gives less than ``accept``
+    of that, is rejected: nothing of it stays, and λ is raised, faster each time. One that is accepted lowers λ if it gave more
+    than ``good`` of it and raises λ if it gave less than ``poor``. If every attempt of a step is rejected, parameters, momentum
+    and λ are as they were, and the report's status is ``"rejected"``. Where plain gradients are a part of the step, which no
+    damping shortens (α < 1, terms of the loss that do not come through the outputs), a rejection shortens all of it too.
+
+    Who tells the loss at a trial is the ``judge``:
+
+    - ``"outputs"``: the forward pass repeated at θ + δ, without a graph, and the ``criterion``. It needs a criterion whose
+      arguments are the model's outputs, or entries of them.
+    - ``"closure"``: that of ``step(closure)`` at θ + δ: a forward and a backward pass.
+    - ``"next"``: the loss of the next step, if that is on the same inputs: it costs nothing. A step that turns out to be bad is
+      taken back then, exactly, and one step has gone into finding out.
+    - ``"auto"``: the first of these that can.
+
+    So each batch judges its own step. A small batch of a large network can be fitted however large the step, which undoes
+    what others have learned; what gives this away is that the next batch sees nothing of the gain. Therefore λ is lowered
+    only while at least ``carry_over`` of the gain on one batch is found again when the next one arrives, on average over ten
+    steps or so; where steps gain less than a tenth of the loss, batches differ by more than that and it is not asked. And λ is
+    raised while the next batch is missing more than twice the gain. For a batch that is the whole data nothing is missing.
+    This costs nothing.
+
+    ``second_order`` adds to each trial what the bending of the outputs asks for, −D⁺(x(θ + δ) − x(θ) − Dδ) with the same λ,
+    where it is at most ⅜ of δ in length and lowers the loss further; known as geodesic acceleration (Transtrum & Sethna,
+    arXiv:1201.5885, there from a finite difference). It costs one more forward pass and one more solve with the factors at
+    hand, and pays where valleys are narrow and curved: docs/defaults.md has figures.
+
+    Args:
+        initial: λ to begin with, relative to the mean of diag Θ, like every damping.
+        increase: What a first rejection multiplies λ by; the next ones by twice as much each.
+        decrease: What a good step multiplies λ by.
+        good: Gain ratio above which λ is lowered.
+        poor: Gain ratio below which λ is raised after an accepted step.
+        accept: Gain ratio below which a trial is rejected.
+        carry_over: Share of the gain on one batch that the next one has to see for λ to be lowered; 0 for not asking.
+        smallest: Lower bound of λ.
+        num_trials: The most trials of one step.
+        second_order: Whether to add the second-order part, where the judge is not ``"next"``.
+        judge: See above.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> policy = LevenbergMarquardt(initial=1e-2)
+        >>> round(policy.after(policy.initial, gain_ratio=0.95), 5)  # as good as predicted: less damping
+        0.00333
+    """
+
+    initial: float = 0.1
+    increase: float = 2.0
+    decrease: float = 1 / 3
+    good: float = 0.75
+    poor: float = 0.25
+    accept: float = 1e-4
+    carry_over: float = 0.5
+    smallest: float = 1e-15
+    num_trials: int = 10
+    second_order: bool = True
+    judge: str = "auto"
+
+    def __post_init__(self) -> None:
+        real_number("initial", self.initial, low=1e-300)
+        real_number("increase", self.increase, low=1 + 1e-12)
+        real_number("decrease", self.decrease, low=1e-300, below=1.0)
+        real_number("accept", self.accept, low=0.0, below=1.0)
+        real_number("poor", self.poor, low=self.accept, below=1.0)
+        real_number("good", self.good, low=self.poor)
+        real_number("carry_over", self.carry_over, low=0.0, high=1.0)
+        real_number("smallest", self.smallest, low=1e-300)
+        positive_integer("num_trials", self.num_trials)
+        true_or_false("second_order", self.second_order)
+        one_of("judge", self.judge, JUDGES)
+
+    def after(self, damping: float, gain_ratio: float, share: float | None = None) -> float:
+        """λ for the step after one that was accepted.
+
+        Args:
+            damping: λ of the accepted trial.
+            gain_ratio: Actual over predicted decrease.
+            share: How much of the gain carries over to the next batch; None if that is not known yet.
+        """
+        if share is not None and self.carry_over and share < _LOSING:
+            return damping * self.increase
+        if gain_ratio > self.good:
+            carried = share is None or not self.carry_over or share >= self.carry_over
+            return max(self.smallest, damping * self.decrease) if carried else damping
+        return damping * self.increase if gain_ratio < self.poor else damping
+
+    def raised(self, damping: float, rejections: int) -> float:
+        """λ for the trial after a rejection, of which there have been ``rejections`` in this step."""
+        return damping * self.increase * math.ldexp(1.0, rejections - 1)
+
+    def looked_back(self, state: State, loss: float, *, same: bool) -> tuple[State, bool]:
+        """What is remembered once the next loss has come, and whether the step that led to it is to be taken back.
+
+        Args:
+            state: What is remembered, with what the step was expected to do.
+            loss: The loss now.
+            same: Whether it is on the same inputs. If not, its difference has chance in it: the step stays, and λ is raised or
+                lowered as if it had none, which on average it has not.
+        """
+        change, predicted = loss - state["before"], state["predicted"]
+        ratio = change / predicted if predicted < 0 else math.nan
+        if (same and not ratio > self.accept and predicted < 0) or not math.isfinite(loss):
+            rejections = state.get("rejections", 0.0) + 1
+            return {**state, "damping": self.raised(state["damping"], int(min(rejections, 40))), "rejections": rejections}, True
+        following = state["damping"] if math.isnan(ratio) else self.after(state["damping"], ratio)
+        return {**state, "damping": following, "rejections": 0.0}, False
+
+    def search(self, step: Step) -> Outcome:
+        """Trials with more and more damping until one gives enough of the decrease that was predicted for it."""
+        judge, linear = step.known(), step.linear
+        damping = step.state.get("damping", self.initial)
+        carry = CarryOver.read(step.state).met(judge.before / linear.loss_unit)
+
+        def remembered(damping: float, change: float | None) -> State:
+            after = carry.stepped(judge.before / linear.loss_unit, None if change is None else change / linear.loss_unit)
+            return {"damping": damping, **dataclasses.asdict(after)}
+
+        tried, ratio = damping or self.initial, -math.inf
+        for attempt in range(1, self.num_trials + 1):
+            # A momentum that does not suit the loss here is not mended by damping.
+            direction = step.direction(tried, with_momentum=attempt <= 2)
+            # What no damping shortens has to be shortened itself.
+            fraction = 1.0 if step.propose.damped else 0.25 ** (attempt - 1)
+            trial = step.propose(direction, fraction)
+            straight = linear.linear(trial.change)  # Dδ
+            predicted = step.predicted(trial, straight)
+            if judge.later and (predicted <= 0 or attempt == self.num_trials):  # else the criterion refuses that x
+                expected = {"damping": tried, "predicted": predicted, "before": judge.before, "rejections": 0.0}
+                return Outcome(direction, trial if predicted <= 0 else None, attempt, None, expected)
+            trial, change = self._best(step, trial, straight, self.second_order and fraction == 1)
+            if predicted == 0 and change <= 0:  # a stationary point, or lr = 0
+                return Outcome(direction, trial, attempt, None, remembered(damping, change))
+            ratio = change / predicted if predicted < 0 else -math.inf
+            if ratio > self.accept:
+                following = self.after(tried, ratio, carry.share)
+                return Outcome(direction, trial, attempt, ratio, remembered(following, change) | step.learned(trial, change))
+            if judge.wants_outputs and abs(predicted) <= linear.rounding:
+                return Outcome(direction, None, attempt, ratio, hidden=True)
+            tried = self.raised(tried, attempt if fraction == 1 and step.propose.damped else 1)
+        return Outcome(direction, None, self.num_trials, ratio)
+
+    def _best(self, step: Step, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
+        """A trial or the same with its second-order part, whichever is better, and what it does to the loss."""
+        moved = step.moved(trial) if second_order or step.known().wants_outputs else None
+        corrected = None
+        if second_order and moved is not None:
+            part = step.linear.correction(moved - straight, trial.direction)
+            bent = step.propose(trial.direction, part=part)
+            if _distance(bent.change, trial.change) <= _BENDING * norm(trial.change):
+                corrected = bent
+        if not step.known().wants_outputs:  # each judgement is dear: the better one will do
+            best = trial if corrected is None else corrected
+            return best, step.change(best, None)
+        change = step.change(trial, moved)
+        if corrected is not None:
+            with_part = step.change(corrected, step.moved(corrected))
+            if with_part < change:
+                return corrected, with_part
+        return trial, change
+
+
+_MEMORY = 0.9  # of averages over steps
+_WORST = 4.0  # most that is taken for lost, in units of the gain
+_HOPELESS = -2.0  # share below which batches that differ by chance do not get: half of them lose the most, half nothing
+_NOTICEABLE = 0.1  # gain of a step, relative to the loss, below which batches differ by more than steps do
+
+
+@dataclass(frozen=True)
+class CarryOver:
+    """How much of what steps gain on their own batch the next batch sees.
+
+    Attributes:
+        after: The loss of the last batch after its step; NaN before the first one.
+        gain: What that step gained.
+        lost: Running sum of what was missing when the next batch arrived.
+        gained: Running sum of gains.
+        total: Running sum of the losses that they started from.
+    """
+
+    after: float = math.nan
+    gain: float = 0.0
+    lost: float = 0.0
+    gained: float = 0.0
+    total: float = 0.0
+
+    @classmethod
+    def read(cls, state: State) -> CarryOver:
+        """From what a policy remembers."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: state[name] for name in names if name in state})
+
+    def met(self, loss: float) -> CarryOver:
+        """With the next batch, whose loss before its step is ``loss``."""
+        if math.isnan(self.after):
+            return self
+        lost = min(max(loss - self.after, 0.0), _WORST * max(self.gain, 0.0))  # whatever an outlier among batches does
+        return CarryOver(
+            self.after,
+            self.gain,
+            lost=_MEMORY * self.lost + lost,
+            gained=_MEMORY * self.gained + self.gain,
+            total=_MEMORY * self.total + self.after + self.gain,
+        )
+
+    def stepped(self, loss: float, change: float | None) -> CarryOver:
+        """With a step that changes that loss; by None if nobody looked."""
+        after = math.nan if change is None else loss + change
+        return dataclasses.replace(self, after=after, gain=0.0 if change is None else -change)
+
+    @property
+    def share(self) -> float | None:
+        """1 − lost/gained; None where too little was gained to tell, but for what cannot be chance."""
+        if self.gained <= 0:
+            return None
+        share = 1 - self.lost / self.gained
+        return share if self.gained > _NOTICEABLE * abs(self.total) or share < _HOPELESS else None
+
+
+def _distance(first: Parts, second: Parts) -> float:
+    return norm({name: part - second[name] for name, part in first.items()})
+
+
+Policy = Fixed | Backtracking | StraightLine | LevenbergMarquardt
