@@ -309,12 +309,13 @@ def lines(_: Context, net: Net) -> Tensor:
 def trained(net: Net, steps: int, more: int = 0) -> tuple[nn.Module, Tensor]:
     """AdaptedGD on the straight-line schedule, and full steps after it: the network, and its outputs at all steps."""
     model = net.at(net.theta).model
-    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
+    criterion = HalfSquaredLoss()
+    optimizer = AdaptedGD(model, criterion=criterion, damping=0.0)
     scheduler = LinearInterpolationLR(optimizer, total_steps=steps)
     outputs = [net.start]
     for _ in range(steps + more):
         optimizer.zero_grad()
-        HalfSquaredLoss()(model(net.x), net.y).backward()
+        criterion(model(net.x), net.y).backward()
         optimizer.step()
         scheduler.step()
         outputs.append(model(net.x).detach().flatten())

@@ -9,7 +9,7 @@ on the same loss, for the same time.
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -107,16 +107,19 @@ class Job:
         inputs: Points and whether each is on the boundary.
         grid: Where the error is taken, ``[M², 2]``.
         build: Makes the starting network, always the same.
+        criterion: What is made of the residuals and zero.
     """
 
     inputs: tuple[Tensor, Tensor]
     grid: Tensor
     build: Callable[[], PoissonResidual]
+    criterion: nn.Module = field(default_factory=nn.MSELoss)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Mean square of the residuals."""
         residuals = model(*self.inputs)
-        return nn.functional.mse_loss(residuals, torch.zeros_like(residuals))
+        loss: Tensor = self.criterion(residuals, torch.zeros_like(residuals))
+        return loss
 
     @torch.no_grad()
     def measure(self, model: PoissonResidual) -> dict[str, float]:
@@ -128,7 +131,7 @@ class Job:
 
 def run_adapted(job: Job, model: PoissonResidual, steps: int) -> Run:
     """Train by AdaptedGD."""
-    optimizer = AdaptedGD(model, criterion=nn.MSELoss())
+    optimizer = AdaptedGD(model, criterion=job.criterion)
     run = Run("AdaptedGD")
     run.record(lambda: job.measure(model), gradients=0)
     for step in run.times(steps):

@@ -325,10 +325,11 @@ def test_threads_with_models_of_their_own():
 
     def train(problem):
         model, x, y = problem
-        optimizer = AdaptedGD(model, criterion=MSE)
+        criterion = nn.MSELoss()
+        optimizer = AdaptedGD(model, criterion=criterion)
         for _ in range(8):
             optimizer.zero_grad()
-            MSE(model(x), 0.3 * y).backward()
+            criterion(model(x), 0.3 * y).backward()
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -22,7 +22,7 @@ def test_damping_and_momentum_are_resumed_to_the_same_bits():
 
     def train(model, optimizer, steps):
         for _ in range(steps):
-            closure_of(model, optimizer, x, y)()
+            closure_of(model, optimizer, x, y, optimizer.criterion)()
             optimizer.step()
 
     train(model, optimizer, 4)
@@ -73,7 +73,7 @@ def test_options_of_the_policy_are_checked(name, value, error, match):
 
 def test_options_of_the_optimizer_are_checked():
     model = mlp()
-    with pytest.raises(TypeError, match=r"`damping` should be a number or a LevenbergMarquardt\(\), but got 'auto'"):
+    with pytest.raises(TypeError, match=r"`damping` should be a number, LevenbergMarquardt\(\), .*, but got 'auto'"):
         AdaptedGD(model, damping="auto")
     with pytest.raises(TypeError, match=r"but got the class. Write LevenbergMarquardt\(\)"):
         AdaptedGD(model, damping=LevenbergMarquardt)
@@ -82,12 +82,10 @@ def test_options_of_the_optimizer_are_checked():
 def test_a_number_is_the_default_where_the_loss_is_not_known():
     model = mlp()
     assert AdaptedGD(model).param_groups[0]["damping"] == 0.0
-    assert AdaptedGD(model, criterion=nn.MSELoss(reduction="none")).param_groups[0]["damping"] == 0.0
     assert AdaptedGD(model, criterion=MSE, damping=Backtracking()).param_groups[0]["damping"] == 0.0
     assert AdaptedGD(model, criterion=MSE).param_groups[0]["damping"] == LevenbergMarquardt().initial
 
 
-@pytest.mark.filterwarnings("ignore:Batches are found much worse")
 def test_damping_is_lowered_only_where_gains_carry_over():
     """The whole data again and again, and batches that have nothing to do with each other."""
     for carried in (True, False):
@@ -143,7 +141,6 @@ def test_no_damping_is_not_the_end():
     """Of a state that was saved without the policy, too."""
     model, x, y = wave()
     state = AdaptedGD(model, criterion=MSE, damping=0.0).state_dict()
-    del state["param_groups"][0]["momentum"]  # an option that earlier states do not have
     optimizer = AdaptedGD(model, criterion=MSE)
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["damping"] == 0.0

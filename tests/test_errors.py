@@ -229,14 +229,25 @@ def test_parameters_on_several_devices():
         dtype_and_device(list(model.parameters()))
 
 
-def test_unscaling_hides_the_scale():
+def test_a_scale_that_was_taken_out_is_found_again():
+    """By GradScaler.unscale_, which Lightning calls itself; where gradients were clipped after it nothing tells."""
     model, x, y = problem(dtype=torch.float32)
-    optimizer = AdaptedGD(model)
+    reference, optimizer = copy.deepcopy(model), AdaptedGD(model)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(MSE(model(x), y)).backward()
     scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    plain = AdaptedGD(reference)
+    MSE(reference(x), y).backward()
+    plain.step()
+    assert (flat(model) - flat(reference)).norm() <= 1e-4 * flat(model).norm()
+    scaler.update()
+    optimizer.zero_grad()
+    scaler.scale(MSE(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     before = flat(model)
-    with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(optimizer\) divided `.grad`.* Leave unscale_ out"):
+    with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(optimizer\) divided `.grad`.* Leave unscale_ and clip"):
         scaler.step(optimizer)
     assert torch.equal(flat(model), before)
 

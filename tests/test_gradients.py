@@ -85,11 +85,12 @@ def test_a_physics_informed_network_whose_outputs_are_residuals():
     model = Residual().double()
     x = torch.linspace(0, 1, 8, dtype=torch.float64).unsqueeze(1)
     target = torch.ones(8, 1, dtype=torch.float64)
-    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
+    criterion = HalfSquaredLoss()
+    optimizer = AdaptedGD(model, criterion=criterion, damping=0.0)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        loss = HalfSquaredLoss()(model(x.clone()), target)
+        loss = criterion(model(x.clone()), target)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

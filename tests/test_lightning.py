@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_adapted_gd import AdaptedGD, LinearInterpolationLR
+from torch_adapted_gd import AdaptedGD, AdaptedWarning, LinearInterpolationLR
 
 from .cases import flat, mlp
 
@@ -53,6 +53,7 @@ def fit(module, tmp_path, **options):
     trainer = pl.Trainer(**{**quiet, "max_epochs": 2, "enable_checkpointing": False, "default_root_dir": tmp_path, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", AdaptedWarning)
         trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4))
     return trainer
 
@@ -86,8 +87,8 @@ def test_accumulated_batches(tmp_path):
     assert (flat(module.net) - flat(plain)).norm() < 1e-4 * flat(plain).norm()
 
 
-def test_clipping_in_mixed_precision_is_refused_by_lightning(tmp_path):
-    with pytest.raises(RuntimeError, match="AdaptedGD, does not allow for gradient clipping"):
+def test_clipping_in_mixed_precision_says_that_it_does_nothing(tmp_path):
+    with pytest.warns(AdaptedWarning, match="AdaptedGD does not read `.grad`"):
         fit(Regression(True), tmp_path, precision="bf16-mixed", gradient_clip_val=0.1)
 
 
@@ -124,10 +125,15 @@ def test_resume_from_a_checkpoint(tmp_path):
     assert torch.equal(flat(resumed), flat(straight))
 
 
-def test_a_submodule_called_instead_of_the_given_module_is_named(tmp_path):
-    class Wrong(Regression):
-        def training_step(self, batch, batch_idx):
-            return MSE(self.net(batch[0]), batch[1])
+def test_a_submodule_called_instead_of_the_given_module_is_followed_too(tmp_path):
+    """By rows: nobody saw its parameters being used."""
+    right, wrong = Regression(False, {"damping": 0.1}), Regression(True, {"damping": 0.1})
+    fit(right, tmp_path)
 
-    with pytest.raises(RuntimeError, match="although the parameters received gradients"):
-        fit(Wrong(True), tmp_path)
+    def training_step(batch, batch_idx):
+        return MSE(wrong.net(batch[0]), batch[1])
+
+    wrong.training_step = training_step
+    with pytest.warns(AdaptedWarning, match="Rows of the output Jacobian are taken for 6 of 6 parameters"):
+        fit(wrong, tmp_path)
+    assert (flat(right) - flat(wrong)).norm() <= 1e-5 * flat(right).norm()

@@ -143,13 +143,13 @@ class Net(pl.LightningModule):
     def __init__(self, width: int = 6, whole: bool = True):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(INPUTS, width), nn.Tanh(), nn.Linear(width, CLASSES))
-        self.whole = whole
+        self.whole, self.criterion = whole, HalfSquaredLoss()
 
     def forward(self, x):
         return self.net(x)
 
     def training_step(self, batch, batch_idx):
-        loss = HALF((self if self.whole else self.net)(batch[0]), one_hot(batch[1]))
+        loss = self.criterion((self if self.whole else self.net)(batch[0]), one_hot(batch[1]))
         self.log("loss", loss)
         return loss
 
@@ -187,7 +187,7 @@ def run(tmp_path, *arguments, model=Net, save=None):
 
 ADAPTED = (
     "--optimizer=torch_adapted_gd.AdaptedGD",
-    "--optimizer.criterion=torch_adapted_gd.HalfSquaredLoss",
+    "--optimizer_criterion=criterion",
     "--optimizer.damping=0.0",
 )
 
@@ -232,6 +232,7 @@ def test_other_optimizers(tmp_path):
         (("--lr_scheduler=torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size=1"), "`lr_scheduler` should come with"),
         (("--optimizer_module=net",), "`optimizer_module` should come with an `optimizer`"),
         (("--optimizer=torch.optim.SGD", "--optimizer.lr=1", "--optimizer_module=net"), "is for AdaptedGD, but got 'net' with"),
+        (("--optimizer=torch.optim.SGD", "--optimizer.lr=1", "--optimizer_criterion=criterion"), "is for AdaptedGD, but got"),
     ],
 )
 def test_configurations_that_do_not_fit(arguments, words, tmp_path):
@@ -288,10 +289,10 @@ class Line(pl.LightningModule):
         return self.net(x)
 
     def training_step(self, batch, batch_idx):
-        return HalfSquaredLoss()(self(batch[0]), nn.functional.one_hot(batch[1], 10).double())
+        return HALF(self(batch[0]), nn.functional.one_hot(batch[1], 10).double())
 
     def configure_optimizers(self):
-        optimizer = AdaptedGD(self, criterion=HalfSquaredLoss(), damping=0.0)
+        optimizer = AdaptedGD(self, criterion=HALF, damping=0.0)
         scheduler = LinearInterpolationLR(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

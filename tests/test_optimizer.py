@@ -158,10 +158,11 @@ def test_float32_follows_float64(activation):
         torch.manual_seed(5)
         model = mlp(activation, sizes=(4, 40, 40, 3)).to(dtype)
         x, y = torch.randn(12, 4).to(dtype), torch.randn(12, 3).to(dtype)
-        optimizer = AdaptedGD(model, lr=0.25, criterion=nn.MSELoss(), damping=0.0)
+        criterion = nn.MSELoss()
+        optimizer = AdaptedGD(model, lr=0.25, criterion=criterion, damping=0.0)
         for _ in range(5):
             optimizer.zero_grad()
-            nn.MSELoss()(model(x), y).backward()
+            criterion(model(x), y).backward()
             optimizer.step()
         results.append(flat(model))
     assert (results[0] - results[1]).norm() < 1e-4 * results[1].norm()
@@ -185,9 +186,10 @@ def test_one_full_step_of_many_models_is_the_pseudoinverse(name):
 
 def test_the_report_names_how():
     model, x, y = problem("tanh, K > QN", "mse mean")
-    optimizer = AdaptedGD(model, criterion=nn.MSELoss(), damping=0.0)
+    criterion = nn.MSELoss()
+    optimizer = AdaptedGD(model, criterion=criterion, damping=0.0)
     assert optimizer.last_step is None
-    nn.MSELoss()(model(x), y).backward()
+    criterion(model(x), y).backward()
     optimizer.step()
     report = optimizer.last_step
     assert (report.kernel, report.solver, report.status) == ("structured", "eigh", "full_rank")

@@ -107,11 +107,12 @@ def test_steps_are_those_of_the_jacobian(name):
     targets = [torch.randn_like(models[0](*x)) for x in batches]
     results = []
     for model, kernel in zip(models, ("structured", "jacobian"), strict=True):
-        optimizer = AdaptedGD(model, lr=0.5, damping=1e-2, criterion=HalfSquaredLoss(), solver=Dense(kernel=kernel))
+        criterion = HalfSquaredLoss()
+        optimizer = AdaptedGD(model, lr=0.5, damping=1e-2, criterion=criterion, solver=Dense(kernel=kernel))
         for _ in range(3):
             optimizer.zero_grad()
             for x, y in zip(batches, targets, strict=True):  # accumulated: two calls, one system
-                (HalfSquaredLoss()(model(*x), y) / 2).backward()
+                (criterion(model(*x), y) / 2).backward()
             optimizer.step()
         assert optimizer.last_step.kernel.startswith(kernel)
         assert optimizer.last_step.identity_gap < 1e-9

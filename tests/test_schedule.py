@@ -50,14 +50,15 @@ def test_after_the_last_step_full_steps_hold_the_targets():
 
 def test_state_dict_resumes():
     model = mlp()
-    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
+    criterion = HalfSquaredLoss()
+    optimizer = AdaptedGD(model, criterion=criterion, damping=0.0)
     scheduler = LinearInterpolationLR(optimizer, 5)
     for _ in range(2):
         optimizer.zero_grad()
-        HalfSquaredLoss()(model(torch.ones(2, 4)), torch.ones(2, 3)).backward()
+        criterion(model(torch.ones(2, 4)), torch.ones(2, 3)).backward()
         optimizer.step()
         scheduler.step()
-    other = AdaptedGD(model, criterion=HalfSquaredLoss(), damping=0.0)
+    other = AdaptedGD(model, criterion=criterion, damping=0.0)
     resumed = LinearInterpolationLR(other, 7)
     resumed.load_state_dict(scheduler.state_dict())
     other.load_state_dict(optimizer.state_dict())

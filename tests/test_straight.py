@@ -170,7 +170,7 @@ def test_loaders_that_do_not_do(batches, error, text):
 @pytest.mark.parametrize("criterion", [None, nn.MSELoss(reduction="none")])
 def test_a_full_batch_needs_a_reduced_criterion(criterion):
     model, x, y = problem()
-    with pytest.raises(ValueError, match="`criterion` should be a loss of reduction"):
+    with pytest.raises(ValueError, match="`criterion` should be one loss that returns a number"):
         AdaptedGD(model, criterion=criterion).full_batch([(x, y)])
 
 

@@ -164,11 +164,12 @@ class Drawn(nn.Module):
 def test_models_that_cannot_be_repeated_train(build, options):
     model, x, y = build().double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
     inputs, y = ((x,), y) if build is Noisy else ((), torch.zeros(6, 1).double())
-    optimizer = AdaptedGD(model, criterion=HalfSquaredLoss(), **options)
+    criterion = HalfSquaredLoss()
+    optimizer = AdaptedGD(model, criterion=criterion, **options)
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
-        loss = HalfSquaredLoss()(model(*inputs), y)
+        loss = criterion(model(*inputs), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-
 def full_loss(model: nn.Module, criterion: nn.Module, loader: Iterable[Any], device: torch.device) -> Tensor:
     """The criterion's loss of all batches at once, by a call of the model for each, with their graphs.
 

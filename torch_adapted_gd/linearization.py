@@ -14,8 +14,8 @@ from .iterative import KernelOperator
 from .jacobian import norm
 from .objective import Objective
 from .replay import Replay, batch_and_outputs, precision
-from .system import ConjugateGradients, Dense, Problem, choose_solver
-from .solve import default_rtol
+from .solve import ConjugateGradients, default_rtol
+from .system import Dense, Problem, choose_solver
 from .weights import DiagonalMetric, Metric
 
 METRICS = ("euclidean", "ggn")
@@ -63,6 +63,7 @@ class Linearization:
         curvature: c that η = lr/c divides by: the largest of `Objective.curvatures`, or 1 in the GGN metric.
         system: What is solved.
         warm_start: Whether ψ̃ should be kept for the next one.
+        eps: Machine epsilon of the arithmetic that x came from.
         repeatable: Whether x can be had for other parameters by repeating calls.
         num_calls, num_outputs, num_params: Calls stacked, QN and K.
 
@@ -99,7 +100,7 @@ class Linearization:
         self.num_calls = len(stacked_from)
         self._numels = {name: p.numel() for name, p in trained.items()}
         self.num_params = sum(self._numels.values())
-        self._eps = eps = max(precision(each, dtype) for each in stacked_from)
+        self.eps = eps = max(precision(each, dtype) for each in stacked_from)
         self._outputs = _stack(stacked_from, lambda each: each.outputs)  # x, [R]
         if objective is None:
             self._g = _stack(stacked_from, lambda each: each.gradients) / loss_scale
@@ -153,11 +154,11 @@ class Linearization:
             return  # of a call's gradient, a part may have come by way of what was computed from it
         arrived = _stack(self._stacked, lambda each: each.gradients) / loss_scale
         apart, size, explained = (float(torch.linalg.vector_norm(v)) for v in (arrived - self._g, arrived, self._g))
-        if not apart > max(1e-3, 16 * self._eps) * max(size, explained):
+        if not apart > max(1e-3, 16 * self.eps) * max(size, explained):
             return
         raise RuntimeError(
-            f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, so "
-            "nothing was changed. Something else in the loss depends on the outputs, or a hook edits gradients. Give AdaptedGD "
+            f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, "
+            "so nothing was changed. Something else in the loss depends on the outputs, or a hook edits gradients. Give AdaptedGD "
             "all criteria that the loss is made of, criterion=(first, second), functions as LossFunction(function)."
         )
 
@@ -167,23 +168,32 @@ class Linearization:
         Raises:
             RuntimeError: One is not.
         """
-        for what, v in (("outputs", self._outputs), ("gradient of the loss in the outputs", self._g)):
-            bad = int((~torch.isfinite(v) & ((self._g != 0) | (what != "outputs"))).sum())
-            if what == "outputs" and self.objective is not None and bool(torch.isnan(v).any()):
-                bad = bad or int(torch.isnan(v).sum()) if not math.isfinite(self.loss) else bad
-            if bad:
-                advice = "Look at inputs and parameters" if what == "outputs" else "Look at the loss and its targets"
-                raise RuntimeError(
-                    f"The {what} of the model that the loss was computed from, {len(v)} numbers, have {bad} that are not finite, so "
-                    f"nothing was changed. {advice}; a smaller `lr` or more `damping` keeps outputs bounded. zero_grad drops the "
-                    "call."
-                )
+        x, g = self._outputs, self._g
+        bad_outputs = ~torch.isfinite(x) & (g != 0) if math.isfinite(self.loss) else ~torch.isfinite(x)
+        for what, bad in (("output", bad_outputs), ("gradient of the loss in output", ~torch.isfinite(g))):
+            if not bool(bad.any()):
+                continue
+            first, number, parts = int(bad.nonzero()[0]), 0, [n * q for n, q in map(batch_and_outputs, self._stacked)]
+            while first >= parts[number]:
+                first, number = first - parts[number], number + 1
+            each = self._stacked[number]
+            n, _ = batch_and_outputs(each)
+            marks = bad[sum(parts[:number]) : sum(parts[: number + 1])].view(n, -1)
+            widths = [each.outputs[place].shape[1:].numel() for place in each.places]
+            counts = [int(part.sum()) for part in marks.split(widths, 1)]
+            place, count = next((p, c) for p, c in zip(each.places, counts, strict=True) if c)
+            whose = "of the model" if isinstance(each, Call) else "that a criterion was given"
+            advice = "Look at its inputs and the parameters" if what == "output" else "Look at the loss and its targets"
+            raise RuntimeError(
+                f"In call {number + 1} of {len(self._stacked)} {whose}, the {what} {place} of shape "
+                f"{list(each.outputs[place].shape)} has {count} entries that are not finite, so nothing was changed. {advice}; "
+                "a smaller `lr` or more `damping` keeps outputs bounded. zero_grad drops the call."
+            )
 
     @functools.cached_property
     def loss(self) -> float:
-        """C, by the criteria."""
-        assert self.objective is not None
-        return self.objective.value(self._outputs)
+        """C, by the criteria; 0 where there are none."""
+        return 0.0 if self.objective is None else self.objective.value(self._outputs)
 
     @functools.cached_property
     def _replays(self) -> list[Replay]:
@@ -193,12 +203,12 @@ class Linearization:
     def rounding(self) -> float:
         """What rounding of the outputs can do to the loss."""
         seen = self._g != 0
-        return 4 * self._eps * float(self._g[seen].abs() @ self._outputs[seen].abs())
+        return 4 * self.eps * float(self._g[seen].abs() @ self._outputs[seen].abs())
 
     @functools.cached_property
     def output_rounding(self) -> float:
         """What rounding of the outputs can do to a difference of them."""
-        return 4 * self._eps * float(self._outputs[torch.isfinite(self._outputs)].norm())
+        return 4 * self.eps * float(self._outputs[torch.isfinite(self._outputs)].norm())
 
     @property
     def loss_unit(self) -> int:

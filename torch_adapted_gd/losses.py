@@ -96,6 +96,7 @@ def check_criteria(criterion: Any) -> tuple[nn.Module, ...]:
             else:
                 advice = "For a loss that is computed otherwise leave it out."
             raise TypeError(
-                f"`criterion` should be a loss module, or several in a tuple, whose calls make the loss, but got {each!r}. {advice}"
+                f"`criterion` should be a loss module, or several in a tuple, whose calls make the loss, but got {each!r}. "
+                f"{advice}"
             )
     return given

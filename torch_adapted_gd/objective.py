@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .calls import Outputs
 from .losses import HalfSquaredLoss
-from .weights import LEAST, BlockMetric, DiagonalMetric, Metric
 from .replay import batch_and_outputs
 from .tracking.criteria import Entries, Term
+from .weights import LEAST, BlockMetric, DiagonalMetric, Metric
 
 _COLUMNS = 256  # of blocks of a Hessian that are found one after the other, by a double backward pass of the criterion each
 _ENTRIES = 2**24  # of all blocks
@@ -46,10 +46,7 @@ class Objective:
             start += n * q
         self.size = start
         self._in_order = [
-            len(stacked) == 1
-            and len(stacked[0].places) == 1
-            and len(term.parts) == 1
-            and term.parts[0].index is None
+            len(stacked) == 1 and len(stacked[0].places) == 1 and len(term.parts) == 1 and term.parts[0].index is None
             for term in terms
         ]
 
@@ -104,7 +101,7 @@ class Objective:
         return all(getattr(term.criterion, "reduction", None) == "sum" for term in self._terms)
 
     def curvatures(self, x: Tensor, g: Tensor) -> Tensor:
-        """c for each entry of x, ``[R]``: H = ∇²ₓC for squares, an upper bound of it for losses that have one.
+        """C for each entry of x, ``[R]``: H = ∇²ₓC for squares, an upper bound of it for losses that have one.
 
         | criterion | c of an entry, by what the mean divides by |
         |---|---|
@@ -113,7 +110,7 @@ class Objective:
         | CrossEntropyLoss | ½ · weight of the sample |
         | BCEWithLogitsLoss | ¼ · weight of the entry |
         | others that are squares, Σ hᵢ(xᵢ − yᵢ)²/2 | hᵢ |
-        | others | the largest eigenvalue of H at x; where H = 0, \\|g\\|²/2C, that of a square with minimum 0 |
+        | others | the largest eigenvalue of H at x; where H = 0, g·g/2C, that of a square with minimum 0 |
 
         Entries that the loss does not look at have 0.
 
@@ -148,7 +145,7 @@ class Objective:
         if hessian.diagonal is not None:
             h = hessian.diagonal
             largest = float(h.max()) if h.numel() else 0.0
-            if largest > 0 and float(h.min()) >= 0:
+            if largest > 0 and float(h.min()) >= 0 and bool(((h > 0) | (g == 0)).all()):
                 other = torch.where(used & torch.isfinite(x), x - g / largest, x)
                 if math.isfinite(self.value(other)):
                     again = Hessian(function, other, touched, self.owners).diagonal
@@ -190,7 +187,7 @@ class Objective:
             return DiagonalMetric(torch.where(g != 0, h.clamp(min=LEAST * float(h.max())), h).sqrt(), keep)
         if hessian.blocks is None:
             raise RuntimeError(
-                f'The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and nothing '
+                f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and nothing "
                 'was changed. Use metric="euclidean", or fewer samples at a time.'
             )
         calls_apart = len({n for n, _ in self.sizes}) == len(self.sizes) or len(self.sizes) == 1
@@ -307,7 +304,7 @@ def _closed_form(term: Term) -> tuple[int, Tensor] | None:
 
 
 def _shared(criterion: Any, f: Tensor, weight: Tensor, total: Tensor | float) -> Tensor:
-    """f times the weight of each of the values, by the reduction."""
+    """F times the weight of each of the values, by the reduction."""
     return f * weight / total if criterion.reduction == "mean" else f * weight
 
 
@@ -357,4 +354,3 @@ _FORMS: dict[type, Callable[[Any, Tensor, Tensor, Tensor], Tensor | None]] = {
     nn.BCEWithLogitsLoss: _binary,
     nn.CrossEntropyLoss: _classes,
 }
-

@@ -17,8 +17,9 @@ from .objective import Objective
 from .policies import Backtracking, Fixed, LevenbergMarquardt, Outcome, Policy, Step, StraightLine
 from .recorder import CallRecorder
 from .report import StepReport
-from .system import ConjugateGradients, Dense
-from .trials import ByNext, Judge, Trial, TrialMaker, choose_judge, kept_momentum, learned_curvature
+from .solve import ConjugateGradients
+from .system import Dense
+from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .watching import WatchingOptimizer
 
 
@@ -283,7 +284,7 @@ class AdaptedGD(WatchingOptimizer):
                 raise RuntimeError(
                     f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
                 )
-        self._warn(linearization, trained, arrived)  # before anything changes: a warning may be made an error
+        self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
         if outcome.trial:
             self._take(linearization, outcome, values, keep=isinstance(judge, ByNext))
         self._note_rejection(rejected=outcome.trial is None and not outcome.hidden)
@@ -334,7 +335,7 @@ class AdaptedGD(WatchingOptimizer):
             self.state[first].update(remembered)
 
     def _looked_back(self, scale: float) -> tuple[dict[str, float], bool]:
-        """What the policy remembers, with the last step judged by the loss now if nobody could then; and if it is to be undone."""
+        """What the policy remembers, once the loss has told what the last step did; and whether that is to be undone."""
         kept = {**self._kept, "damping": options.shared_option(self.param_groups, "damping")}
         policy = self._policy or LevenbergMarquardt()
         if "predicted" not in kept or not isinstance(policy, LevenbergMarquardt):
@@ -365,11 +366,15 @@ class AdaptedGD(WatchingOptimizer):
         kept = self.state.get(self.param_groups[0]["params"][0], {}).get("psi")
         return None if kept is None else kept.double()
 
-    def _warn(self, linearization: Linearization, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor]) -> None:
+    def _warn(
+        self, linearization: Linearization, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor], scale: float
+    ) -> None:
         for about, text in linearization.remarks():
             self._warn_once(about, text)
         for name, p in trained.items():
-            if p.grad is not None and not torch.equal(p.grad.to_dense(), arrived[name]):
+            if p.grad is None or torch.equal(p.grad.to_dense(), arrived[name]):
+                continue
+            if scale == 1 or not torch.equal(p.grad.to_dense(), arrived[name] / scale):  # which a GradScaler does
                 self._warn_once(
                     "edited",
                     f"`.grad` of '{name}' is not what backward delivered since the last step: it was clipped or edited, or not "

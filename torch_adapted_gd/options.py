@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from .calls import underlying
 from .checks import real_number
 from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
-from .system import ConjugateGradients, Dense
+from .solve import ConjugateGradients
+from .system import Dense
 
 SHARED = ("damping", "momentum")  # of the one system that all parameter groups share
 

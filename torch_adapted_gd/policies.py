@@ -1,4 +1,4 @@
-"""Policies: how far a step goes, and with how much damping. Each owns its options; what it remembers is the optimizer's state."""
+"""Policies: how far a step goes, and with how much damping. Each owns its options; the optimizer keeps its state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ State = dict[str, float]  # what a policy remembers: plain numbers, to be kept i
 
 _DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Armijo)
 _BENDING = 0.375  # largest second-order part of a step, relative to it
-_LEARNING = 10.0  # most that a learned curvature changes by in a step
+_LEARNING = 3.0  # most that a learned curvature changes by in a step
+_LEGIBLE = 32.0  # rounding errors of the loss that its curvature has to stand out from
 _LOSING = -1.0  # share of the gain below which damping is raised: more than twice the gain is missing on the next batch
 
 
@@ -94,15 +95,23 @@ class Step:
         change = judge.change(trial, moved)
         return change if math.isfinite(change) else math.inf
 
+    def shown(self, trial: Trial, change: float) -> float | None:
+        """The curvature of the loss along a trial; None where a criterion tells it, or rounding hides it."""
+        judge = self.known()
+        if judge.curvature is None or not math.isfinite(change):
+            return None
+        square = float(self.linear.linear(trial.change).square().sum())
+        if not judge.curvature * square > _LEGIBLE * self.linear.eps * abs(judge.before):
+            return None
+        return 2 * (change - self.linear.slope(trial.change)) / square
+
     def learned(self, trial: Trial, change: float) -> State:
-        """The curvature that the loss showed along a trial, where no criterion tells it."""
-        curvature = self.known().curvature
+        """What to remember of that."""
+        curvature, shown = self.known().curvature, self.shown(trial, change)
         if curvature is None:
             return {}
-        square = float(self.linear.linear(trial.change).square().sum())
-        shown = 2 * (change - self.linear.slope(trial.change)) / square if square > 0 else curvature
-        if not math.isfinite(shown):
-            return {}
+        if shown is None:
+            return {"curvature": curvature}
         return {"curvature": min(_LEARNING * curvature, max(curvature / _LEARNING, shown))}
 
 
@@ -120,7 +129,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Backtracking:
-    """Shorten steps until the loss decreases: the longest of η, η/2, η/4, … that gives 10⁻⁴ of what its slope promises (Armijo).
+    """Shorten steps until the loss decreases: the longest of η, η/2, … that gives 10⁻⁴ of what its slope promises (Armijo).
 
     Args:
         damping: λ, relative to the mean of diag Θ, at least 0.
@@ -325,19 +334,20 @@ class LevenbergMarquardt:
         true_or_false("second_order", self.second_order)
         one_of("judge", self.judge, JUDGES)
 
-    def after(self, damping: float, gain_ratio: float, share: float | None = None) -> float:
+    def after(self, damping: float, gain_ratio: float, share: float | None = None, least: float = 1.0) -> float:
         """λ for the step after one that was accepted.
 
         Args:
             damping: λ of the accepted trial.
             gain_ratio: Actual over predicted decrease.
             share: How much of the gain carries over to the next batch; None if that is not known yet.
+            least: What to multiply ``smallest`` by, for parameters in very different units.
         """
         if share is not None and self.carry_over and share < _LOSING:
             return damping * self.increase
         if gain_ratio > self.good:
             carried = share is None or not self.carry_over or share >= self.carry_over
-            return max(self.smallest, damping * self.decrease) if carried else damping
+            return max(self.smallest * least, damping * self.decrease) if carried else damping
         return damping * self.increase if gain_ratio < self.poor else damping
 
     def raised(self, damping: float, rejections: int) -> float:
@@ -371,12 +381,12 @@ class LevenbergMarquardt:
             after = carry.stepped(judge.before / linear.loss_unit, None if change is None else change / linear.loss_unit)
             return {"damping": damping, **dataclasses.asdict(after)}
 
-        tried, ratio = damping or self.initial, -math.inf
+        tried, ratio, shortened = damping or self.initial, -math.inf, 1.0
         for attempt in range(1, self.num_trials + 1):
             # A momentum that does not suit the loss here is not mended by damping.
             direction = step.direction(tried, with_momentum=attempt <= 2)
             # What no damping shortens has to be shortened itself.
-            fraction = 1.0 if step.propose.damped else 0.25 ** (attempt - 1)
+            fraction = shortened * (1.0 if step.propose.damped else 0.25 ** (attempt - 1))
             trial = step.propose(direction, fraction)
             straight = linear.linear(trial.change)  # Dδ
             predicted = step.predicted(trial, straight)
@@ -388,11 +398,15 @@ class LevenbergMarquardt:
                 return Outcome(direction, trial, attempt, None, remembered(damping, change))
             ratio = change / predicted if predicted < 0 else -math.inf
             if ratio > self.accept:
-                following = self.after(tried, ratio, carry.share)
+                following = self.after(tried, ratio, carry.share, linear.system.least)
                 return Outcome(direction, trial, attempt, ratio, remembered(following, change) | step.learned(trial, change))
+            shown = step.shown(trial, change)
+            if shown is not None and judge.curvature is not None and shown > judge.curvature and shortened > 0.1:
+                shortened = max(0.1, shortened * judge.curvature / shown)  # the loss bends more than was known
+                continue
             if judge.wants_outputs and abs(predicted) <= linear.rounding:
                 return Outcome(direction, None, attempt, ratio, hidden=True)
-            tried = self.raised(tried, attempt if fraction == 1 and step.propose.damped else 1)
+            tried = self.raised(tried, attempt if step.propose.damped else 1)
         return Outcome(direction, None, self.num_trials, ratio)
 
     def _best(self, step: Step, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
@@ -449,7 +463,9 @@ class CarryOver:
         """With the next batch, whose loss before its step is ``loss``."""
         if math.isnan(self.after):
             return self
-        lost = min(max(loss - self.after, 0.0), _WORST * max(self.gain, 0.0))  # whatever an outlier among batches does
+        most = _WORST * max(self.gain, 0.0)  # whatever an outlier among batches does
+        # Of either sign: batches that are easier by chance make up for those that are harder.
+        lost = min(max(loss - self.after, -most), most)
         return CarryOver(
             self.after,
             self.gain,

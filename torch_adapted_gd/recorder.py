@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying, unwatched
+from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying
 from .live import linearized_live
 from .tracking import private
 from .tracking.criteria import MARK, Entries, Term, entries_of, flat_arguments, found_in_graph
@@ -255,8 +255,8 @@ class CallRecorder:
             self._running.append(None)
             return
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = [call for leaf in leaves for call in self._calls_behind(leaf)]
-        running = _Running(Inputs(args, kwargs), Conditions.now(model), before)
+        behind = [call for leaf in leaves for call in self._calls_behind(leaf)]
+        running = _Running(Inputs(args, kwargs), Conditions.now(model), behind)
         self._running.append(running)
         if not compiled(model):  # what was compiled runs as a whole, and is run again to be differentiated
             running.begin(model, self._named(model), any(leaf.requires_grad for leaf in leaves))

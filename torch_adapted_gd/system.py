@@ -13,7 +13,7 @@ from .checks import one_of, positive_integer, real_number
 from .iterative import KernelOperator
 from .jacobian import METHODS, Jacobian, tangent_gram, tangent_jacobian, written_if_small
 from .memory import available_bytes, require_memory
-from .solve import ConjugateGradients, Factorization, factorize
+from .solve import ConjugateGradients, Factorization, equilibrated, factorize
 from .weights import Metric
 
 SPACES = ("auto", "sample", "parameter")
@@ -78,6 +78,7 @@ class System:
         scale: The mean of diag Θ̃.
         jacobian: D.
         seconds: Time spent, by part, where it was taken.
+        least: How small a damping still makes a difference, relative to one that does where parameters have the same units.
     """
 
     space: Literal["sample", "parameter"]
@@ -88,6 +89,7 @@ class System:
     scale: float
     jacobian: Jacobian
     seconds: dict[str, float] = field(default_factory=dict)
+    least: float = 1.0
 
     @property
     def projected_fraction(self) -> float:
@@ -128,7 +130,7 @@ class Problem:
             _MATRICES * 8 * rows**2,
             self.g.device,
             f"A step on {rows:,} outputs (kernel {8 * rows**2 / 1e9:.3g} GB, and its eigenvectors)",
-            'Use a smaller batch, or solver=ConjugateGradients().',
+            "Use a smaller batch, or solver=ConjugateGradients().",
         )
         jacobian = written_if_small(self._jacobian(), _SMALL)
         theta = jacobian.gram()  # [R, R]
@@ -156,11 +158,12 @@ class Problem:
         system = System(
             space="parameter",
             matrix=gram,
-            factorization=factorize(gram, **solving),
+            factorization=equilibrated(gram, factorize(gram, **solving), **solving),
             right=products[:, 0],
             size=float(torch.linalg.vector_norm(right)),
             scale=float(gram.diagonal().sum()) / max(1, len(right)),
             jacobian=jacobian,
+            least=float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0,
         )
         return system, square
 
@@ -187,9 +190,7 @@ class Problem:
 
     def _jacobian(self) -> Jacobian:
         given = self.solver if isinstance(self.solver, Dense) else Dense()
-        return tangent_jacobian(
-            self.model, self.stacked_from, self.names, method=given.kernel, chunk_size=given.chunk_size
-        )
+        return tangent_jacobian(self.model, self.stacked_from, self.names, method=given.kernel, chunk_size=given.chunk_size)
 
     def _right(self) -> Tensor:
         return self.g if self.metric is None else self.metric.root_inverse(self.g)

@@ -203,7 +203,9 @@ def choose_judge(wanted: str, linearization: Linearization, closure: Closure | N
             return None
     if wanted == "closure":
         if closure is None:
-            raise RuntimeError('judge="closure" needs the loss from a closure: write optimizer.step(closure). Nothing was changed.')
+            raise RuntimeError(
+                'judge="closure" needs the loss from a closure: write optimizer.step(closure). Nothing was changed.'
+            )
         return ByClosure(closure, None if known else linearization.curvature)
     if not known:
         raise RuntimeError(
@@ -212,8 +214,8 @@ def choose_judge(wanted: str, linearization: Linearization, closure: Closure | N
         )
     if wanted == "outputs" and not linearization.repeatable:
         raise RuntimeError(
-            'judge="outputs" needs a criterion that is given the model\'s outputs, or entries of them, which a forward pass can '
-            'give again, but it was given something that was computed from them. Nothing was changed. Use judge="closure" with '
+            'judge="outputs" needs a criterion that is given the model\'s outputs, or entries of them, which a forward pass '
+            'can give again, but it was given something that was computed from them. Nothing was changed. Use judge="closure" with '
             'a closure, or judge="next".'
         )
     return ByOutputs(linearization) if wanted == "outputs" else ByNext(linearization)

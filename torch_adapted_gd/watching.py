@@ -133,9 +133,11 @@ class WatchingOptimizer(Optimizer):
 
     def _asked_for_state(self) -> bool:
         """Whether a step with gradients of zeros is asked for, as checkpointing tools do it to have the state made."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters = self._groups_parameters()
         if not all(p.grad is not None and not p.grad.any() for p in parameters if p.requires_grad):
             return False
+        if self._recorder.dropped_by == "zero_grad" and any(float(group["lr"]) for group in self.param_groups):
+            return False  # cleared between backward and step
         for p in parameters:
             if p.requires_grad and options.shared_option(self.param_groups, "momentum"):
                 self.state[p].setdefault("momentum", p.new_zeros(p.shape))
@@ -148,8 +150,8 @@ class WatchingOptimizer(Optimizer):
             self._warn_once(
                 "rejected",
                 f"The last {_PATIENCE} steps were rejected: no trial lowered the loss by what was predicted for it, and "
-                "parameters stay where they are. Where the loss is as low as it gets, that is the end. Else: use float64; bring "
-                "parameters and inputs to sizes near 1; give the damping a larger `initial` or more `num_trials`; and see that "
+                "parameters stay where they are. Where the loss is as low as it gets, that is the end. Else: use float64; "
+                "bring parameters and inputs to sizes near 1; give the damping a larger `initial` or more `num_trials`; and see that "
                 "the forward pass gives the same again for the same parameters.",
             )
 
@@ -195,7 +197,7 @@ class WatchingOptimizer(Optimizer):
         if about in self._said:
             return
         self._said.add(about)
-        level, frame = 1, sys._getframe(1)
+        level, frame = 2, sys._getframe(1)
         while frame.f_back is not None:
             package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
             if package not in (*_PASSED, __name__.partition(".")[0]):

@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 LEAST = 1e-12  # curvature where there is a gradient, relative to the largest: how far to go there is a matter of damping
 
 

@@ -152,12 +152,12 @@ def _traced(model: nn.Module, outputs: Outputs, names: list[str], dtype: torch.d
         tapes.append(Tape(given, constants, differentiable=differentiable))
         return tapes[0]
 
-    given, outputs = replay.with_graph(tape)
+    given, found_outputs = replay.with_graph(tape)
     found = Linearized(
-        outputs,
+        found_outputs,
         given,
         tapes[0].notes,
-        eps=precision(call, outputs[0].dtype),
+        eps=precision(call, found_outputs[0].dtype),
         dtype=dtype,
         vectorized=allows_vmap(replay.model),
         conditions=replay.conditions,

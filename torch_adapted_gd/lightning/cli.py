@@ -37,6 +37,8 @@ class AdaptedCLIMixin(LightningCLI):
     - ``optimizer``: ``class_path`` and ``init_args``, without ``model`` or ``params``;
     - ``optimizer_module``: for `AdaptedGD`, the name of the submodule that the loss is computed from, ``net`` where
       ``training_step`` calls ``self.net(x)``; by default the module itself, for ``self(x)``;
+    - ``optimizer_criterion``: for `AdaptedGD`, the name of the submodule that is its ``criterion``, ``loss`` where
+      ``training_step`` calls ``self.loss(outputs, targets)``: it has to be the very one, which no configuration could make;
     - ``lr_scheduler``: ``class_path`` and ``init_args``, without ``optimizer``;
     - ``lr_scheduler_interval``: ``step`` or ``epoch``; by default ``step`` for `LinearInterpolationLR`, else ``epoch``;
     - ``lr_scheduler_monitor``: what a scheduler that looks at a metric looks at.
@@ -53,6 +55,7 @@ class AdaptedCLIMixin(LightningCLI):
         optimizer, scheduler = Callable[[Any], Optimizer], Callable[[Optimizer], LRScheduler]
         parser.add_argument("--optimizer", type=optimizer | None, default=None, help="which optimizer")
         parser.add_argument("--optimizer_module", type=str | None, default=None, help="what AdaptedGD is given, if not all")
+        parser.add_argument("--optimizer_criterion", type=str | None, default=None, help="the loss for AdaptedGD to watch")
         parser.add_argument("--lr_scheduler", type=scheduler | None, default=None, help="which schedule")
         parser.add_argument("--lr_scheduler_interval", choices=["step", "epoch"], help="how often it is stepped")
         parser.add_argument("--lr_scheduler_monitor", type=str | None, default=None, help="the metric that it looks at, if any")
@@ -64,7 +67,7 @@ class AdaptedCLIMixin(LightningCLI):
         written = self.config[str(self.subcommand)] if nested else self.config
         made = self.config_init[str(self.subcommand)] if nested else self.config_init
         if made.get("optimizer") is None:
-            for key in ("optimizer_module", "lr_scheduler"):
+            for key in ("optimizer_module", "optimizer_criterion", "lr_scheduler"):
                 if made.get(key) is not None:
                     raise ValueError(f"`{key}` should come with an `optimizer`, but there is none in the configuration.")
             return
@@ -73,6 +76,7 @@ class AdaptedCLIMixin(LightningCLI):
             adapted=_is_adapted(written.optimizer),
             make=made.optimizer,
             inner=made.get("optimizer_module"),
+            criterion=made.get("optimizer_criterion"),
             schedule=made.get("lr_scheduler"),
             interval=made.get("lr_scheduler_interval"),
             monitor=made.get("lr_scheduler_monitor"),
@@ -92,17 +96,20 @@ def _configure_optimizers(
     module: LightningModule,
     *,
     adapted: bool,
-    make: Callable[[Any], Optimizer],
+    make: Callable[..., Optimizer],
     inner: str | None,
+    criterion: str | None,
     schedule: Callable[[Optimizer], LRScheduler] | None,
     interval: str | None,
     monitor: str | None,
 ) -> Any:
     """What the module's method of this name gives."""
-    if inner is not None and not adapted:
-        raise ValueError(f"`optimizer_module` is for AdaptedGD, but got {inner!r} with another optimizer. Leave it out.")
+    for key, value in (("optimizer_module", inner), ("optimizer_criterion", criterion)):
+        if value is not None and not adapted:
+            raise ValueError(f"`{key}` is for AdaptedGD, but got {value!r} with another optimizer. Leave it out.")
     network: nn.Module = module if inner is None else module.get_submodule(inner)
-    optimizer = make(network if adapted else module.parameters())
+    watched = {} if criterion is None else {"criterion": module.get_submodule(criterion)}
+    optimizer = make(network, **watched) if adapted else make(module.parameters())
     if schedule is None:
         return optimizer
     scheduler = schedule(optimizer)

@@ -1,6 +1,7 @@
 """The tangent-kernel system Θψ = Pg (2.22), solved with its rank revealed."""
 
 from .choice import factorize
+from .equilibrated import equilibrated
 from .factorization import Factorization, Status
 from .krylov import ConjugateGradients
 from .lstsq import LeastSquares, rank_revealing_lstsq
@@ -16,6 +17,7 @@ __all__ = [
     "LeastSquares",
     "Status",
     "default_rtol",
+    "equilibrated",
     "factorize",
     "rank_revealing_lstsq",
     "solve_kernel",

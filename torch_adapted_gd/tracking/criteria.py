@@ -97,7 +97,7 @@ class Term:
         return total
 
     def _choose_dtype(self) -> None:
-        """Whether the criterion takes float64; some have tensors of their own in another dtype, which it cannot be mixed with."""
+        """Whether the criterion takes float64; some have tensors of their own in another dtype."""
         given = {number: self.arguments[number].double() for number in self.entries}
         found: dict[int, Tensor] = {}
         for doubles in (True, False):
@@ -127,7 +127,9 @@ class Term:
         args, kwargs = tree_unflatten(leaves, self.structure)
         # Copies: it may change them, and a class weight in float32 does not go with outputs in float64.
         held = dict(self.criterion.named_buffers()) | dict(self.criterion.named_parameters())
-        held = {name: t.detach().double() if doubles and t.is_floating_point() else t.detach().clone() for name, t in held.items()}
+        held = {
+            name: t.detach().double() if doubles and t.is_floating_point() else t.detach().clone() for name, t in held.items()
+        }
         kind = next(iter(self.values.values())).device.type
         with unwatched(), self._same_random_numbers(), torch.autocast(kind, enabled=False):
             result = functional_call(self.criterion, held, args, kwargs) if held else self.criterion(*args, **kwargs)
@@ -143,6 +145,10 @@ class Term:
             yield
 
 
+def _copied(tensor: Tensor, *, doubles: bool) -> Tensor:
+    return tensor.detach().double() if doubles and tensor.is_floating_point() else tensor.detach().clone()
+
+
 def _agree(found: Tensor, value: Tensor) -> bool:
     expected = value.double()
     scale = expected.abs().mean() if expected.numel() else 0.0
@@ -152,7 +158,9 @@ def _agree(found: Tensor, value: Tensor) -> bool:
 
 
 def _shown(values: dict[int, Tensor]) -> str:
-    return ", ".join(f"{float(v):.6g}" if v.numel() == 1 else f"{float(v.double().mean()):.6g} on average" for v in values.values())
+    return ", ".join(
+        f"{float(v):.6g}" if v.numel() == 1 else f"{float(v.double().mean()):.6g} on average" for v in values.values()
+    )
 
 
 def found_in_graph(x: Tensor, recorder: int, parameters: dict[int, Any]) -> tuple[dict[tuple[int, int], Any], bool, bool]:
@@ -170,7 +178,7 @@ def found_in_graph(x: Tensor, recorder: int, parameters: dict[int, Any]) -> tupl
     marked: dict[tuple[int, int], Any] = {}
     moved, depends = True, False
     seen = set()
-    nodes = [x.grad_fn]
+    nodes: list[Any] = [x.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

@@ -1,0 +1,177 @@
+"""The loss as a function of the outputs, against autograd: its value, curvature, and the roots of its Hessian."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.functional import hessian
+
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LossFunction
+from torch_adapted_gd.calls import Outputs
+from torch_adapted_gd.objective import Objective
+from torch_adapted_gd.tracking.criteria import Entries, Term, flat_arguments
+
+N = 6
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def classes(*shape):
+    return lambda: torch.randint(4, (N, *shape))
+
+
+def normal(*shape):
+    return lambda: torch.randn(N, *shape, dtype=torch.float64)
+
+
+def uniform(*shape):
+    return lambda: torch.rand(N, *shape, dtype=torch.float64)
+
+
+CE, BCE = nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
+WEIGHT = double(0.2, 1, 3, 0)
+LOSSES = {
+    "mse": (nn.MSELoss, {}, (3,), normal(3)),
+    "half squared": (HalfSquaredLoss, {}, (3, 2), normal(3, 2)),
+    "cross-entropy": (CE, {}, (4,), classes()),
+    "smoothed": (CE, {"label_smoothing": 0.1}, (4,), classes()),
+    "probabilities": (CE, {}, (4,), lambda: uniform(4)().softmax(1)),
+    "pixels, some ignored": (CE, {"ignore_index": 1}, (4, 3, 2), classes(3, 2)),
+    "class weights": (CE, {"weight": WEIGHT}, (4, 3), classes(3)),
+    "class weights, smoothed": (CE, {"weight": WEIGHT, "label_smoothing": 0.2}, (4,), classes()),
+    "class weights of probabilities": (CE, {"weight": WEIGHT, "label_smoothing": 0.2}, (4,), lambda: uniform(4)().softmax(1)),
+    "binary": (BCE, {}, (4,), uniform(4)),
+    "binary weighted": (BCE, {"weight": double(0.3, 1, 0, 2), "pos_weight": double(0.2, 1, 3, 5)}, (4,), uniform(4)),
+    "poisson": (nn.PoissonNLLLoss, {}, (3,), uniform(3)),
+    "huber": (nn.HuberLoss, {}, (3,), normal(3)),
+    "margins": (nn.MultiLabelSoftMarginLoss, {}, (4,), lambda: (uniform(4)() > 0.5).double()),
+}
+SQUARES = ("mse", "half squared")
+BOUNDED = (nn.MSELoss, HalfSquaredLoss, CE, BCE)
+
+
+def objective_of(criterion, x, *others, factor=1.0, scale=1.0):
+    given = Outputs({0: x})
+    arguments, structure = flat_arguments((x, *others), {})
+    values = criterion(x, *others).detach()
+    factors = {0: factor * torch.ones_like(values, dtype=torch.float64)}
+    term = Term(criterion, arguments, structure, {0: [Entries(given, 0)]}, None, {0: values}, factors)
+    return Objective([term], [given], scale)
+
+
+def setting(name, reduction, size=2.0):
+    kind, options, shape, targets = LOSSES[name]
+    criterion, y = kind(reduction=reduction, **options), targets()
+    x = size * torch.randn(N, *shape, dtype=torch.float64)
+    return criterion, x, y, objective_of(criterion, x, y, factor=3.0, scale=1.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_curvature_and_root(name, reduction):
+    criterion, x, y, objective = setting(name, reduction)
+
+    def loss(z):
+        return 2 * criterion(z, y).sum()
+
+    flat = x.reshape(-1)
+    h = hessian(loss, x).reshape(x.numel(), -1)
+    g = objective.gradient(flat)
+    assert objective.value(flat) == pytest.approx(float(loss(x)))
+    torch.testing.assert_close(g, torch.autograd.functional.jacobian(loss, x).reshape(-1))
+    c = objective.curvatures(flat, g)
+    if type(criterion) in BOUNDED:
+        assert torch.linalg.eigvalsh(torch.diag(c) - h)[0] >= -1e-12
+    if name in SQUARES:
+        torch.testing.assert_close(torch.diag(c), h)
+    if type(criterion) not in BOUNDED:
+        assert float(c.max()) == pytest.approx(float(torch.linalg.eigvalsh(h)[-1]))
+    metric = objective.hessian_metric(flat, g).padded()
+    eye = torch.eye(x.numel(), dtype=torch.float64)
+    root = metric.root(eye)
+    torch.testing.assert_close(root @ root.T, h, rtol=1e-9, atol=1e-11 * float(h.abs().max()))
+    torch.testing.assert_close(metric.root_transpose(eye), root.T)
+    q = x[0].numel()
+    torch.testing.assert_close(metric.root_transpose(eye[q : 3 * q], first=q), root.T[q : 3 * q])  # a part of the samples
+    torch.testing.assert_close(root @ metric.root_inverse(g), g)
+
+
+def test_the_bound_of_cross_entropy_is_reached():
+    x = double([0.0, 0.0, -40.0])  # p = (½, ½, 0)
+    objective = objective_of(CE(), x, torch.tensor([0]))
+    h = hessian(lambda z: CE()(z, torch.tensor([0])), x).reshape(3, 3)
+    assert float(torch.linalg.eigvalsh(h)[-1]) == pytest.approx(
+        float(objective.curvatures(x[0], objective.gradient(x[0])).max())
+    )
+
+
+def test_losses_without_second_derivatives_are_measured_by_their_value():
+    x, y = torch.randn(N, 3, dtype=torch.float64), torch.zeros(N, 3, dtype=torch.float64)
+    for criterion in (nn.L1Loss(), nn.MultiMarginLoss()):
+        objective = objective_of(criterion, x, y if isinstance(criterion, nn.L1Loss) else torch.zeros(N, dtype=torch.long))
+        g = objective.gradient(x.reshape(-1))
+        expected = float(g.square().sum() / (2 * objective.value(x.reshape(-1))))
+        assert float(objective.curvatures(x.reshape(-1), g).max()) == pytest.approx(expected)
+        with pytest.raises(RuntimeError, match='no curvature at these outputs.*Use metric="euclidean"'):
+            objective.hessian_metric(x.reshape(-1), g)
+
+
+def test_a_loss_that_couples_samples_has_one_block():
+    x = torch.randn(N, 3, dtype=torch.float64)
+    criterion = LossFunction(lambda z: (z @ z.T).logsumexp(1).sum())
+    objective = objective_of(criterion, x)
+    g = objective.gradient(x.reshape(-1))
+    metric = objective.hessian_metric(x.reshape(-1), g)
+    assert not metric.local
+    h = hessian(lambda z: criterion(z), x).reshape(x.numel(), -1)
+    assert float(objective.curvatures(x.reshape(-1), g).max()) == pytest.approx(float(torch.linalg.eigvalsh(h)[-1]))
+
+
+def test_what_is_to_be_maximized_is_refused():
+    x, y = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
+    objective = objective_of(nn.MSELoss(), x, y, factor=-1.0)
+    with pytest.raises(RuntimeError, match="AdaptedGD minimizes: leave the sign out"):
+        objective.curvatures(x.reshape(-1), objective.gradient(x.reshape(-1)))
+
+
+class Counting(nn.Module):
+    """Gives something else each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x, y):
+        self.calls += 1
+        return self.calls * (x - y).square().mean()
+
+
+def test_a_criterion_that_cannot_be_repeated_is_named():
+    x, y = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
+    objective = objective_of(Counting(), x, y)
+    with pytest.raises(RuntimeError, match="`criterion`, a Counting, gave .* when it was called again"):
+        objective.gradient(x.reshape(-1))
+
+
+def test_random_numbers_of_a_criterion_are_drawn_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 2))
+    criterion = LossFunction(lambda a, b: (torch.rand(len(a), 1) * (a - b).square()).mean())
+    optimizer = AdaptedGD(model, criterion=criterion)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    for _ in range(15):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        state = torch.get_rng_state()
+        optimizer.step()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert nn.functional.mse_loss(model(x), y) < 1e-3
+
+
+def test_options_that_need_the_loss():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match='`criterion` should be given for metric="ggn".* but got None'):
+        AdaptedGD(model, metric="ggn")
+    with pytest.raises(ValueError, match="`metric` should be one of 'euclidean', 'ggn', but got 'fisher'"):
+        AdaptedGD(model, metric="fisher")
