@@ -1,4 +1,7 @@
+import copy
 import io
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, LinearInterpolationLR
 
 from .cases import COUPLED
+from .trials import assert_same
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -61,3 +65,52 @@ def test_resuming_in_the_middle_gives_the_same_bits(accumulated):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert other.state_dict() == optimizer.state_dict()
     assert other.last_step == optimizer.last_step
+
+
+def made(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 2))
+    return model, AdaptedGD(model, criterion=nn.MSELoss(), **options)
+
+
+def regress(model, optimizer, steps=2):
+    x, y = torch.randn(16, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(16, 2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        optimizer.criterion(model(x), y).backward()
+        optimizer.step()
+
+
+def test_a_state_is_loaded_as_often_as_one_likes():
+    """As accelerate does; and into copies, of whose defaults torch makes more."""
+    model, optimizer = made()
+    optimizer.load_state_dict(optimizer.state_dict())
+    regress(model, optimizer)
+    best = copy.deepcopy(optimizer.state_dict())
+    regress(model, optimizer)
+    optimizer.load_state_dict(best)
+    for other in (copy.deepcopy(made()[1]), pickle.loads(pickle.dumps(made()[1]))):
+        other.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_distributed_checkpoints(options, steps):
+    """torch.distributed.checkpoint calls `step` with zero gradients and lr 0 to have the state made."""
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model, optimizer = made(**options)
+    regress(model, optimizer, steps)
+    optimizer.zero_grad()
+    before = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = checkpoint.get_optimizer_state_dict(model, optimizer)
+        other, fresh = made(**options)
+        checkpoint.set_optimizer_state_dict(other, fresh, saved)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    if steps:
+        assert_same(before, fresh.state_dict())
+    other.load_state_dict(model.state_dict())
+    regress(model, optimizer)
+    regress(other, fresh)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))

@@ -176,3 +176,57 @@ def test_batches_of_different_sizes_compare(reduction):
         optimizer.step()
     after = CarryOver.read(optimizer.state[next(model.parameters())]).after
     assert after == pytest.approx(nn.functional.mse_loss(model(x), x.sum(1, keepdim=True).sin()).item(), rel=1e-6)
+
+
+class Residual(nn.Module):
+    """u' − 4π cos 2πt and u(0) − 1 at points that are drawn anew in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.u = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self):
+        t = (1.5 * torch.rand(60, 1)).requires_grad_()
+        (du,) = torch.autograd.grad(self.u(t).sum(), t, create_graph=True)
+        start = (self.u(torch.zeros(1, 1)) - 1).expand(60, 1)
+        return torch.cat([start, du - 4 * math.pi * torch.cos(2 * math.pi * t)], 1)
+
+
+@pytest.mark.filterwarnings("ignore:Rows of the output Jacobian")
+def test_points_drawn_anew_do_not_freeze_it():
+    torch.manual_seed(0)
+    model, criterion, zero = Residual(), nn.MSELoss(), torch.zeros(60, 2)
+    optimizer = AdaptedGD(model, criterion=criterion)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = criterion(model(), zero)
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-5
+    assert optimizer.param_groups[0]["damping"] < 1e-3
+
+
+class Decay(nn.Module):
+    """A curve whose parameters have very different units."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.a, self.k, self.c = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (1e6 * unit, 5e-4, 0.0))
+
+    def forward(self, t):
+        return self.a * torch.exp(-self.k * t) + self.c
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6])
+def test_units_of_parameters_do_not_matter_where_the_solution_is_unique(unit):
+    t = torch.linspace(0, 4000, 60, dtype=torch.float64)
+    y = 2.5e6 * unit * torch.exp(-1.3e-3 * t) + 4e4 * unit
+    model, criterion = Decay(unit), nn.MSELoss()
+    optimizer = AdaptedGD(model, criterion=criterion)
+    for _ in range(100):
+        optimizer.zero_grad()
+        criterion(model(t), y).backward()
+        optimizer.step()
+        assert optimizer.last_step.rank == 3
+    with torch.no_grad():
+        assert (model(t) - y).norm() <= 1e-8 * y.norm()

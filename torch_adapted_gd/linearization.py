@@ -158,8 +158,8 @@ class Linearization:
             return
         raise RuntimeError(
             f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, "
-            "so nothing was changed. Something else in the loss depends on the outputs, or a hook edits gradients. Give AdaptedGD "
-            "all criteria that the loss is made of, criterion=(first, second), functions as LossFunction(function)."
+            "so nothing was changed. Something else in the loss depends on the outputs, or a hook edits gradients. Give "
+            "AdaptedGD all criteria that the loss is made of, criterion=(first, second), functions as LossFunction(function)."
         )
 
     def _check_finite(self) -> None:

@@ -187,8 +187,8 @@ class Objective:
             return DiagonalMetric(torch.where(g != 0, h.clamp(min=LEAST * float(h.max())), h).sqrt(), keep)
         if hessian.blocks is None:
             raise RuntimeError(
-                f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and nothing "
-                'was changed. Use metric="euclidean", or fewer samples at a time.'
+                f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and "
+                'nothing was changed. Use metric="euclidean", or fewer samples at a time.'
             )
         calls_apart = len({n for n, _ in self.sizes}) == len(self.sizes) or len(self.sizes) == 1
         return BlockMetric(*hessian.blocks, g, keep, local=calls_apart and hessian.by_sample)

@@ -287,7 +287,8 @@ class AdaptedGD(WatchingOptimizer):
         self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
         if outcome.trial:
             self._take(linearization, outcome, values, keep=isinstance(judge, ByNext))
-        self._note_rejection(rejected=outcome.trial is None and not outcome.hidden)
+        if not isinstance(judge, ByNext) or "predicted" in kept:  # a step that nobody has judged yet is none
+            self._note_rejection(rejected=outcome.trial is None and not outcome.hidden)
         recorder.drop("step", spent=True)
         self.last_step = report
         return loss

@@ -391,7 +391,8 @@ class LevenbergMarquardt:
             straight = linear.linear(trial.change)  # Dδ
             predicted = step.predicted(trial, straight)
             if judge.later and (predicted <= 0 or attempt == self.num_trials):  # else the criterion refuses that x
-                expected = {"damping": tried, "predicted": predicted, "before": judge.before, "rejections": 0.0}
+                expected = {"damping": tried, "predicted": predicted, "before": judge.before}
+                expected["rejections"] = step.state.get("rejections", 0.0)
                 return Outcome(direction, trial if predicted <= 0 else None, attempt, None, expected)
             trial, change = self._best(step, trial, straight, self.second_order and fraction == 1)
             if predicted == 0 and change <= 0:  # a stationary point, or lr = 0

@@ -289,9 +289,13 @@ class CallRecorder:
             call.behind = leaves
             if self._criteria and running.tape.differentiable:
                 self._kept = [*self._kept[-_KEPT:], call]
-        for place, leaf in leaves.items():
-            copy = copies[id(leaf)]
-            copy.register_hook(_arrival(weakref.ref(self), CallRecorder._arrived, call, place))
+        own = _behind_own_loss(leaves)  # these a gradient reaches by the loss that the model returns, not by copies
+        if own:
+            call.outputs = {place: value for place, value in call.outputs.items() if value.ndim}
+        for place in call.outputs:
+            copy = copies[id(leaves[place])]
+            watched = leaves[place] if place in own else copy
+            watched.register_hook(_arrival(weakref.ref(self), CallRecorder._arrived, call, place))
             cast(Any, copy.grad_fn).metadata[MARK] = (id(self), call, place)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
@@ -331,6 +335,7 @@ class CallRecorder:
     def _argument(self, leaf: Tensor, copy: Tensor, calls: list[Call]) -> Entries:
         """A criterion's argument that has to be differentiated itself."""
         tapes = [tape for call in dict.fromkeys([*self._kept, *calls]) for tape in call.tapes]
+        tapes += [running.tape for running in self._running if running is not None and running.tape is not None]
         rows = leaf.reshape(1) if leaf.ndim == 0 else leaf
         argument = Outputs({0: rows.detach().clone()}, tapes=tapes, behind={0: rows})
         copy.register_hook(_arrival(weakref.ref(self), CallRecorder._arrived, argument, 0))
@@ -458,6 +463,23 @@ def _arrival(
             method(recorder, of, number, gradient)
 
     return arrived
+
+
+def _behind_own_loss(leaves: dict[int, Tensor]) -> set[int]:
+    """The outputs that a model's own loss, a number that it returns beside them, was computed from first."""
+    others = {leaf.grad_fn: place for place, leaf in leaves.items() if leaf.ndim}
+    found, seen = set(), set()
+    nodes = [leaf.grad_fn for leaf in leaves.values() if not leaf.ndim] if others else []
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in others:
+            found.add(others[node])
+        else:
+            nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def _passes(model: nn.Module) -> int:

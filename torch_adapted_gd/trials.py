@@ -215,8 +215,8 @@ def choose_judge(wanted: str, linearization: Linearization, closure: Closure | N
     if wanted == "outputs" and not linearization.repeatable:
         raise RuntimeError(
             'judge="outputs" needs a criterion that is given the model\'s outputs, or entries of them, which a forward pass '
-            'can give again, but it was given something that was computed from them. Nothing was changed. Use judge="closure" with '
-            'a closure, or judge="next".'
+            'can give again, but it was given something that was computed from them. Nothing was changed. Use judge="closure" '
+            'with a closure, or judge="next".'
         )
     return ByOutputs(linearization) if wanted == "outputs" else ByNext(linearization)
 

@@ -15,7 +15,7 @@ from .recorder import CallRecorder
 from .report import StepReport
 
 _OPTIONS = ("lr", "alpha", "damping", "momentum", "weight_decay")
-_PATIENCE = 5  # steps that are rejected one after the other before it is said
+_PATIENCE = 10  # steps that are rejected one after the other before it is said
 _PASSED = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "skorch", "ignite")
 
 
@@ -151,8 +151,8 @@ class WatchingOptimizer(Optimizer):
                 "rejected",
                 f"The last {_PATIENCE} steps were rejected: no trial lowered the loss by what was predicted for it, and "
                 "parameters stay where they are. Where the loss is as low as it gets, that is the end. Else: use float64; "
-                "bring parameters and inputs to sizes near 1; give the damping a larger `initial` or more `num_trials`; and see that "
-                "the forward pass gives the same again for the same parameters.",
+                "bring parameters and inputs to sizes near 1; give the damping a larger `initial` or more `num_trials`; and "
+                "see that the forward pass gives the same again for the same parameters.",
             )
 
     def _loss_scale(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -294,7 +295,7 @@ class Linearized:
     def _check(self) -> None:
         """Hold what the rules make of Dᵀu against the backward pass; what differs is not served."""
         total = accumulated(((use, self.terms(use)) for use in self.uses), _summed, self._parameters, self._dtype)
-        whole = sum(float(product.norm()) ** 2 for product in self.probe_product.values()) ** 0.5
+        whole = math.hypot(*(float(product.norm()) for product in self.probe_product.values()))
         for name in sorted(self._doubtful & self.probe_product.keys()):
             # Tiny gradients at a use are no doubt about D where D is tiny too, as by a bias that a softmax takes away.
             if float(self.probe_product[name].norm()) > 64 * self.eps * whole:

@@ -23,8 +23,8 @@ class AdaptedStepMonitor(Callback):
 
     Logged as ``{name}/{key}`` every ``log_every_n_steps``: ``rank``, ``num_outputs``, ``condition``, ``projected_fraction``,
     ``identity_gap``, ``off_output_fraction``, ``curvature``, ``damping``, ``num_trials``, ``gain_ratio`` (NaN where nobody
-    looked), and ``full_rank`` and ``rejected``, which are 0 or 1. Several such optimizers have their number after the name. Where
-    there is none, there is a warning and nothing is logged, so that an optimizer can be swapped in a configuration.
+    looked), and ``full_rank`` and ``rejected``, which are 0 or 1. Several such optimizers have their number after the name.
+    Where there is none, there is a warning and nothing is logged, so that an optimizer can be swapped in a configuration.
 
     Args:
         name: Root of the keys.
