@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -213,3 +214,29 @@ def test_a_closure_that_agrees_is_not_called_again():
         for _ in range(3):
             optimizer.step(closure)
         assert len(closure.calls) == 3
+
+
+def test_a_closure_that_tells_the_last_of_accumulated_losses_alone():
+    """As Lightning has it: with a criterion all is known; without, no policy can judge."""
+    for criterion, status in ((MSE, None), (None, "several backward passes")):
+        model, x, y = wave()
+        optimizer = AdaptedGD(model, criterion=criterion)
+        loss_of = criterion or nn.functional.mse_loss
+        losses = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(8):
+                optimizer.zero_grad()
+                (loss_of(model(x[::2]), y[::2]) / 2).backward()
+
+                def closure(model=model, x=x, y=y, loss_of=loss_of):
+                    loss = loss_of(model(x[1::2]), y[1::2]) / 2
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+                losses.append(nn.functional.mse_loss(model(x), y).item())
+        assert [status in str(warning.message) for warning in caught] == ([] if status is None else [True])
+        assert optimizer.last_step.num_calls == 2
+        if criterion:
+            assert losses == sorted(losses, reverse=True)

@@ -91,10 +91,6 @@ class Objective:
         """∇ₓC, ``[R]``."""
         return _gradient(self, x)
 
-    def of_terms(self, x: Tensor) -> list[tuple[Term, Tensor]]:
-        """∇ₓ of each term."""
-        return [(term, _gradient(functools.partial(self._term, i), x)) for i, term in enumerate(self._terms)]
-
     @property
     def is_sum(self) -> bool:
         """Whether criteria add up what they find, so that losses of more samples are larger."""

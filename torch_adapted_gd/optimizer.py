@@ -217,6 +217,7 @@ class AdaptedGD(WatchingOptimizer):
     def _step(self, function: Callable[[], float] | None) -> float | None:
         recorder = self._recorder
         closure = None if function is None else Closure(function, self._model)
+        earlier = [*recorder.calls, *recorder.terms]
         loss = None if closure is None else closure()
         recorder.notice_cleared()
         if not recorder.calls and not recorder.gradients and closure is not None and loss is None:
@@ -249,6 +250,15 @@ class AdaptedGD(WatchingOptimizer):
             self._note_rejection(rejected=True)
             return loss
         objective = Objective(recorder.terms, stacked_from, scale) if self._criteria else None
+        if closure is not None and any(each in earlier for each in (*recorder.calls, *recorder.terms)):
+            closure = None  # gradients accumulate: it tells the last loss alone
+            if self._policy is None and not self._criteria:
+                self._warn_once(
+                    "accumulated",
+                    "Gradients of several backward passes make this step, and the closure tells the last one's loss alone, so "
+                    "that no policy can judge it: it is the paper's step, `lr` times the gradient. Give AdaptedGD the loss as "
+                    "`criterion`, or a number for `damping`.",
+                )
         policy = self._chosen_policy(closure)
         unit = 1.0
         if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):

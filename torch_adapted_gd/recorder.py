@@ -374,10 +374,9 @@ class CallRecorder:
             return
         for part in term.parts:
             part.of.selected.add(part.place)
-        factor, number_of_pass = factor.detach().to(torch.float64, copy=True), self._pass
+        factor = factor.detach().to(torch.float64, copy=True)
 
         def confirmed() -> None:
-            term.backward_pass = number_of_pass
             before = term.factors.get(number)
             term.factors[number] = factor if before is None else before + factor
             if term not in self.terms:

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..calls import Call, Outputs, unwatched
+from ..calls import Outputs, unwatched
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
 # Of the digits of positions that are sent back through a graph: what bfloat16 holds, and float32.
@@ -58,7 +58,7 @@ class Term:
         random: The state of the random number generator before it, if it drew from it.
         values: What it gave, by number.
         factors: f by number: ∂loss/∂value as backward passes delivered it, float64.
-        backward_pass: Identifies the last one.
+        doubles: Whether the criterion takes float64; None as long as nobody asked.
     """
 
     criterion: nn.Module
@@ -68,7 +68,6 @@ class Term:
     random: Tensor | None = None
     values: dict[int, Tensor] = field(default_factory=dict)
     factors: dict[int, Tensor] = field(default_factory=dict)
-    backward_pass: int = -1
     doubles: bool | None = None
 
     @property
@@ -258,8 +257,3 @@ def _sent_back(x: Tensor, codes: Tensor, nodes: list[Any], sizes: list[int]) -> 
 def flat_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """Positional and keyword arguments, flat, and how they belong together."""
     return tree_flatten((args, kwargs))
-
-
-def is_of_a_call(entries: Entries) -> bool:
-    """Whether they can be computed again by repeating a call."""
-    return isinstance(entries.of, Call)
