@@ -181,3 +181,12 @@ def test_a_model_that_returns_more():
 
     with pytest.raises(TypeError, match="needs a model that returns a tensor, but it returned a tuple"):
         AdaptedGD(Pair(6, 3).double(), criterion=nn.MSELoss()).full_batch([problem()[1:]])
+
+
+def test_outputs_that_nothing_gives_again_are_named():
+    model, x, y = problem()
+    criterion = HalfSquaredLoss()
+    optimizer = AdaptedGD(model, criterion=criterion, damping=StraightLine())
+    criterion(model(x).sinh(), y).backward()
+    with pytest.raises(RuntimeError, match="StraightLine.. needs a criterion that is given the model's outputs"):
+        optimizer.step()

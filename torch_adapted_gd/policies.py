@@ -226,7 +226,17 @@ class StraightLine:
         return min(1.0, fraction * min(_LONGER, max(_SHORTER, allowed)))
 
     def search(self, step: Step) -> Outcome:
-        """The longest of ever shorter steps that the outputs follow as predicted."""
+        """The longest of ever shorter steps that the outputs follow as predicted.
+
+        Raises:
+            RuntimeError: Nobody can tell where the outputs go.
+        """
+        if not step.linear.repeatable:
+            raise RuntimeError(
+                "StraightLine() needs a criterion that is given the model's outputs, or entries of them, which a forward pass can "
+                "give again, but it was given something that was computed from them. Nothing was changed. Use "
+                "LevenbergMarquardt(), or let the model return what the criterion is given."
+            )
         direction = step.direction(self.damping)
         whole = step.propose(direction)
         straight = step.linear.linear(whole.change)  # Dδ at the full lr

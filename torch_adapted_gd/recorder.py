@@ -97,6 +97,7 @@ class CallRecorder:
         gradients: ∇_θC as backward passes delivered it since the last `drop`, by ``id`` of the parameter: what ``.grad``
             would hold, before anyone clips or edits it.
         dropped_by: What emptied the recorder last, for the message of a step that finds no call.
+        unusable_criterion: Whether a criterion was called within a transform, where it cannot be followed.
         unusable_output: Type of what the last call returned, if no gradient can reach any of it.
     """
 
@@ -104,11 +105,13 @@ class CallRecorder:
         self.calls: list[Call] = []
         self.terms: list[Term] = []
         self._criteria = criteria
+        self._mark = object()  # what this recorder's outputs are known by in a graph
         self._inside: list[tuple[nn.Module, Term | None]] = []  # the calls of criteria under way
         self._kept: list[Call] = []
         self.gradients: dict[int, Tensor] = {}
         self.dropped_by: str | None = None
         self.unusable_output: str | None = None
+        self.unusable_criterion = False
         self._threads: dict[int, list[_Running | None]] = {}
         self._count = 0
         self._pending: list[Callable[[], None]] = []
@@ -204,6 +207,11 @@ class CallRecorder:
 
     def why_no_call(self) -> str:
         """What to tell a user whose step finds no call."""
+        if self.unusable_criterion and self.gradients:
+            return (
+                "`criterion` was called within a transform of torch.func, such as vmap, where its terms cannot be told apart. Take "
+                "derivatives within it, and call the criterion outside of it on what it returns for all samples."
+            )
         if self._criteria and self.gradients:
             names = " or ".join(type(criterion).__name__ for criterion in self._criteria)
             return (
@@ -296,12 +304,12 @@ class CallRecorder:
             copy = copies[id(leaves[place])]
             watched = leaves[place] if place in own else copy
             watched.register_hook(_arrival(weakref.ref(self), CallRecorder._arrived, call, place))
-            cast(Any, copy.grad_fn).metadata[MARK] = (id(self), call, place)
+            cast(Any, copy.grad_fn).metadata[MARK] = (self._mark, call, place)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
     def _calls_behind(self, tensor: Tensor) -> list[Call]:
         marks = [node.metadata[MARK] for node in graph(tensor) if MARK in node.metadata]
-        return [call for recorder, call, _ in marks if recorder == id(self)]
+        return [call for recorder, call, _ in marks if recorder is self._mark]
 
     def _before_criterion(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take down what a criterion is given; what is part of x it is given as copies, whose gradients are its alone."""
@@ -316,10 +324,11 @@ class CallRecorder:
         for number, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not leaf.requires_grad or not leaf.is_floating_point():
                 continue
-            if private.is_batched(leaf):
+            if private.is_batched(leaf):  # within torch.func.vmap: one sample's loss, and nobody sees all of them
+                self.unusable_criterion = True
                 return None
             if id(leaf) not in copies:
-                marked, moved, depends = found_in_graph(leaf, id(self), self._parameters)
+                marked, moved, depends = found_in_graph(leaf, self._mark, self._parameters)
                 if not depends:
                     continue
                 copies[id(leaf)] = copy = leaf.clone()

@@ -109,7 +109,7 @@ def parameter_gram(
         2 * 8 * size**2,
         vectors.device,
         f"DᵀD of {size:,} parameters",
-        'Use space="sample", or a smaller batch, which will choose it.',
+        'Use solver=Dense(space="sample"), or a smaller batch, which will choose it.',
     )
     total = torch.zeros(size, size, dtype=torch.float64, device=vectors.device)
     products = vectors.new_zeros(size, vectors.shape[1])

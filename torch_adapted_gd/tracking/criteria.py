@@ -162,12 +162,12 @@ def _shown(values: dict[int, Tensor]) -> str:
     )
 
 
-def found_in_graph(x: Tensor, recorder: int, parameters: dict[int, Any]) -> tuple[dict[tuple[int, int], Any], bool, bool]:
+def found_in_graph(x: Tensor, recorder: object, parameters: dict[int, Any]) -> tuple[dict[tuple[int, int], Any], bool, bool]:
     """The recorded outputs that a tensor was computed from, and how.
 
     Args:
         x: The tensor.
-        recorder: Whose outputs count, by ``id``.
+        recorder: What the outputs that count are marked with.
         parameters: The parameters that count, by ``id``.
 
     Returns:
@@ -184,7 +184,7 @@ def found_in_graph(x: Tensor, recorder: int, parameters: dict[int, Any]) -> tupl
             continue
         seen.add(node)
         mark = node.metadata.get(MARK)
-        if mark is not None and mark[0] == recorder:
+        if mark is not None and mark[0] is recorder:
             depends = True
             marked[id(mark[1]), mark[2]] = (node, mark[1], mark[2])
             continue
