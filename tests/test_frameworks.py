@@ -56,6 +56,8 @@ def test_lightning(tmp_path):
             **options,
         )
         trainer.fit(Module(), DataLoader(TensorDataset(x, y), batch_size=64))
+        if options:
+            torch.distributed.destroy_process_group()
         assert trained(net, x, y)
         net.load_state_dict(job()[0].state_dict())
 

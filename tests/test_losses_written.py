@@ -1,6 +1,7 @@
 """Losses as people write them: the first step is the dense Gauss–Newton step, and training goes where the plain mean goes."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,6 +100,33 @@ def accumulated(m, c, d):
     return 3 * c(m(d.x2), d.y2) / 4
 
 
+class Parts(nn.Module):
+    """Returns the whole and what it is made of."""
+
+    def forward(self, a, b):
+        first, second = (a - b).square().mean(), a.square().mean()
+        return {"loss": first + second, "first": first, "second": second}
+
+
+class InPlace(nn.Module):
+    """Changes what it is given."""
+
+    def forward(self, a, b):
+        return a.sub_(b.mul_(2)).square_().mean()
+
+
+class Keeps(nn.Module):
+    """Counts its calls, and has a weight of its own that others train."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.log_sigma = 0, nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, a, b):
+        self.calls += 1
+        return self.calls * (a - b).square().mean() * torch.exp(-self.log_sigma) + self.log_sigma
+
+
 def language(m, c, d):
     logits = m(d.tokens)
     return c(logits[:, :-1].reshape(-1, 5), d.tokens[:, 1:].reshape(-1))
@@ -152,6 +180,14 @@ CASES = {
     "binary": Case(BCE, lambda m, c, d: c(m(d.x), d.binary), close=0.03),
     "binary, weighted": Case(nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), lambda m, c, d: c(m(d.x), d.binary), close=0.03),
     "probabilities made outside": Case(nn.BCELoss(), lambda m, c, d: c(torch.sigmoid(m(d.x)), d.binary), close=0.3),
+    "parts beside the whole": Case(Parts(), lambda m, c, d: c(m(d.x), d.y)["loss"], close=None),
+    "some of the parts": Case(Parts(), lambda m, c, d: sum(c(m(d.x).sinh(), d.y).values()), close=None),
+    "in place": Case(InPlace(), lambda m, c, d: c(m(d.x), d.y.clone())),
+    "one's value given to the other": Case(
+        (MSE, LossFunction(torch.add)), lambda m, a, b, d: b(a(m(d.x), d.y), 1.0), close=None
+    ),
+    "cast": Case(MSE, lambda m, c, d: c(m(d.x).float().double(), d.y), close=None),
+    "the same twice": Case(MSE, lambda m, c, d: (lambda z: c(z, d.y) + 2 * c(z, d.y2))(m(d.x).sinh()), close=None),
     "huber": Case(nn.HuberLoss(), lambda m, c, d: c(m(d.x), d.y)),
     "smooth l1": Case(nn.SmoothL1Loss(beta=2.0), lambda m, c, d: c(m(d.x), d.y)),
     "a function": Case(LossFunction(F.huber_loss, delta=2.0), lambda m, c, d: c(m(d.x), d.y)),
@@ -199,7 +235,7 @@ class Spy(nn.Module):
                     self.taken.append(leaf)
                 else:
                     part, self.told[0] = self.told[0][: leaf.numel()], self.told[0][leaf.numel() :]
-                    leaves[i] = part.view(leaf.shape)
+                    leaves[i] = part.view(leaf.shape).clone()
         args, kwargs = tree_unflatten(leaves, structure)
         return self.criterion(*args, **kwargs)
 
@@ -275,7 +311,7 @@ def test_the_first_step_is_the_dense_gauss_newton_step(name):
     expected = -torch.linalg.solve(d.T @ h @ d + shift * torch.eye(d.shape[1]).double(), d.T @ g)
     got = flat(model) - before
     assert optimizer.last_step.off_output_fraction == 0
-    assert (got - expected).norm() <= 1e-8 * expected.norm()
+    assert (got - expected).norm() <= (1e-5 if name == "cast" else 1e-8) * expected.norm()
 
 
 def trained(case, model, data, steps=40):
@@ -311,6 +347,89 @@ def test_a_multiple_of_the_loss_takes_the_same_steps(criterion, k):
             optimizer.step()
         ends.append(flat(model))
     assert (ends[0] - ends[1]).norm() <= 1e-6 * ends[0].norm()
+
+
+def test_a_criterion_with_a_state_of_its_own():
+    """It is called again as it was: its attributes stay the user's, and its parameters may move before the step."""
+    torch.manual_seed(0)
+    model, data, criterion = net(), Data(), Keeps()
+    optimizer, other = AdaptedGD(model, criterion=criterion), torch.optim.SGD([criterion.log_sigma], 0.1)
+    for k in range(8):
+        optimizer.zero_grad()
+        other.zero_grad()
+        criterion(model(data.x), data.y).backward()
+        other.step()
+        optimizer.step()
+        assert criterion.calls == k + 1
+    assert MSE(model(data.x), data.y) < 0.05
+
+
+def test_a_criterion_that_is_given_the_value_of_another():
+    """Is followed by what that value receives."""
+    ends = []
+    for combined in (True, False):
+        torch.manual_seed(0)
+        model, data = net(), Data()
+        second = LossFunction(lambda a: torch.exp(a) + a)
+        optimizer = AdaptedGD(model, criterion=(MSE, second), damping=0.1)
+        value = MSE(model(data.x), data.y)
+        (second(value) if combined else torch.exp(value) + value).backward()
+        optimizer.step()
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+
+
+def test_criteria_are_followed_in_each_thread_and_after_an_interruption():
+    torch.manual_seed(0)
+    data, errors = Data(), []
+
+    class Interrupted(nn.MSELoss):
+        def forward(self, *args):
+            if self.training:
+                return super().forward(*args)
+            raise KeyboardInterrupt
+
+    criterion = Interrupted()
+
+    def train():
+        try:
+            model = net()
+            optimizer = AdaptedGD(model, criterion=criterion)
+            for _ in range(5):
+                optimizer.zero_grad()
+                criterion(model(data.x), data.y).backward()
+                optimizer.step()
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    model = net()
+    optimizer = AdaptedGD(model, criterion=criterion)
+    with pytest.raises(KeyboardInterrupt):
+        criterion.eval()(model(data.x), data.y)
+    criterion.train()(model(data.x), data.y).backward()
+    optimizer.step()
+    assert optimizer.last_step.status == "full_rank"
+
+
+def test_a_criterion_that_differentiates_what_it_is_given_is_named():
+    torch.manual_seed(0)
+    model, data = net(1, 1), Data()
+    criterion = LossFunction(lambda x, u: (torch.autograd.grad(u.sum(), x, create_graph=True)[0] - u).square().mean())
+    optimizer = AdaptedGD(model, criterion=criterion)
+    x = data.x[:, :1].clone().requires_grad_()
+    criterion(x, model(x)).backward()
+    before = flat(model)
+    with pytest.raises(
+        RuntimeError, match="could not be called again with its arguments.* Take derivatives of what it is given"
+    ):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
 
 
 def test_a_part_of_the_loss_that_no_criterion_knows_is_named():

@@ -2,13 +2,12 @@
 
 import copy
 import io
-import math
 
 import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, AdaptedWarning, LevenbergMarquardt
+from torch_adapted_gd import AdaptedGD, AdaptedWarning, LevenbergMarquardt, LossFunction
 
 from .cases import flat
 
@@ -106,27 +105,93 @@ def test_a_step_to_nowhere_is_taken_back():
     model, x, y = curve()
     criterion = nn.MSELoss()
     optimizer = AdaptedGD(model, criterion=criterion)
-    step(model, optimizer, criterion, x, y)
-    before = optimizer.state[model[0].weight]["previous"].clone()
-    with torch.no_grad():
-        model[0].weight.fill_(math.nan)
-    step(model, optimizer, criterion, x, y)
+    before = flat(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        out = (1e-3 * model(x)).exp()
+        criterion(out, 1e3 * torch.ones_like(y)).backward()
+        optimizer.step()
+    assert not torch.isfinite(out).all()
     assert optimizer.last_step.status == "rejected"
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(flat(model), before)
+
+
+def test_what_changes_beside_the_parameters_is_no_reason_either():
+    """Weights of terms, dropout, noise that is added to outputs, other optimizers: no step is taken back for these, or one."""
+    torch.manual_seed(0)
+    criterion, rejected = nn.MSELoss(), {}
+    for kind in ("weights", "dropout", "noise", "others"):
+        model, x, y = curve()
+        if kind == "dropout":
+            model = nn.Sequential(model[0], model[1], nn.Dropout(0.2), model[2])
+        frozen = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        model.register_parameter("offset", frozen)
+        optimizer = AdaptedGD(model, params=[p for p in model.parameters() if p is not frozen], criterion=criterion)
+        rejected[kind] = 0
+        for k in range(40):
+            optimizer.zero_grad()
+            out = model(x).sinh() + model.offset
+            if kind == "noise":
+                out = out + 0.1 * torch.randn_like(out)
+            ((1 + k if kind == "weights" else 1.0) * criterion(out, y)).backward()
+            optimizer.step()
+            rejected[kind] += optimizer.last_step.status == "rejected"
+            if kind == "others":
+                with torch.no_grad():
+                    frozen.add_(0.1)
+        assert optimizer.param_groups[0]["damping"] < 10
+    assert rejected.pop("weights") < 12  # judged by the weights of its time
+    assert rejected == {"dropout": 0, "noise": 1, "others": 0}
+
+
+def test_what_was_not_trained_is_not_set_back():
+    """Two networks in one model, trained in turns."""
+    torch.manual_seed(0)
+    first, x, y = curve()
+    second, _, _ = curve()
+    model = nn.ModuleList([first, second])
+    model.forward = lambda x, which: model[which](x).sinh()
+    criterion = LossFunction(nn.functional.mse_loss)
+    optimizer = AdaptedGD(model, criterion=criterion)
+    for which in (0, 0, 1, 1, 1):
+        kept = flat(model[0])
+        optimizer.zero_grad()
+        criterion(model(x, which).sinh(), y).backward()
+        optimizer.step()
+    optimizer.state[model[0][0].weight]["before"] = 0.0  # as if the last step had been bad
+    before = flat(model[1])
+    optimizer.zero_grad()
+    criterion(model(x, 1).sinh(), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.status == "rejected"
+    assert not torch.equal(flat(model[1]), before)
+    assert torch.equal(flat(model[0]), kept)
+
+
+def test_a_changed_model_is_noticed():
+    model, x, y = curve()
+    criterion = nn.MSELoss()
+    optimizer = AdaptedGD(model, criterion=criterion)
+    criterion(model(x).sinh(), y).backward()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"Parameter '0.weight' was changed between the model's call and `step`"):
+        optimizer.step()
 
 
 def test_rejections_one_after_the_other_are_told_of():
     model, x, y = curve()
-    criterion = nn.MSELoss()
-    optimizer = AdaptedGD(model, criterion=criterion)
+    optimizer, calls = AdaptedGD(model), []
 
-    def grows(k):
+    def closure():
         optimizer.zero_grad()
-        (10.0**k * criterion(model(x).sinh(), y)).backward()
-        optimizer.step()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        calls.append(1)
+        return loss.item() + len(calls)
 
-    for k in range(19):
-        grows(k)
+    for _ in range(9):
+        optimizer.step(closure)
     with pytest.warns(AdaptedWarning, match="The last 10 steps were rejected") as caught:
-        grows(19)
+        optimizer.step(closure)
     assert [warning.filename for warning in caught] == [__file__]

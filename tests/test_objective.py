@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.functional import hessian
+from torch.utils._pytree import tree_flatten
 
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LossFunction
 from torch_adapted_gd.calls import Outputs
 from torch_adapted_gd.objective import Objective
-from torch_adapted_gd.tracking.criteria import Entries, Term, flat_arguments
+from torch_adapted_gd.tracking.criteria import Entries, State, Term
 
 N = 6
 
@@ -53,10 +54,12 @@ BOUNDED = (nn.MSELoss, HalfSquaredLoss, CE, BCE)
 
 def objective_of(criterion, x, *others, factor=1.0, scale=1.0):
     given = Outputs({0: x})
-    arguments, structure = flat_arguments((x, *others), {})
+    arguments, structure = tree_flatten(((x, *others), {}))
+    state = State.now(criterion, [])
     values = criterion(x, *others).detach()
+    state.forget_unused()
     factors = {0: factor * torch.ones_like(values, dtype=torch.float64)}
-    term = Term(criterion, arguments, structure, {0: [Entries(given, 0)]}, None, {0: values}, factors)
+    term = Term(criterion, arguments, structure, {0: [Entries(given, 0)]}, state, {0: values}, factors)
     return Objective([term], [given], scale)
 
 
@@ -138,18 +141,32 @@ def test_what_is_to_be_maximized_is_refused():
 class Counting(nn.Module):
     """Gives something else each time."""
 
-    def __init__(self):
+    def __init__(self, held):
         super().__init__()
-        self.calls = 0
+        self.held, self.calls, self.log = held, 0, []
 
     def forward(self, x, y):
         self.calls += 1
-        return self.calls * (x - y).square().mean()
+        self.log.append(self.calls)
+        counts = self.held if self.held is not None else self.log
+        if self.held is not None:
+            self.held.append(1)
+        return len(counts) * (x - y).square_().mean()
 
 
-def test_a_criterion_that_cannot_be_repeated_is_named():
+def test_a_criterion_that_counts_is_repeated_as_it_was():
+    """Its attributes, and lists among them, are as the user's own calls left them; what is elsewhere cannot be."""
     x, y = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
-    objective = objective_of(Counting(), x, y)
+    criterion = Counting(None)
+    criterion(x.clone(), y)
+    objective = objective_of(criterion, x, y)
+    torch.testing.assert_close(objective.gradient(x.reshape(-1)), (4 * (x - y) / x.numel()).reshape(-1))
+    assert (criterion.calls, criterion.log) == (2, [1, 2])
+
+    class Elsewhere(list):
+        pass
+
+    objective = objective_of(Counting(Elsewhere()), x, y)
     with pytest.raises(RuntimeError, match="`criterion`, a Counting, gave .* when it was called again"):
         objective.gradient(x.reshape(-1))
 

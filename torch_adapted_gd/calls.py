@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,8 @@ class Outputs:
         behind: Themselves, as they are in the graph, likewise.
         linearized: What they were linearized by, in the backward pass that first came by each.
         backward_pass: Identifies the last backward pass that came by.
+        calls: The calls that it was computed from, if it is no call itself.
+        eps: Machine epsilon of the coarsest dtype that it was cast to, if it is none.
     """
 
     outputs: dict[int, Tensor] = field(default_factory=dict)
@@ -152,6 +155,9 @@ class Outputs:
     behind: dict[int, Tensor] = field(default_factory=dict)
     linearized: "dict[int, Piece]" = field(default_factory=dict)
     backward_pass: int = -1
+    calls: "list[Call]" = field(default_factory=list)
+    eps: float = 0.0
+    _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)
 
     @property
     def places(self) -> list[int]:
@@ -169,60 +175,17 @@ class Outputs:
             first += piece.linearized.q
         return pieces
 
-    def release(self) -> None:
-        """Give back all that a step needed: the user's graph may live on for long."""
-        self.outputs, self.behind, self.linearized, self.tapes = {}, {}, {}, []
+    def remember(self, model: nn.Module) -> None:
+        """Take down which parameters these belong to."""
+        named = underlying(model).named_parameters()
+        self._parameters = {name: (_version(p), p.dtype, p.device) for name, p in named}
 
-
-@dataclass(eq=False)
-class Call(Outputs):
-    """One call of a model, with all that is needed to repeat it.
-
-    Attributes:
-        number: Counts the calls of a recorder.
-        inputs: Copies of positional and keyword inputs as they were given.
-        conditions: Random state, autocast, modes and buffers in force.
-        outputs: The values of the floating outputs that depend on parameters, by place among the output's leaves.
-        random: Whether the pass drew random numbers.
-        nested: Whether an input was computed from another recorded call's output.
-    """
-
-    number: int = 0
-    inputs: "Inputs" = None  # type: ignore[assignment]
-    conditions: Conditions = None  # type: ignore[assignment]
-    random: bool = False
-    nested: bool = False
-    _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, number: int, model: nn.Module, inputs: "Inputs", start: Conditions, output: Any) -> "Call":
-        """Take down a call that has just returned ``output``."""
-        model = underlying(model)
-        return cls(
-            number=number,
-            inputs=inputs,
-            conditions=start,
-            outputs={i: leaf.detach().clone() for i, leaf in output_leaves(output).items()},
-            random=start.random_numbers_drawn(),
-            _parameters={name: (_version(p), p.dtype, p.device) for name, p in model.named_parameters()},
-        )
-
-    def check_unchanged(self, model: nn.Module, *, alone: bool) -> None:
-        """Make sure that the model is still that of the call, and the call one that a step can be taken on.
-
-        Args:
-            model: The model.
-            alone: Whether no criterion says which outputs the loss is a function of.
+    def check_unchanged(self, model: nn.Module) -> None:
+        """Make sure that the model is still that of the forward pass.
 
         Raises:
-            RuntimeError: A parameter was changed in place, the model was moved or cast, or the call is nested.
+            RuntimeError: A parameter was changed in place, or the model was moved or cast.
         """
-        if self.nested and alone:
-            raise RuntimeError(
-                "A call of the model has an input that was computed from the output of another call of it, and the loss went "
-                "through both. AdaptedGD would take both for outputs in their own right. Give it the loss as `criterion`, or a "
-                "module that makes all the calls and returns what the loss is computed from."
-            )
         for name, p in underlying(model).named_parameters():
             version, dtype, device = self._parameters.get(name, (_version(p), p.dtype, p.device))
             if (p.dtype, p.device) != (dtype, device):
@@ -236,6 +199,66 @@ class Call(Outputs):
                     "to other parameters than the Jacobian would. Call this optimizer's `step` before anything else that "
                     "changes the model; for parts of one model use one AdaptedGD with parameter groups."
                 )
+
+    def release(self) -> None:
+        """Give back all that a step needed: the user's graph may live on for long."""
+        self.outputs, self.behind, self.linearized, self.tapes, self.calls = {}, {}, {}, [], []
+
+
+@dataclass(eq=False)
+class Call(Outputs):
+    """One call of a model, with all that is needed to repeat it.
+
+    Attributes:
+        number: Counts the calls of a recorder.
+        inputs: Copies of positional and keyword inputs as they were given.
+        conditions: Random state, autocast, modes and buffers in force.
+        outputs: The values of the floating outputs that depend on parameters, by place among the output's leaves.
+        random: Whether the pass drew random numbers.
+        nested: Whether an input was computed from another recorded call's output.
+        returned: What the user was given.
+        noted: How many uses of parameters the forward pass itself had.
+    """
+
+    number: int = 0
+    inputs: "Inputs" = None  # type: ignore[assignment]
+    conditions: Conditions = None  # type: ignore[assignment]
+    random: bool = False
+    nested: bool = False
+    returned: "list[weakref.ref[Tensor]]" = field(default_factory=list)
+    noted: int = 0
+
+    @classmethod
+    def of(cls, number: int, model: nn.Module, inputs: "Inputs", start: Conditions, output: Any) -> "Call":
+        """Take down a call that has just returned ``output``."""
+        model = underlying(model)
+        call = cls(
+            number=number,
+            inputs=inputs,
+            conditions=start,
+            outputs={i: leaf.detach().clone() for i, leaf in output_leaves(output).items()},
+            random=start.random_numbers_drawn(),
+        )
+        call.remember(model)
+        return call
+
+    def can_be_reached(self) -> bool:
+        """Whether a criterion may still be given something that was computed from this call."""
+        derived = any(len(tape.notes) > self.noted for tape in self.tapes)
+        return derived or any(reference() is not None for reference in self.returned)
+
+    def check_alone(self) -> None:
+        """Make sure that outputs can be taken for x where no criterion tells which the loss is a function of.
+
+        Raises:
+            RuntimeError: The loss went through another call, too.
+        """
+        if self.nested:
+            raise RuntimeError(
+                "A call of the model has an input that was computed from the output of another call of it, and the loss went "
+                "through both. AdaptedGD would take both for outputs in their own right. Give it the loss as `criterion`, or a "
+                "module that makes all the calls and returns what the loss is computed from."
+            )
 
     def release(self) -> None:
         """See `Outputs`: all that a replay needs too."""

@@ -89,24 +89,26 @@ class Linearization:
     ) -> None:
         dtype = next(iter(trained.values())).dtype
         calls = [each for each in stacked_from if isinstance(each, Call)]
-        for call in calls:
-            call.check_unchanged(model, alone=objective is None)
+        for each in stacked_from:
+            each.check_unchanged(model)
+        for call in calls if objective is None else ():
+            call.check_alone()
         rows = sum(n * q for n, q in map(batch_and_outputs, stacked_from))
         if rows == 0:
             raise RuntimeError("The outputs that reached the loss are empty. Leave out empty batches.")
         self._model, self._calls, self._stacked = model, calls, stacked_from
         self.repeatable = len(calls) == len(stacked_from) and not any(call.nested for call in calls)
-        self.trained, self.objective = trained, objective
+        self.trained, self.objective, self._rounding_of_g = trained, objective, 0.0
         self.num_calls = len(stacked_from)
         self._numels = {name: p.numel() for name, p in trained.items()}
         self.num_params = sum(self._numels.values())
-        self.eps = eps = max(precision(each, dtype) for each in stacked_from)
+        self.eps = eps = max(0.0 if objective is None else objective.eps, *(precision(each, dtype) for each in stacked_from))
         self._outputs = _stack(stacked_from, lambda each: each.outputs)  # x, [R]
         if objective is None:
             self._g = _stack(stacked_from, lambda each: each.gradients) / loss_scale
         else:
             self._g = objective.gradient(self._outputs)
-            self._check_explained(loss_scale)
+            self._check_explained(_stack(stacked_from, lambda each: each.gradients) / loss_scale)
         self._check_finite()
         self._metric, self.curvature = self._chosen_metric(metric, unit)
         kept = None if self._metric is None else self._metric.kept
@@ -144,18 +146,21 @@ class Linearization:
             return None, largest
         return DiagonalMetric((c / largest).sqrt(), c > 0), largest
 
-    def _check_explained(self, loss_scale: float) -> None:
+    def _check_explained(self, arrived: Tensor) -> None:
         """Make sure that the criteria explain what gradient arrived at the outputs.
+
+        Args:
+            arrived: That gradient, rounded as the user's own backward pass did it.
 
         Raises:
             RuntimeError: They do not.
         """
-        if not self.repeatable:
-            return  # of a call's gradient, a part may have come by way of what was computed from it
-        arrived = _stack(self._stacked, lambda each: each.gradients) / loss_scale
         apart, size, explained = (float(torch.linalg.vector_norm(v)) for v in (arrived - self._g, arrived, self._g))
         if not apart > max(1e-3, 16 * self.eps) * max(size, explained):
+            self._rounding_of_g = apart
             return
+        if not self.repeatable:
+            return  # of a call's gradient, a part may have come by way of what was computed from it
         raise RuntimeError(
             f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, "
             "so nothing was changed. Something else in the loss depends on the outputs, or a hook edits gradients. Give "
@@ -304,6 +309,16 @@ class Linearization:
         assert self.objective is not None
         return self.objective.value(self._outputs + moved) - self.loss + beside
 
+    def expected(self, change: Parts) -> float:
+        """C(x + Dδ) − C(x), of the criteria alone.
+
+        Args:
+            change: δ by name, in the shapes of the parameters.
+        """
+        assert self.objective is not None
+        moved = self.linear({name: part.double().reshape(-1) for name, part in change.items()})
+        return self.objective.value(self._outputs + moved) - self.loss
+
     def identity_gap(self, direction: Direction) -> float:
         """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if matrix and products belong together."""
         if (psi := direction.weights) is not None:
@@ -348,6 +363,7 @@ class Linearization:
         # |D|_F |g| bounds the sums of products in Dᵀg. The user's backward pass rounds them layer by layer: 54 ε of Dᵀg in a
         # U-Net. Under autocast it rounds each product.
         rounding = 128 * torch.finfo(dtype).eps * math.sqrt(square) * float(torch.linalg.vector_norm(self._g))
+        rounding += 2 * math.sqrt(square) * self._rounding_of_g
         if eps > torch.finfo(dtype).eps:
             rounding += 2 * eps * whole
         negligible = size <= rounding

@@ -18,7 +18,8 @@ from .weights import LEAST, BlockMetric, DiagonalMetric, Metric
 
 _COLUMNS = 256  # of blocks of a Hessian that are found one after the other, by a double backward pass of the criterion each
 _ENTRIES = 2**24  # of all blocks
-_POWERS = 50  # iterations for the largest eigenvalue of a Hessian that is too large for that
+_FEW = 32  # columns up to which they give the largest eigenvalue
+_LANCZOS = 80  # steps that give it where there are more
 
 
 class Objective:
@@ -90,6 +91,12 @@ class Objective:
     def gradient(self, x: Tensor) -> Tensor:
         """∇ₓC, ``[R]``."""
         return _gradient(self, x)
+
+    @property
+    def eps(self) -> float:
+        """Machine epsilon of what criteria were given, the coarsest."""
+        given = [term.arguments[leaf] for term in self._terms for leaf in term.entries]
+        return max(torch.finfo(argument.dtype).eps for argument in given)
 
     @property
     def is_sum(self) -> bool:
@@ -202,12 +209,11 @@ class Hessian:
     Attributes:
         diagonal: ``[R]`` if it is one, else None.
         touches: Which rows it is not zero in.
-        blocks: The rows of each block ``[G, m]``, −1 for none, and the blocks ``[G, m, m]``; None if there are too many.
         by_sample: Whether a block for each sample is all that there is.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, owners: Tensor) -> None:
-        self._x = x.detach().clone().requires_grad_()
+        self._x, self._rows = x.detach().clone().requires_grad_(), rows
         with torch.enable_grad():
             value = function(self._x)
             (self._g,) = torch.autograd.grad(value, self._x, create_graph=True)
@@ -217,31 +223,38 @@ class Hessian:
         h, hs = self.times(one), self.times(s)
         self.touches = (h != 0) | (hs != 0)
         self.diagonal: Tensor | None = None
-        self.blocks: tuple[Tensor, Tensor] | None = None
         self.by_sample = False
         if float((hs - s * h).norm()) <= 1e-12 * float(hs.norm()):
             self.diagonal = h
             return
-        whole = owners.unique(return_inverse=True)[1]
+        self._owners = whole = owners.unique(return_inverse=True)[1]
         t = (torch.rand(int(whole.max()) + 1, generator=generator, dtype=x.dtype) + 0.5).to(x.device)[whole]
         self.by_sample = float((self.times(t * s) - t * hs).norm()) <= 1e-12 * float(hs.norm())
-        group = whole[rows] if self.by_sample else torch.zeros_like(rows)
+
+    def _grouped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows in the order of their blocks, the number of each one's block, and how many each block has."""
+        group = self._owners[self._rows] if self.by_sample else torch.zeros_like(self._rows)
         order = torch.argsort(group, stable=True)
-        rows, group = rows[order], group[order]
-        counts = torch.bincount(group)
-        groups, most = counts.nonzero()[:, 0], int(counts.max())
-        if most > _COLUMNS * (1 if self.by_sample else 16) or len(groups) * most**2 > _ENTRIES:
-            return
-        rank = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[group]
-        number = torch.searchsorted(groups, group)
-        index = torch.full((len(groups), most), -1, device=x.device)
+        number = group[order].unique_consecutive(return_inverse=True)[1]
+        return self._rows[order], number, torch.bincount(number)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Tensor, Tensor] | None:
+        """The rows of each block ``[G, m]``, −1 for none, and the blocks ``[G, m, m]``; None if there are too many."""
+        rows, number, counts = self._grouped()
+        most, x = int(counts.max()), self._x.detach()
+        if most > _COLUMNS * (1 if self.by_sample else 16) or len(counts) * most**2 > _ENTRIES:
+            return None
+        rank = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[number]
+        index = torch.full((len(counts), most), -1, device=x.device)
         index[number, rank] = rows
-        blocks = x.new_zeros(len(groups), most, most)
+        blocks = x.new_zeros(len(counts), most, most)
         for column in range(most):
             unit = torch.zeros_like(x)
             unit[rows[rank == column]] = 1.0
-            blocks[number, rank, column] = self.times(unit)[rows]
-        self.blocks = index, (blocks + blocks.mT) / 2
+            image = self.times(unit)[rows]
+            blocks[number, rank, column] = image
+        return index, (blocks + blocks.mT) / 2
 
     def times(self, v: Tensor) -> Tensor:
         """Hv."""
@@ -260,18 +273,24 @@ class Hessian:
         """Its largest eigenvalue."""
         if self.diagonal is not None:
             return float(self.diagonal.max())
-        if self.blocks is not None:
+        if int(self._grouped()[2].max()) <= _FEW and self.blocks is not None:
             return float(torch.linalg.eigvalsh(self.blocks[1]).max())
-        v = torch.randn(len(self._x), generator=torch.Generator().manual_seed(1), dtype=self._x.dtype).to(self._x.device)
-        largest = 0.0
-        for _ in range(_POWERS):
-            v = v / v.norm()
-            image = self.times(v)
-            largest = max(largest, float(v @ image))
-            if not float(image.norm()) > 0:
+        v = torch.zeros_like(self._x)
+        v[self._rows] = torch.randn(len(self._rows), generator=torch.Generator().manual_seed(1), dtype=v.dtype).to(v.device)
+        basis, alphas, betas = [v / v.norm()], [], []  # Lanczos's, orthogonalized against all
+        for _ in range(min(_LANCZOS, len(self._rows))):
+            image = self.times(basis[-1])
+            alphas.append(float(basis[-1] @ image))
+            known = torch.stack(basis)
+            for _ in range(2):
+                image = image - known.T @ (known @ image)
+            betas.append(float(image.norm()))
+            if not betas[-1] > 1e-12 * max(map(abs, alphas)):
                 break
-            v = image
-        return largest
+            basis.append(image / betas[-1])
+        off = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
+        tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+        return float(torch.linalg.eigvalsh(tridiagonal)[-1])
 
 
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import options
-from .calls import Outputs
+from .calls import Outputs, underlying
 from .checks import all_finite, one_of
 from .closure import Closure
 from .full_batch import full_loss
@@ -15,12 +15,15 @@ from .linearization import METRICS, Linearization
 from .losses import check_criteria
 from .objective import Objective
 from .policies import Backtracking, Fixed, LevenbergMarquardt, Outcome, Policy, Step, StraightLine
-from .recorder import CallRecorder
+from .recorder import CallRecorder, checksum
 from .report import StepReport
 from .solve import ConjugateGradients
 from .system import Dense
 from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .watching import WatchingOptimizer
+
+# What is remembered of a step that the next loss is to judge.
+_OF_NEXT = ("previous", "previous_momentum", "predicted", "before", "job", "undone", "left")
 
 
 class AdaptedGD(WatchingOptimizer):
@@ -296,6 +299,10 @@ class AdaptedGD(WatchingOptimizer):
                 )
         self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
         if outcome.trial:
+            if isinstance(judge, ByNext):
+                expected = linearization.expected({name: value - trained[name] for name, value in values.items()})
+                outcome.state.update(predicted=expected, job=recorder.job(scale), noisy=kept.get("noisy", 0.0))
+                outcome.state.update({f"factor{i}": f for i, f in enumerate(recorder.factors(scale))})
             self._take(linearization, outcome, values, keep=isinstance(judge, ByNext))
         if not isinstance(judge, ByNext) or "predicted" in kept:  # a step that nobody has judged yet is none
             self._note_rejection(rejected=outcome.trial is None and not outcome.hidden)
@@ -320,6 +327,10 @@ class AdaptedGD(WatchingOptimizer):
         decay = options.shared_option(self.param_groups, "momentum")
         trial = outcome.trial
         assert trial is not None
+        for p in self._groups_parameters():
+            state = self.state[p]  # of each, as tools that save states expect it
+            for name in [name for name in state if name in _OF_NEXT or name.startswith("factor")]:
+                del state[name]
         for name, p in linearization.trained.items():
             if keep:
                 self.state[p]["previous"] = p.detach().clone()
@@ -334,11 +345,7 @@ class AdaptedGD(WatchingOptimizer):
             self.state[first]["psi"] = psi.to(first.dtype)  # loading a state casts it to that
         remembered = dict(outcome.state)
         if keep:
-            remembered["job"] = self._recorder.job()
-        else:
-            for p in linearization.trained.values():
-                for name in ("previous", "previous_momentum", "predicted", "before", "job"):
-                    self.state[p].pop(name, None)
+            remembered["left"] = checksum(underlying(self._model).parameters())
         if (damping := remembered.pop("damping", None)) is not None:
             for group in self.param_groups:
                 group["damping"] = damping
@@ -348,11 +355,23 @@ class AdaptedGD(WatchingOptimizer):
     def _looked_back(self, scale: float) -> tuple[dict[str, float], bool]:
         """What the policy remembers, once the loss has told what the last step did; and whether that is to be undone."""
         kept = {**self._kept, "damping": options.shared_option(self.param_groups, "damping")}
-        policy = self._policy or LevenbergMarquardt()
-        if "predicted" not in kept or not isinstance(policy, LevenbergMarquardt):
+        policy, terms = self._policy or LevenbergMarquardt(), self._recorder.terms
+        if not ({"predicted", "undone"} & kept.keys()) or not isinstance(policy, LevenbergMarquardt):
             return kept, False
-        now = sum(term.value() for term in self._recorder.terms) / scale
-        return policy.looked_back(kept, now, same=kept["job"] == self._recorder.job())
+        # By the weights that terms had then.
+        factors = [kept[f"factor{i}"] for i in range(len(kept)) if f"factor{i}" in kept]
+        comparable = len(factors) == len(self._recorder.factors(scale))
+        now = self._recorder.loss(factors) if comparable else sum(term.value() for term in terms) / scale
+        same = comparable and kept["job"] == self._recorder.job(scale)
+        if (undone := kept.pop("undone", None)) is not None:
+            if same and abs(now - undone) > 1e-3 * abs(undone):
+                kept["noisy"] = 1.0  # the same parameters have another loss than before
+            return kept, False
+        if kept["left"] != checksum(underlying(self._model).parameters()):
+            del kept["predicted"]  # they are not where the last step had left them
+            return kept, False
+        lost = any(not all_finite(part.of.outputs[part.place]) for term in terms for part in term.parts)
+        return policy.looked_back(kept, now, same=same and not kept.get("noisy"), lost=lost)
 
     def _undo(self, kept: dict[str, float]) -> None:
         """Take the last step back."""
@@ -366,9 +385,8 @@ class AdaptedGD(WatchingOptimizer):
                 if "previous_momentum" in state:
                     state["momentum"] = state.pop("previous_momentum")
         state = self.state[self.param_groups[0]["params"][0]]
-        for name in ("predicted", "before", "job"):
-            del state[name]
-        state["rejections"] = kept["rejections"]
+        del state["predicted"]
+        state["undone"], state["rejections"] = state.pop("before"), kept["rejections"]
         self.last_step = StepReport.undone(len(self._recorder.terms), kept["damping"])
         self._recorder.drop("step", spent=True)
 

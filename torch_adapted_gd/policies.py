@@ -23,6 +23,7 @@ _DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Ar
 _BENDING = 0.375  # largest second-order part of a step, relative to it
 _LEARNING = 3.0  # most that a learned curvature changes by in a step
 _LEGIBLE = 32.0  # rounding errors of the loss that its curvature has to stand out from
+_BY_CHANCE = 10.0  # most that λ is raised to by losses on other inputs than those of the step
 _LOSING = -1.0  # share of the gain below which damping is raised: more than twice the gain is missing on the next batch
 
 
@@ -233,8 +234,8 @@ class StraightLine:
         """
         if not step.linear.repeatable:
             raise RuntimeError(
-                "StraightLine() needs a criterion that is given the model's outputs, or entries of them, which a forward pass can "
-                "give again, but it was given something that was computed from them. Nothing was changed. Use "
+                "StraightLine() needs a criterion that is given the model's outputs, or entries of them, which a forward pass "
+                "can give again, but it was given something that was computed from them. Nothing was changed. Use "
                 "LevenbergMarquardt(), or let the model return what the criterion is given."
             )
         direction = step.direction(self.damping)
@@ -364,7 +365,7 @@ class LevenbergMarquardt:
         """λ for the trial after a rejection, of which there have been ``rejections`` in this step."""
         return damping * self.increase * math.ldexp(1.0, rejections - 1)
 
-    def looked_back(self, state: State, loss: float, *, same: bool) -> tuple[State, bool]:
+    def looked_back(self, state: State, loss: float, *, same: bool, lost: bool = False) -> tuple[State, bool]:
         """What is remembered once the next loss has come, and whether the step that led to it is to be taken back.
 
         Args:
@@ -372,13 +373,16 @@ class LevenbergMarquardt:
             loss: The loss now.
             same: Whether it is on the same inputs. If not, its difference has chance in it: the step stays, and λ is raised or
                 lowered as if it had none, which on average it has not.
+            lost: Whether outputs are not finite any more.
         """
         change, predicted = loss - state["before"], state["predicted"]
         ratio = change / predicted if predicted < 0 else math.nan
-        if (same and not ratio > self.accept and predicted < 0) or not math.isfinite(loss):
+        if lost or (same and predicted < 0 and not ratio > self.accept):
             rejections = state.get("rejections", 0.0) + 1
             return {**state, "damping": self.raised(state["damping"], int(min(rejections, 40))), "rejections": rejections}, True
-        following = state["damping"] if math.isnan(ratio) else self.after(state["damping"], ratio)
+        following = self.after(state["damping"], ratio) if math.isfinite(ratio) else state["damping"]
+        if not same:
+            following = min(following, max(state["damping"], _BY_CHANCE))
         return {**state, "damping": following, "rejections": 0.0}, False
 
     def search(self, step: Step) -> Outcome:

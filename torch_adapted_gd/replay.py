@@ -123,4 +123,4 @@ def precision(call: Outputs, dtype: torch.dtype) -> float:
     autocast = call.conditions.autocast if isinstance(call, Call) else []
     lowered = [low for kind, low, enabled in autocast if enabled and kind in kinds]
     found = [piece.linearized.eps for piece in call.linearized.values()]
-    return max(*(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values()))), *found)
+    return max(call.eps, *(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values()))), *found)

@@ -102,7 +102,7 @@ class FactoredJacobian(Jacobian):
         return (
             f"Rows of the output Jacobian are taken for {len(self.unserved)} of {len(self.numels)} parameters: {why}. This is "
             "exact but slower and larger: a backward pass per output. BatchNorm in training mode and all else that mixes a "
-            'batch need it. If that is intended, choose the kernel "jacobian", solver=Dense(kernel="jacobian"), which does not warn.'
+            'batch need it. If that is intended, choose solver=Dense(kernel="jacobian"), which does not warn.'
         )
 
     def _remark_on_computed_weights(self) -> str | None:

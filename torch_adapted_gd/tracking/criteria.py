@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..calls import Outputs, unwatched
+from . import private
+from .tape import Tape
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
 # Of the digits of positions that are sent back through a graph: what bfloat16 holds, and float32.
@@ -55,7 +58,7 @@ class Term:
         arguments: Its positional and keyword arguments, flat, tensors as copies.
         structure: How these belong together.
         entries: For those of its arguments that are part of x, by number: which part.
-        random: The state of the random number generator before it, if it drew from it.
+        state: The criterion's own, before the call.
         values: What it gave, by number.
         factors: f by number: ∂loss/∂value as backward passes delivered it, float64.
         doubles: Whether the criterion takes float64; None as long as nobody asked.
@@ -65,7 +68,7 @@ class Term:
     arguments: list[Any]
     structure: Any
     entries: dict[int, list[Entries]]
-    random: Tensor | None = None
+    state: State
     values: dict[int, Tensor] = field(default_factory=dict)
     factors: dict[int, Tensor] = field(default_factory=dict)
     doubles: bool | None = None
@@ -103,49 +106,114 @@ class Term:
             try:
                 with torch.no_grad():
                     found = self._run(given, doubles=doubles)
-            except (RuntimeError, TypeError):
-                if not doubles:
-                    raise
-                continue
+            except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+                if doubles:
+                    continue
+                raise RuntimeError(
+                    f"`criterion`, a {type(self.criterion).__name__}, could not be called again with its arguments: {error}. "
+                    "Nothing was changed. Take derivatives of what it is given outside of it, and give it what they are."
+                ) from error
             if all(_agree(found[number], value) for number, value in self.values.items() if number in found):
                 self.doubles = doubles
                 return
         raise RuntimeError(
             f"`criterion`, a {type(self.criterion).__name__}, gave {_shown(self.values)} in the training step and "
-            f"{_shown(found)} for the same arguments when it was called again, so that steps cannot be judged by it. Draw its "
-            "random numbers by torch, and keep nothing in it from call to call."
+            f"{_shown(found)} for the same arguments when it was called again, so that steps cannot be judged by it. Let what "
+            "it gives depend on its arguments, its parameters and buffers, and torch's default random numbers alone."
         )
 
     def _run(self, arguments: dict[int, Tensor], *, doubles: bool) -> dict[int, Tensor]:
         leaves = list(self.arguments)
         for number, value in enumerate(leaves):
-            if isinstance(value, Tensor):
-                value = arguments.get(number, value)
-                own = self.arguments[number].dtype
-                leaves[number] = value.to(torch.float64 if doubles else own) if own.is_floating_point else value
+            if isinstance(value, Tensor):  # copies: it may change them
+                own = value.dtype if not (doubles and value.is_floating_point()) else torch.float64
+                leaves[number] = arguments.get(number, value).to(own, copy=True)
         args, kwargs = tree_unflatten(leaves, self.structure)
-        # Copies: it may change them, and a class weight in float32 does not go with outputs in float64.
-        held = dict(self.criterion.named_buffers()) | dict(self.criterion.named_parameters())
-        held = {
-            name: t.detach().double() if doubles and t.is_floating_point() else t.detach().clone() for name, t in held.items()
-        }
         kind = next(iter(self.values.values())).device.type
-        with unwatched(), self._same_random_numbers(), torch.autocast(kind, enabled=False):
+        with unwatched(), self.state.restored(self.criterion), torch.autocast(kind, enabled=False):
+            held = {name: _copied(t, doubles=doubles) for name, t in self.state.held.items()}
             result = functional_call(self.criterion, held, args, kwargs) if held else self.criterion(*args, **kwargs)
         return {number: leaf for number, leaf in enumerate(tree_leaves(result)) if isinstance(leaf, Tensor)}
 
-    @contextlib.contextmanager
-    def _same_random_numbers(self) -> Iterator[None]:
+
+@dataclass
+class State:
+    """What the outcome of a criterion depends on beside its arguments.
+
+    Attributes:
+        held: Its parameters and buffers by name, copies.
+        attributes: Those of its modules; lists and dicts among them as copies.
+        random: The states of the random number generators, None where it did not draw.
+    """
+
+    held: dict[str, Tensor]
+    attributes: list[tuple[nn.Module, dict[str, Any]]]
+    random: tuple[Tensor, dict[int, Tensor]] | None
+
+    @classmethod
+    def now(cls, criterion: nn.Module, devices: list[int]) -> State:
+        """Take it down.
+
+        Args:
+            criterion: The criterion.
+            devices: The GPUs that it works on.
+        """
+        held = {**dict(criterion.named_parameters()), **dict(criterion.named_buffers())}
+        return cls(
+            held={name: tensor.detach().clone() for name, tensor in held.items()},
+            attributes=[(module, _attributes(module)) for module in criterion.modules()],
+            random=(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}),
+        )
+
+    def forget_unused(self) -> None:
+        """The random numbers, if none was drawn since."""
         if self.random is None:
-            yield
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.random)
-            yield
+        cpu, cuda = self.random
+        if torch.equal(cpu, torch.get_rng_state()) and all(
+            torch.equal(s, torch.cuda.get_rng_state(i)) for i, s in cuda.items()
+        ):
+            self.random = None
+
+    @contextlib.contextmanager
+    def restored(self, criterion: nn.Module) -> Iterator[None]:
+        """Context in which it is in force; all is left as it was found."""
+        present = [(module, dict(module.__dict__)) for module in criterion.modules()]
+        with contextlib.ExitStack() as stack:
+            if self.random is not None:
+                cpu, cuda = self.random
+                stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
+                torch.set_rng_state(cpu)
+                for i, state in cuda.items():
+                    torch.cuda.set_rng_state(state, i)
+            try:
+                for module, attributes in self.attributes:
+                    module.__dict__.update({name: _shallow(value) for name, value in attributes.items()})
+                yield
+            finally:
+                for module, attributes in present:
+                    if module.__dict__.keys() != attributes.keys() or any(
+                        module.__dict__[name] is not value for name, value in attributes.items()
+                    ):
+                        module.__dict__.clear()
+                        module.__dict__.update(attributes)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The user's attributes of a module."""
+    own = {"training"} | module.__dict__.keys() - _PLAIN
+    return {name: _shallow(module.__dict__[name]) for name in own}
+
+
+_PLAIN = nn.Module().__dict__.keys()
+
+
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (list, dict, set) else value
 
 
 def _copied(tensor: Tensor, *, doubles: bool) -> Tensor:
-    return tensor.detach().double() if doubles and tensor.is_floating_point() else tensor.detach().clone()
+    return tensor.to(torch.float64 if doubles and tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _agree(found: Tensor, value: Tensor) -> bool:
@@ -162,40 +230,55 @@ def _shown(values: dict[int, Tensor]) -> str:
     )
 
 
-def found_in_graph(x: Tensor, recorder: object, parameters: dict[int, Any]) -> tuple[dict[tuple[int, int], Any], bool, bool]:
-    """The recorded outputs that a tensor was computed from, and how.
+class Graph:
+    """What a tensor was computed from.
 
     Args:
         x: The tensor.
-        recorder: What the outputs that count are marked with.
+        mark: What the outputs that count are marked with.
         parameters: The parameters that count, by ``id``.
 
-    Returns:
-        The nodes of these outputs, by ``id`` of the call and place, with both; whether all on the way to them moves entries
-        alone; whether it was computed from any of them or from one of the parameters.
+    Attributes:
+        marked: The nodes of marked outputs, by ``id`` of the call and place, with both.
+        moved: Whether all on the way to them moves entries alone.
+        depends: Whether it was computed from any of them or from one of the parameters.
+        of_a_criterion: Whether it was computed from the value of a watched criterion.
+        eps: Machine epsilon of the coarsest dtype that it was cast to on the way.
     """
-    marked: dict[tuple[int, int], Any] = {}
-    moved, depends = True, False
-    seen = set()
-    nodes: list[Any] = [x.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        mark = node.metadata.get(MARK)
-        if mark is not None and mark[0] is recorder:
-            depends = True
-            marked[id(mark[1]), mark[2]] = (node, mark[1], mark[2])
-            continue
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            depends = depends or id(variable) in parameters
-            moved = moved and id(variable) not in parameters
-        elif node.name() not in _MOVES:
-            moved = False
-        nodes += [following for following, _ in node.next_functions]
-    return marked, moved and bool(marked), depends or id(x) in parameters
+
+    def __init__(self, x: Tensor, mark: object, parameters: dict[int, Any]) -> None:
+        self.marked: dict[tuple[int, int], Any] = {}
+        self.moved, self.depends, self.of_a_criterion = True, id(x) in parameters, False
+        self.eps = 0.0
+        self._seen: set[Any] = set()
+        nodes: list[Any] = [x.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in self._seen:
+                continue
+            self._seen.add(node)
+            found = node.metadata.get(MARK)
+            if found is not None and found[0] is mark:
+                self.depends = True
+                if found[2] is None:
+                    self.of_a_criterion = True
+                else:
+                    self.marked[id(found[1]), found[2]] = (node, found[1], found[2])
+                continue
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                self.depends = self.depends or id(variable) in parameters
+                self.moved = self.moved and id(variable) not in parameters
+            elif node.name() not in _MOVES:
+                self.moved = False
+            elif node.name() == "ToCopyBackward0" and (dtype := private.dtype_at(node)) is not None:
+                self.eps = max(self.eps, torch.finfo(dtype).eps)
+            nodes += [following for following, _ in node.next_functions]
+        self.moved = self.moved and bool(self.marked)
+
+    def touches(self, tapes: list[Tape]) -> bool:
+        """Whether uses of parameters that a tape has noted are behind it."""
+        return any(edge.node in self._seen for tape in tapes for note in tape.notes for edge in note.edges.values())
 
 
 def entries_of(x: Tensor, marked: dict[tuple[int, int], Any]) -> list[Entries] | None:
@@ -252,8 +335,3 @@ def _sent_back(x: Tensor, codes: Tensor, nodes: list[Any], sizes: list[int]) -> 
                     totals[number] = totals[number] + weight * gradient.detach().reshape(-1).round().long()
             weight, rest = weight * base, rest // base
     return [t if isinstance(t, Tensor) else codes.new_zeros(0) for t in totals]
-
-
-def flat_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Positional and keyword arguments, flat, and how they belong together."""
-    return tree_flatten((args, kwargs))

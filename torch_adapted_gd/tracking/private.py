@@ -1,11 +1,13 @@
 """All that touches private parts of torch, in one place."""
 
+import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -92,3 +94,29 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
         inner.__kwdefaults__ = function.__kwdefaults__
         _opened[function] = inner
     return _opened[function]
+
+
+def dtype_at(node: Any) -> torch.dtype | None:
+    """The dtype of what a node of the graph gave."""
+    known = getattr(node, "_input_metadata", None)
+    return known[0].dtype if known else None
+
+
+def passes(module: nn.Module) -> int:
+    """How many calls of ``module`` are under way in this thread."""
+    found = 0
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        found += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return found
+
+
+def outermost(module: nn.Module, before: Any, after: Any) -> None:
+    """Make a pre-hook the first and a hook the last, whatever was registered since: a replay runs the user's own."""
+    pre_hooks = cast(OrderedDict[int, Any], module._forward_pre_hooks)
+    hooks = cast(OrderedDict[int, Any], module._forward_hooks)
+    if before.id in pre_hooks and next(iter(pre_hooks)) != before.id:
+        pre_hooks.move_to_end(before.id, last=False)
+    if after.id in hooks and next(reversed(hooks)) != after.id:
+        hooks.move_to_end(after.id)
