@@ -1,6 +1,7 @@
 """Training loops of other libraries, as their users write them: docs/frameworks.md has the same lines."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -11,6 +12,17 @@ from torch_adapted_gd import AdaptedGD
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 30
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """They set variables of the environment, and start process groups."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 def job():
@@ -56,8 +68,6 @@ def test_lightning(tmp_path):
             **options,
         )
         trainer.fit(Module(), DataLoader(TensorDataset(x, y), batch_size=64))
-        if options:
-            torch.distributed.destroy_process_group()
         assert trained(net, x, y)
         net.load_state_dict(job()[0].state_dict())
 

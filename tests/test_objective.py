@@ -186,6 +186,21 @@ def test_random_numbers_of_a_criterion_are_drawn_again():
     assert nn.functional.mse_loss(model(x), y) < 1e-3
 
 
+def test_classes_that_are_sure():
+    """In float32, where rounding is all of the gradient, and to the end."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 20), torch.arange(30) % 4
+    for metric in ("ggn", "euclidean"):
+        model, criterion = nn.Sequential(nn.Linear(20, 60), nn.Tanh(), nn.Linear(60, 4)), CE()
+        optimizer = AdaptedGD(model, criterion=criterion, metric=metric, lr=1.0 if metric == "ggn" else 4.0)
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            optimizer.step()
+        assert loss < (1e-6 if metric == "ggn" else 0.02)
+
+
 def test_options_that_need_the_loss():
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match='`criterion` should be given for metric="ggn".* but got None'):

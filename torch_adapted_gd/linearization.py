@@ -159,6 +159,14 @@ class Linearization:
         if not apart > max(1e-3, 16 * self.eps) * max(size, explained):
             self._rounding_of_g = apart
             return
+        if self.objective is None or not math.isfinite(apart):
+            return  # for others to say
+        # What rounding of the outputs does to a gradient that is small, as where classes are sure.
+        x = torch.where(torch.isfinite(self._outputs), self._outputs.abs(), 0.0).clamp(min=1.0)
+        noise = 64 * self.eps * float(torch.linalg.vector_norm(self.objective.curvatures(self._outputs, self._g) * x))
+        if apart <= noise:
+            self._rounding_of_g = apart
+            return
         if not self.repeatable:
             return  # of a call's gradient, a part may have come by way of what was computed from it
         raise RuntimeError(

@@ -180,6 +180,8 @@ class Objective:
         everything = torch.arange(self.size, device=x.device)
         hessian = Hessian(self, x, everything, self.owners)
         keep = ((g != 0) | hessian.touches) & torch.isfinite(x)
+        if not bool(keep.any()):  # a stationary point
+            return DiagonalMetric(torch.ones_like(x), torch.ones_like(keep))
         if hessian.diagonal is not None:
             h = hessian.diagonal.clamp(min=0.0)
             if not bool((h > 0).any()):
@@ -194,7 +196,8 @@ class Objective:
                 'nothing was changed. Use metric="euclidean", or fewer samples at a time.'
             )
         calls_apart = len({n for n, _ in self.sizes}) == len(self.sizes) or len(self.sizes) == 1
-        return BlockMetric(*hessian.blocks, g, keep, local=calls_apart and hessian.by_sample)
+        noise = 64 * torch.finfo(x.dtype).eps * self.curvatures(x, g) * torch.where(keep, x.abs(), 0.0).clamp(min=1.0)
+        return BlockMetric(*hessian.blocks, g, noise, keep, local=calls_apart and hessian.by_sample)
 
 
 class Hessian:

@@ -78,15 +78,17 @@ class BlockMetric:
         index: The rows of each block ``[G, m]``, −1 for none.
         blocks: ``[G, m, m]``, symmetric; negative eigenvalues count as zero.
         g: The gradient, ``[R]``.
+        noise: What rounding makes of it, ``[R]``.
         keep: Which rows are looked at.
         local: See `Metric`.
     """
 
-    def __init__(self, index: Tensor, blocks: Tensor, g: Tensor, keep: Tensor, *, local: bool) -> None:
+    def __init__(self, index: Tensor, blocks: Tensor, g: Tensor, noise: Tensor, keep: Tensor, *, local: bool) -> None:
         values, vectors = torch.linalg.eigh(blocks)
-        along = (vectors.mT @ torch.where(index >= 0, g[index.clamp(min=0)], 0.0)[..., None])[..., 0].abs()  # [G, m]
+        own, allowed = (torch.where(index >= 0, v[index.clamp(min=0)], 0.0) for v in (g, noise))  # [G, m]
+        along = (vectors.mT @ own[..., None])[..., 0].abs()
         least = LEAST * float(values.max())
-        asked = along > LEAST * float(g.abs().max())
+        asked = (along > 1e-8 * own.norm(dim=1, keepdim=True)) & (along > allowed.norm(dim=1, keepdim=True))
         there = values > 1e-14 * values[:, -1:]
         values = torch.where(asked, values.clamp(min=least), torch.where(there, values.clamp(min=0.0), 0.0))
         inverses = torch.where(values > 0, values.rsqrt(), 0.0)

@@ -102,6 +102,7 @@ class Term:
         """Whether the criterion takes float64; some have tensors of their own in another dtype."""
         given = {number: self.arguments[number].double() for number in self.entries}
         found: dict[int, Tensor] = {}
+        size = max(1.0, *(float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in given.values() if x.numel()))
         for doubles in (True, False):
             try:
                 with torch.no_grad():
@@ -113,7 +114,7 @@ class Term:
                     f"`criterion`, a {type(self.criterion).__name__}, could not be called again with its arguments: {error}. "
                     "Nothing was changed. Take derivatives of what it is given outside of it, and give it what they are."
                 ) from error
-            if all(_agree(found[number], value) for number, value in self.values.items() if number in found):
+            if all(_agree(found[number], value, size) for number, value in self.values.items() if number in found):
                 self.doubles = doubles
                 return
         raise RuntimeError(
@@ -216,12 +217,12 @@ def _copied(tensor: Tensor, *, doubles: bool) -> Tensor:
     return tensor.to(torch.float64 if doubles and tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def _agree(found: Tensor, value: Tensor) -> bool:
+def _agree(found: Tensor, value: Tensor, size: float) -> bool:
+    """Whether two values of a criterion are the same but for rounding of arguments of some size, which may hide them."""
     expected = value.double()
     scale = expected.abs().mean() if expected.numel() else 0.0
-    return bool(((found.double() - expected).abs() <= 1e-2 * (expected.abs() + scale)).all()) or not bool(
-        torch.isfinite(expected).all()
-    )
+    allowed = 1e-2 * (expected.abs() + scale) + 1e2 * torch.finfo(value.dtype).eps * size
+    return bool(((found.double() - expected).abs() <= allowed).all()) or not bool(torch.isfinite(expected).all())
 
 
 def _shown(values: dict[int, Tensor]) -> str:
