@@ -137,3 +137,34 @@ def test_a_submodule_called_instead_of_the_given_module_is_followed_too(tmp_path
     with pytest.warns(AdaptedWarning, match="Rows of the output Jacobian are taken for 6 of 6 parameters"):
         fit(wrong, tmp_path)
     assert (flat(right) - flat(wrong)).norm() <= 1e-5 * flat(right).norm()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_module_that_calls_a_functional_loss(tmp_path, seed):
+    """AdaptedGD(self) is the whole change: the closure that Lightning gives tells the loss, and with it the unit of lr."""
+    torch.manual_seed(seed)
+    x = torch.randn(60, 3)
+    y = 3 * torch.stack([torch.sin(2 * x[:, 0]), x[:, 1] * x[:, 2]], 1)
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 60), nn.Tanh(), nn.Linear(60, 2))
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.huber_loss(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return AdaptedGD(self)
+
+    module = Module()
+    first = nn.functional.huber_loss(module(x), y).item()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=40, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=60))
+    assert nn.functional.huber_loss(module(x), y).item() <= 1e-6 * first
