@@ -205,6 +205,7 @@ def test_compiled_models(way):
     torch.compiler.reset()
 
 
+@COUPLED
 @pytest.mark.gpu
 def test_cuda_dropout_amp_and_batchnorm():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).cuda()
