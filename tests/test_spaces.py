@@ -84,7 +84,7 @@ def test_both_spaces_give_the_same_steps(name, criterion, metric, options):
     assert first.num_params == len(start)
     assert first.damping == pytest.approx(second.damping)
     assert first.condition == pytest.approx(second.condition, rel=0.5)
-    # Newton's metric has weights over many decades once classes are sure.
+    # S⁺g leaves out what g has in directions of hardly any curvature, and Dᵀg does not: once classes are sure it shows.
     assert first.projected_fraction == pytest.approx(second.projected_fraction, abs=1e-5 if metric == "euclidean" else 1e-3)
     assert max(first.identity_gap, second.identity_gap) <= 1e-13 * kappa**2 + rounding_of_the_identity(
         copied, x, y, criterion, damping

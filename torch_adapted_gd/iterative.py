@@ -12,9 +12,9 @@ from .checks import all_finite
 from .jacobian import Jacobian
 from .jacobian.dense import spans
 from .memory import available_bytes, require_memory
+from .output_metric import Metric
 from .solve.krylov import ConjugateGradients, Iterate, solve_by_cg
 from .solve.preconditioner import Identity, Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
-from .weights import Metric
 
 _SHARE = 0.6  # of the memory that is available, for blocks between all samples
 _WORKSPACE = 3  # blocks that are needed beside those that stay

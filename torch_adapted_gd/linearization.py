@@ -13,10 +13,10 @@ from .checks import all_finite
 from .iterative import KernelOperator
 from .jacobian import norm
 from .objective import Objective
+from .output_metric import DiagonalMetric, Metric
 from .replay import Replay, batch_and_outputs, precision
 from .solve import ConjugateGradients, default_rtol
 from .system import Dense, Problem, choose_solver
-from .weights import DiagonalMetric, Metric
 
 METRICS = ("euclidean", "ggn")
 Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat, float64

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .calls import Outputs
 from .losses import HalfSquaredLoss
+from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
 from .replay import batch_and_outputs
-from .tracking.criteria import Entries, Term
-from .weights import LEAST, BlockMetric, DiagonalMetric, Metric
+from .tracking.terms import Entries, RefusedError, Term
 
 _COLUMNS = 256  # of blocks of a Hessian that are found one after the other, by a double backward pass of the criterion each
 _ENTRIES = 2**24  # of all blocks
@@ -85,7 +85,7 @@ class Objective:
         """C(x); inf where a criterion refuses that x."""
         try:
             return float(self(x))
-        except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # of one that checks what it is given
+        except RefusedError:
             return math.inf
 
     def gradient(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Objective:
         return all(getattr(term.criterion, "reduction", None) == "sum" for term in self._terms)
 
     def curvatures(self, x: Tensor, g: Tensor) -> Tensor:
-        """C for each entry of x, ``[R]``: H = ∇²ₓC for squares, an upper bound of it for losses that have one.
+        """The curvature c of each entry of x, ``[R]``: H = ∇²ₓC for squares, an upper bound of it for losses that have one.
 
         | criterion | c of an entry, by what the mean divides by |
         |---|---|
@@ -322,7 +322,7 @@ def _closed_form(term: Term) -> tuple[int, Tensor] | None:
 
 
 def _shared(criterion: Any, f: Tensor, weight: Tensor, total: Tensor | float) -> Tensor:
-    """F times the weight of each of the values, by the reduction."""
+    """The weight of each of the values times f, by the reduction."""
     return f * weight / total if criterion.reduction == "mean" else f * weight
 
 

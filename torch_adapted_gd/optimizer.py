@@ -1,5 +1,6 @@
 """AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import options
-from .calls import Outputs, underlying
+from .calls import Call, Outputs, underlying
 from .checks import all_finite, one_of
 from .closure import Closure
 from .full_batch import full_loss
@@ -241,7 +242,7 @@ class AdaptedGD(WatchingOptimizer):
         stacked_from: list[Outputs] = list(recorder.calls)
         if self._criteria:
             parts = {id(part.of): part.of for term in recorder.terms for part in term.parts}
-            stacked_from = sorted(parts.values(), key=lambda each: getattr(each, "number", 2**62))
+            stacked_from = sorted(parts.values(), key=lambda each: each.number if isinstance(each, Call) else math.inf)
         if not stacked_from:
             options.check_membership(self._model, self.param_groups)
             raise RuntimeError(recorder.why_no_call())
@@ -361,7 +362,7 @@ class AdaptedGD(WatchingOptimizer):
         # By the weights that terms had then.
         factors = [kept[f"factor{i}"] for i in range(len(kept)) if f"factor{i}" in kept]
         comparable = len(factors) == len(self._recorder.factors(scale))
-        now = self._recorder.loss(factors) if comparable else sum(term.value() for term in terms) / scale
+        now = self._recorder.loss(factors if comparable else self._recorder.factors(scale), scale)
         same = comparable and kept["job"] == self._recorder.job(scale)
         if (undone := kept.pop("undone", None)) is not None:
             if same and abs(now - undone) > 1e-3 * abs(undone):

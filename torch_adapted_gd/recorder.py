@@ -5,7 +5,6 @@ hook on the parameters confirms that the gradient was on its way to them. Only t
 autograd graph, so calls that never reach a loss leave nothing behind.
 """
 
-import contextlib
 import math
 import threading
 import weakref
@@ -18,45 +17,14 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying
-from .criteria import Argument, CriterionWatch
 from .live import linearized_live
 from .tracking import private
-from .tracking.criteria import MARK, Term
+from .tracking.criteria import Argument, CriterionWatch
+from .tracking.hooks import Hook, remove
 from .tracking.tape import Tape, constants_of
+from .tracking.terms import MARK, Term
 
 _KEPT = 256  # calls under which derivatives may be taken that are kept for a criterion to be given these
-
-
-class Hook:
-    """A module hook that holds its recorder weakly and stays behind when the model is copied or saved."""
-
-    def __init__(self, recorder: Any, method: Callable[..., Any]) -> None:
-        self._recorder = weakref.ref(recorder)
-        self._method = method
-
-    @private.disable_compilation
-    def __call__(self, *arguments: Any) -> Any:
-        """Tell the recorder, but not of passes of our own."""
-        if replaying() or private.is_tracing():
-            return None
-        recorder = self._recorder()
-        return None if recorder is None else self._method(recorder, *arguments)
-
-    # Strict export refuses to trace what must not be compiled, and names it: that has to say what to do.
-    __call__.__qualname__ = "AdaptedGD's hook (delete the optimizer before exporting, or use torch.export with strict=False)"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "__name__":  # what torch.jit.script asks a hook for first
-            raise AttributeError(
-                "AdaptedGD watches this model by hooks, which torch.jit.script cannot compile. Delete the optimizer before "
-                "(del optimizer), or use torch.jit.trace or torch.export."
-            )
-        raise AttributeError(name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the model is not watched. nullcontext().__exit__ takes any arguments and does nothing, so that a
-        # saved model loads where this package is not installed.
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class _Running:
@@ -208,13 +176,13 @@ class CallRecorder:
         found = (factor for term in self.terms for factor in term.factors.values())
         return [float(factor) / loss_scale for factor in found if factor.numel() == 1]
 
-    def loss(self, factors: Sequence[float]) -> float:
-        """The loss, for other factors of the terms that are numbers."""
+    def loss(self, factors: Sequence[float], loss_scale: float) -> float:
+        """The loss, for these factors of the terms that are numbers."""
         total, given = 0.0, iter(factors)
         for term in self.terms:
             for number, factor in term.factors.items():
                 value = term.values[number].double()
-                total += next(given) * float(value) if factor.numel() == 1 else float((factor * value).sum())
+                total += next(given) * float(value) if factor.numel() == 1 else float((factor * value).sum()) / loss_scale
         return total
 
     def why_no_call(self) -> str:
@@ -274,7 +242,15 @@ class CallRecorder:
 
     def hook(self, method: Callable[..., None], of: Any, number: int) -> Callable[[Tensor | None], None]:
         """A tensor hook that hands a gradient to a method, as long as this recorder lives."""
-        return arrival(weakref.ref(self), method, of, number)
+        reference = weakref.ref(self)
+
+        def arrived(gradient: Tensor | None) -> None:
+            recorder = reference()
+            # None: an output that the loss does not use, of an operation that has another one that it does.
+            if recorder is not None and gradient is not None and not replaying() and not private.is_batched(gradient):
+                method(recorder, of, number, gradient)
+
+        return arrived
 
     @property
     def tapes_under_way(self) -> list[Tape]:
@@ -317,7 +293,7 @@ class CallRecorder:
         for place in call.outputs:
             copy = copies[id(leaves[place])]
             watched = leaves[place] if place in own else copy
-            watched.register_hook(arrival(weakref.ref(self), CallRecorder.arrived, call, place))
+            watched.register_hook(self.hook(CallRecorder.arrived, call, place))
             cast(Any, copy.grad_fn).metadata[MARK] = (self.mark, call, place)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
@@ -423,20 +399,6 @@ class CallRecorder:
         self._incoming.clear()
 
 
-def arrival(
-    reference: "weakref.ref[CallRecorder]", method: Callable[..., None], of: Any, number: int
-) -> Callable[[Tensor | None], None]:
-    """A tensor hook that hands a gradient to a method of a recorder, as long as it lives."""
-
-    def arrived(gradient: Tensor | None) -> None:
-        recorder = reference()
-        # None: an output that the loss does not use, of an operation that has another one that it does.
-        if recorder is not None and gradient is not None and not replaying() and not private.is_batched(gradient):
-            method(recorder, of, number, gradient)
-
-    return arrived
-
-
 def checksum(values: Iterable[Any]) -> float:
     """A number that is the same for the same numbers and tensors, and hardly for others."""
     total = 0.0
@@ -466,12 +428,6 @@ def _behind_own_loss(leaves: dict[int, Tensor]) -> set[int]:
         else:
             nodes += [following for following, _ in node.next_functions]
     return found
-
-
-def remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
-    """Take hooks away."""
-    for handle in handles:
-        handle.remove()
 
 
 def _end_all(threads: "dict[int, list[_Running | None]]") -> None:

@@ -13,8 +13,8 @@ from .checks import one_of, positive_integer, real_number
 from .iterative import KernelOperator
 from .jacobian import METHODS, Jacobian, tangent_gram, tangent_jacobian, written_if_small
 from .memory import available_bytes, require_memory
+from .output_metric import Metric
 from .solve import ConjugateGradients, Factorization, equilibrated, factorize
-from .weights import Metric
 
 SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh")

@@ -1,338 +1,139 @@
-"""Calls of a criterion: what it was given, what it gave, and which entries of the model's outputs those were."""
+"""Watching criteria: each call of one, before and after, and where its arguments come from."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..calls import Outputs, unwatched
+from ..calls import Outputs
 from . import private
-from .tape import Tape
+from .hooks import Hook, remove
+from .terms import MARK, Entries, Graph, State, Term, entries_of
 
-MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
-# Of the digits of positions that are sent back through a graph: what bfloat16 holds, and float32.
-_LOW, _BASE = 2**8, 2**20
-
-# Nodes of the graph whose outputs are entries of their inputs, or constants.
-_MOVING = (
-    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Slice", "Select", "Index"),
-    *("IndexSelect", "MaskedSelect", "Gather", "Take", "TakeAlongDim", "Clone", "Alias", "ToCopy", "Cat", "Stack", "Split"),
-    *("SplitWithSizes", "Unbind", "UnsafeSplit", "Narrow", "Diagonal", "Flip", "Roll", "Expand", "MaskedFill", "AsStrided"),
-    *("Unfold", "Movedim", "Swapaxes", "Flatten", "Unflatten", "Chunk"),
-)
-_MOVES = {f"{name}Backward{number}" for name in _MOVING for number in range(6)}
+if TYPE_CHECKING:
+    from ..recorder import CallRecorder
 
 
-@dataclass(frozen=True)
-class Entries:
-    """Entries of a criterion's argument that are entries of something in x.
+class CriterionWatch:
+    """Watches one criterion for a recorder.
 
-    Attributes:
-        of: What they are entries of.
-        place: Which output of it.
-        index: Which entries of that, flat, ``[S]``; None for all, in order.
-        at: Where they are in the argument, flat, ``[S]``; None for everywhere, in order.
-    """
-
-    of: Outputs
-    place: int
-    index: Tensor | None = None
-    at: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Term:
-    """One call of a criterion, C = Σ ⟨f, values⟩ a term of the loss.
-
-    Attributes:
-        criterion: What was called.
-        arguments: Its positional and keyword arguments, flat, tensors as copies.
-        structure: How these belong together.
-        entries: For those of its arguments that are part of x, by number: which part.
-        state: The criterion's own, before the call.
-        values: What it gave, by number.
-        factors: f by number: ∂loss/∂value as backward passes delivered it, float64.
-        doubles: Whether the criterion takes float64; None as long as nobody asked.
-    """
-
-    criterion: nn.Module
-    arguments: list[Any]
-    structure: Any
-    entries: dict[int, list[Entries]]
-    state: State
-    values: dict[int, Tensor] = field(default_factory=dict)
-    factors: dict[int, Tensor] = field(default_factory=dict)
-    doubles: bool | None = None
-
-    @property
-    def parts(self) -> list[Entries]:
-        """All entries of all arguments."""
-        return [entries for found in self.entries.values() for entries in found]
-
-    def value(self) -> float:
-        """Σ ⟨f, values⟩, from what the criterion gave."""
-        return sum(float((f * self.values[number].double()).sum()) for number, f in self.factors.items())
-
-    def called(self, arguments: dict[int, Tensor]) -> Tensor:
-        """Σ ⟨f, values⟩ for other arguments, by number, in float64 where the criterion can.
-
-        Raises:
-            RuntimeError: The criterion does not give what it gave.
-        """
-        if self.doubles is None:
-            self._choose_dtype()
-        values = self._run(arguments, doubles=bool(self.doubles))
-        total: Tensor | None = None
-        for number, f in self.factors.items():
-            part = (f * values[number].double()).sum()
-            total = part if total is None else total + part
-        assert total is not None
-        return total
-
-    def _choose_dtype(self) -> None:
-        """Whether the criterion takes float64; some have tensors of their own in another dtype."""
-        given = {number: self.arguments[number].double() for number in self.entries}
-        found: dict[int, Tensor] = {}
-        size = max(1.0, *(float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in given.values() if x.numel()))
-        for doubles in (True, False):
-            try:
-                with torch.no_grad():
-                    found = self._run(given, doubles=doubles)
-            except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-                if doubles:
-                    continue
-                raise RuntimeError(
-                    f"`criterion`, a {type(self.criterion).__name__}, could not be called again with its arguments: {error}. "
-                    "Nothing was changed. Take derivatives of what it is given outside of it, and give it what they are."
-                ) from error
-            if all(_agree(found[number], value, size) for number, value in self.values.items() if number in found):
-                self.doubles = doubles
-                return
-        raise RuntimeError(
-            f"`criterion`, a {type(self.criterion).__name__}, gave {_shown(self.values)} in the training step and "
-            f"{_shown(found)} for the same arguments when it was called again, so that steps cannot be judged by it. Let what "
-            "it gives depend on its arguments, its parameters and buffers, and torch's default random numbers alone."
-        )
-
-    def _run(self, arguments: dict[int, Tensor], *, doubles: bool) -> dict[int, Tensor]:
-        leaves = list(self.arguments)
-        for number, value in enumerate(leaves):
-            if isinstance(value, Tensor):  # copies: it may change them
-                own = value.dtype if not (doubles and value.is_floating_point()) else torch.float64
-                leaves[number] = arguments.get(number, value).to(own, copy=True)
-        args, kwargs = tree_unflatten(leaves, self.structure)
-        kind = next(iter(self.values.values())).device.type
-        with unwatched(), self.state.restored(self.criterion), torch.autocast(kind, enabled=False):
-            held = {name: _copied(t, doubles=doubles) for name, t in self.state.held.items()}
-            result = functional_call(self.criterion, held, args, kwargs) if held else self.criterion(*args, **kwargs)
-        return {number: leaf for number, leaf in enumerate(tree_leaves(result)) if isinstance(leaf, Tensor)}
-
-
-@dataclass
-class State:
-    """What the outcome of a criterion depends on beside its arguments.
-
-    Attributes:
-        held: Its parameters and buffers by name, copies.
-        attributes: Those of its modules; lists and dicts among them as copies.
-        random: The states of the random number generators, None where it did not draw.
-    """
-
-    held: dict[str, Tensor]
-    attributes: list[tuple[nn.Module, dict[str, Any]]]
-    random: tuple[Tensor, dict[int, Tensor]] | None
-
-    @classmethod
-    def now(cls, criterion: nn.Module, devices: list[int]) -> State:
-        """Take it down.
-
-        Args:
-            criterion: The criterion.
-            devices: The GPUs that it works on.
-        """
-        held = {**dict(criterion.named_parameters()), **dict(criterion.named_buffers())}
-        return cls(
-            held={name: tensor.detach().clone() for name, tensor in held.items()},
-            attributes=[(module, _attributes(module)) for module in criterion.modules()],
-            random=(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}),
-        )
-
-    def forget_unused(self) -> None:
-        """The random numbers, if none was drawn since."""
-        if self.random is None:
-            return
-        cpu, cuda = self.random
-        if torch.equal(cpu, torch.get_rng_state()) and all(
-            torch.equal(s, torch.cuda.get_rng_state(i)) for i, s in cuda.items()
-        ):
-            self.random = None
-
-    @contextlib.contextmanager
-    def restored(self, criterion: nn.Module) -> Iterator[None]:
-        """Context in which it is in force; all is left as it was found."""
-        present = [(module, dict(module.__dict__)) for module in criterion.modules()]
-        with contextlib.ExitStack() as stack:
-            if self.random is not None:
-                cpu, cuda = self.random
-                stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
-                torch.set_rng_state(cpu)
-                for i, state in cuda.items():
-                    torch.cuda.set_rng_state(state, i)
-            try:
-                for module, attributes in self.attributes:
-                    module.__dict__.update({name: _shallow(value) for name, value in attributes.items()})
-                yield
-            finally:
-                for module, attributes in present:
-                    if module.__dict__.keys() != attributes.keys() or any(
-                        module.__dict__[name] is not value for name, value in attributes.items()
-                    ):
-                        module.__dict__.clear()
-                        module.__dict__.update(attributes)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The user's attributes of a module."""
-    own = {"training"} | module.__dict__.keys() - _PLAIN
-    return {name: _shallow(module.__dict__[name]) for name in own}
-
-
-_PLAIN = nn.Module().__dict__.keys()
-
-
-def _shallow(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set) else value
-
-
-def _copied(tensor: Tensor, *, doubles: bool) -> Tensor:
-    return tensor.to(torch.float64 if doubles and tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def _agree(found: Tensor, value: Tensor, size: float) -> bool:
-    """Whether two values of a criterion are the same but for rounding of arguments of some size, which may hide them."""
-    expected = value.double()
-    scale = expected.abs().mean() if expected.numel() else 0.0
-    allowed = 1e-2 * (expected.abs() + scale) + 1e2 * torch.finfo(value.dtype).eps * size
-    return bool(((found.double() - expected).abs() <= allowed).all()) or not bool(torch.isfinite(expected).all())
-
-
-def _shown(values: dict[int, Tensor]) -> str:
-    return ", ".join(
-        f"{float(v):.6g}" if v.numel() == 1 else f"{float(v.double().mean()):.6g} on average" for v in values.values()
-    )
-
-
-class Graph:
-    """What a tensor was computed from.
+    What is part of x a criterion is given as copies, and what it returns are copies, so that the gradients of these are its
+    alone and what the loss makes of each value is told apart.
 
     Args:
-        x: The tensor.
-        mark: What the outputs that count are marked with.
-        parameters: The parameters that count, by ``id``.
-
-    Attributes:
-        marked: The nodes of marked outputs, by ``id`` of the call and place, with both.
-        moved: Whether all on the way to them moves entries alone.
-        depends: Whether it was computed from any of them or from one of the parameters.
-        of_a_criterion: Whether it was computed from the value of a watched criterion.
-        eps: Machine epsilon of the coarsest dtype that it was cast to on the way.
+        recorder: Who takes its calls down; it keeps this.
+        criterion: The criterion.
     """
 
-    def __init__(self, x: Tensor, mark: object, parameters: dict[int, Any]) -> None:
-        self.marked: dict[tuple[int, int], Any] = {}
-        self.moved, self.depends, self.of_a_criterion = True, id(x) in parameters, False
-        self.eps = 0.0
-        self._seen: set[Any] = set()
-        nodes: list[Any] = [x.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in self._seen:
-                continue
-            self._seen.add(node)
-            found = node.metadata.get(MARK)
-            if found is not None and found[0] is mark:
-                self.depends = True
-                if found[2] is None:
-                    self.of_a_criterion = True
-                else:
-                    self.marked[id(found[1]), found[2]] = (node, found[1], found[2])
-                continue
-            variable = getattr(node, "variable", None)
-            if variable is not None:
-                self.depends = self.depends or id(variable) in parameters
-                self.moved = self.moved and id(variable) not in parameters
-            elif node.name() not in _MOVES:
-                self.moved = False
-            elif node.name() == "ToCopyBackward0" and (dtype := private.dtype_at(node)) is not None:
-                self.eps = max(self.eps, torch.finfo(dtype).eps)
-            nodes += [following for following, _ in node.next_functions]
-        self.moved = self.moved and bool(self.marked)
+    def __init__(self, recorder: CallRecorder, criterion: nn.Module) -> None:
+        self._recorder = weakref.ref(recorder)
+        self._under_way: dict[int, list[Term | None]] = {}
+        self._handles = (
+            criterion.register_forward_pre_hook(Hook(self, CriterionWatch._before), prepend=True, with_kwargs=True),
+            criterion.register_forward_hook(Hook(self, CriterionWatch._after), with_kwargs=True, always_call=True),
+        )
+        weakref.finalize(self, remove, self._handles)
 
-    def touches(self, tapes: list[Tape]) -> bool:
-        """Whether uses of parameters that a tape has noted are behind it."""
-        return any(edge.node in self._seen for tape in tapes for note in tape.notes for edge in note.edges.values())
+    def _before(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        private.outermost(criterion, *self._handles)
+        under_way = self._under_way.setdefault(threading.get_ident(), [])
+        if private.passes(criterion) <= 1:
+            under_way.clear()  # what is left over was interrupted
+        recorder = self._recorder()
+        term = None
+        if recorder is not None and torch.is_grad_enabled() and not under_way:
+            term = _Given(recorder).term(criterion, args, kwargs)
+        under_way.append(None if term is None else term[0])
+        return None if term is None else term[1:]
 
-
-def entries_of(x: Tensor, marked: dict[tuple[int, int], Any]) -> list[Entries] | None:
-    """Which entries of recorded outputs a tensor's entries are; None if they are others, or one of them twice.
-
-    Each position is sent back through the graph: the gradient says where it came from.
-
-    Args:
-        x: A tensor that was made from these outputs by moving entries.
-        marked: The outputs.
-    """
-    outputs = list(marked.values())
-    if len(outputs) == 1 and x.grad_fn is outputs[0][0]:
-        return [Entries(outputs[0][1], outputs[0][2])]
-    size = x.numel()
-    codes = torch.arange(1, size + 1, device=x.device)
-    nodes, sizes = [node for node, _, _ in outputs], [call.outputs[place].element_size() for _, call, place in outputs]
-    found = _sent_back(x, codes, nodes, sizes)
-    numbers = torch.cat([code[code > 0] for code in found])
-    if len(numbers) != len(numbers.unique()) or (len(numbers) and int(numbers.max()) > size):
-        return None
-    if len(numbers) < size:  # the others are constants, or there twice: another order tells
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(x.device)
-        again = _sent_back(x, codes[order], nodes, sizes)
-        for first, second in zip(found, again, strict=True):
-            there = first > 0
-            if not torch.equal(there, second > 0) or not torch.equal(order[first[there] - 1] + 1, second[there]):
-                return None
-    entries = []
-    for code, (_, call, place) in zip(found, outputs, strict=True):
-        index = code.nonzero()[:, 0]
-        at = code[index] - 1
-        value = call.outputs[place].reshape(-1)
-        if not torch.equal(value[index].to(x.dtype).nan_to_num(), x.detach().reshape(-1)[at].nan_to_num()):
+    def _after(self, _criterion: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        under_way = self._under_way.get(threading.get_ident(), [])
+        term = under_way.pop() if under_way else None
+        recorder = self._recorder()
+        if term is None or output is None or recorder is None:
             return None
-        if len(index):
-            whole = len(index) == len(value) == size and bool((at == torch.arange(size, device=at.device)).all())
-            entries.append(Entries(call, place) if whole else Entries(call, place, index, at))
-    return entries or None
+        term.state.forget_unused()
+        leaves, structure = tree_flatten(output)
+        copies: dict[int, Tensor] = {}
+        for number, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad or id(leaf) in copies:
+                continue
+            copies[id(leaf)] = copy = leaf.clone()
+            term.values[number] = leaf.detach().clone()
+            copy.register_hook(recorder.hook(type(recorder).factor_arrived, term, number))
+            cast(Any, copy.grad_fn).metadata[MARK] = (recorder.mark, term, None)
+        return tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure) if copies else None
 
 
-def _sent_back(x: Tensor, codes: Tensor, nodes: list[Any], sizes: list[int]) -> list[Tensor]:
-    """Codes of entries, as they arrive at nodes of the graph, flat integers; digit by digit."""
-    totals: list[Tensor | int] = [0] * len(nodes)
-    weight, rest = 1, codes
-    base = _BASE if all(t >= 4 for t in (x.element_size(), *sizes)) else _LOW
-    edges = [GradientEdge(node, 0) for node in nodes]
-    with unwatched():
-        while bool((rest > 0).any()):
-            digits = (rest % base).to(x.dtype).view(x.shape)
-            found = torch.autograd.grad([x], edges, [digits], retain_graph=True, allow_unused=True)
-            for number, gradient in enumerate(found):
-                if gradient is not None:
-                    totals[number] = totals[number] + weight * gradient.detach().reshape(-1).round().long()
-            weight, rest = weight * base, rest // base
-    return [t if isinstance(t, Tensor) else codes.new_zeros(0) for t in totals]
+class _Given:
+    """What a criterion is given."""
+
+    def __init__(self, recorder: CallRecorder) -> None:
+        self._recorder = recorder
+
+    def term(
+        self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Term, tuple[Any, ...], dict[str, Any]] | None:
+        """The term, and the arguments to give it; None if the loss is not followed by it."""
+        recorder = self._recorder
+        leaves, structure = tree_flatten((args, kwargs))
+        entries: dict[int, list[Entries]] = {}
+        copies: dict[int, Tensor] = {}
+        found: dict[int, list[Entries]] = {}
+        for number, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad or not leaf.is_floating_point():
+                continue
+            if private.is_batched(leaf):  # within torch.func.vmap: one sample's loss, and nobody sees all of them
+                recorder.unusable_criterion = True
+                return None
+            if id(leaf) not in copies:
+                graph = Graph(leaf, recorder.mark, recorder.parameters)
+                if graph.of_a_criterion:
+                    return None  # what is made of another one's value is followed by what that one's value receives
+                if not graph.depends:
+                    continue
+                parts = entries_of(leaf, graph.marked) if graph.moved else None
+                if parts is not None and any(part.of.outputs[part.place].ndim == 0 for part in parts):
+                    parts = None
+                copies[id(leaf)] = leaf.clone()
+                found[id(leaf)] = parts or [self._argument(leaf, copies[id(leaf)], graph)]
+            entries[number] = found[id(leaf)]
+        if not entries:
+            return None
+        arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        devices = {leaf.device.index for leaf in arguments if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
+        term = Term(criterion, arguments, structure, entries, State.now(criterion, sorted(devices)))
+        args, kwargs = tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
+        return term, args, kwargs
+
+    def _argument(self, leaf: Tensor, copy: Tensor, graph: Graph) -> Entries:
+        """An argument that has to be differentiated itself."""
+        recorder = self._recorder
+        argument = recorder.arguments.get(id(leaf))
+        if argument is None or argument.leaf() is not leaf:
+            calls = [call for call in recorder.kept if graph.touches(call.tapes)]
+            calls = list(dict.fromkeys([*calls, *(call for _, call, _ in graph.marked.values())]))
+            tapes = [*(tape for call in calls for tape in call.tapes), *recorder.tapes_under_way]
+            rows = leaf.reshape(1) if leaf.ndim == 0 else leaf
+            argument = Argument({0: rows.detach().clone()}, tapes=list(dict.fromkeys(tapes)), behind={0: rows}, calls=calls)
+            argument.leaf, argument.eps = weakref.ref(leaf), graph.eps
+            recorder.arguments[id(leaf)] = argument
+            if (model := recorder.model()) is not None:
+                argument.remember(model)
+        copy.register_hook(recorder.hook(type(recorder).arrived, argument, 0))
+        return Entries(argument, 0)
+
+
+class Argument(Outputs):
+    """What a criterion was given, where it is not made of entries of outputs.
+
+    Attributes:
+        leaf: The tensor, as the user has it.
+    """
+
+    leaf: weakref.ref[Tensor]
