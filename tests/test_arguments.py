@@ -54,7 +54,7 @@ def test_construction(options, error, match):
         ({"chunk_size": 0}, ValueError, "`chunk_size` should be at least 1, but got 0"),
         ({"chunk_size": 1.5}, TypeError, "`chunk_size` should be a whole number, but got 1.5"),
         ({"kernel": "fast"}, ValueError, "`kernel` should be one of 'auto', 'structured', 'jacobian', but got 'fast'"),
-        ({"factorization": "qr"}, ValueError, "`factorization` should be one of 'auto', 'eigh', but got 'qr'"),
+        ({"factorization": "qr"}, ValueError, "`factorization` should be one of 'auto', 'eigh', 'svd', but got 'qr'"),
     ],
 )
 def test_options_of_the_matrix(options, error, match):

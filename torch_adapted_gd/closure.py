@@ -1,14 +1,17 @@
 """The user's closure, evaluated at trial parameters and without a trace."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .calls import Conditions, underlying, unwatched
+
+Given = list[tuple[nn.Module, list[Any]]]  # calls of criteria, in their order: which one, and its arguments
 
 
 class Closure:
@@ -17,10 +20,11 @@ class Closure:
     Args:
         function: The user's.
         model: The network, whose random numbers and buffers every evaluation starts from alike.
+        criterion_calls: How many calls of criteria there have been before.
     """
 
-    def __init__(self, function: Callable[[], Any], model: nn.Module) -> None:
-        self._function, self._model = function, model
+    def __init__(self, function: Callable[[], Any], model: nn.Module, criterion_calls: int = 0) -> None:
+        self._function, self._model, self.criterion_calls = function, model, criterion_calls
         self._start = Conditions.now(model)
         self.returned: Any = None
 
@@ -39,14 +43,30 @@ class Closure:
         """
         return _number(self.returned)
 
-    def at(self, values: dict[str, Tensor]) -> float:
+    def at(self, values: dict[str, Tensor], criteria: Iterable[nn.Module] = ()) -> tuple[float, Given]:
         """The loss at other values of parameters, by name; then everything is as it was, whatever happens.
+
+        Args:
+            values: The parameters.
+            criteria: Whose calls to watch.
+
+        Returns:
+            The loss, and each call of a criterion: which one, and its arguments, flat.
 
         Raises:
             TypeError: The closure returns something else than a number.
         """
-        with self._restored(values), torch.enable_grad():
-            return _number(self._function())
+        given: Given = []
+
+        def called(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaves = tree_leaves((args, kwargs))
+            given.append((criterion, [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
+
+        with contextlib.ExitStack() as stack:
+            for criterion in criteria:
+                stack.callback(criterion.register_forward_pre_hook(called, with_kwargs=True).remove)
+            with self._restored(values), torch.enable_grad():
+                return _number(self._function()), given
 
     @contextlib.contextmanager
     def _restored(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -81,6 +101,10 @@ class Closure:
                     if gradient is not None and entries is not None:
                         gradient.copy_(entries)
                     p.grad = gradient
+
+
+def _copy(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone() if leaf.requires_grad else leaf
 
 
 def _number(returned: Any) -> float:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from .calls import Call, Outputs, stacked, underlying
 from .checks import all_finite
+from .closure import Given
 from .iterative import KernelOperator
 from .jacobian import norm
 from .objective import Objective
 from .output_metric import DiagonalMetric, Metric
 from .replay import Replay, batch_and_outputs, precision
-from .solve import ConjugateGradients, default_rtol
+from .solve import ConjugateGradients, SingularValueFactorization, default_rtol, default_svd_rtol
 from .system import Dense, Problem, choose_solver
 
 METRICS = ("euclidean", "ggn")
@@ -53,6 +54,7 @@ class Linearization:
         solver: How to solve.
         unit: The output curvature that ``lr`` is measured in where no criterion tells.
         start: A ψ̃ to begin with, or None.
+        damping: The least λ that will be asked for, see `direction`.
 
     Attributes:
         trained: θ.
@@ -86,6 +88,7 @@ class Linearization:
         solver: Dense | ConjugateGradients | None,
         unit: float = 1.0,
         start: Tensor | None = None,
+        damping: float = 0.0,
     ) -> None:
         dtype = next(iter(trained.values())).dtype
         calls = [each for each in stacked_from if isinstance(each, Call)]
@@ -118,9 +121,12 @@ class Linearization:
         if isinstance(chosen, ConjugateGradients) and self._metric is not None:
             self._metric = self._metric.padded()
         self.warm_start = isinstance(chosen, ConjugateGradients) and chosen.warm_start
-        problem = Problem(model, stacked_from, list(trained), self._g, self._metric, chosen)
+        problem = Problem(model, stacked_from, list(trained), self._g, self._metric, chosen, damping)
         if isinstance(chosen, ConjugateGradients):
             self.system, square = problem.without_matrix(chosen, start if chosen.warm_start else None)
+        elif chosen.factorization == "svd":
+            rtol = default_svd_rtol((self.num_outputs, self.num_params), eps) if chosen.rtol is None else chosen.rtol
+            self.system, square = problem.on_jacobian(rtol)
         else:
             rtol = default_rtol(self.num_outputs, eps) if chosen.rtol is None else chosen.rtol
             solving = {"rtol": rtol, "method": chosen.factorization, "firm": chosen.rtol is not None}
@@ -302,6 +308,14 @@ class Linearization:
             raise
         except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # of a model that checks its values
             return None
+        return self._moved_to(there)
+
+    def outputs_moved_in(self, given: Given, before: int) -> Tensor | None:
+        """The same, from what criteria were given in a closure; see `Objective.outputs_in`."""
+        there = None if self.objective is None else self.objective.outputs_in(given, before, self._outputs)
+        return None if there is None else self._moved_to(there)
+
+    def _moved_to(self, there: Tensor) -> Tensor | None:
         # What is not finite here, and no part of the loss, may stay so.
         moved = torch.where(there == self._outputs, 0.0, there - self._outputs)
         return moved if all_finite(moved) else None
@@ -389,16 +403,20 @@ class Linearization:
 
     def _solved(self, right: Tensor, shift: float, *, beside: bool = False) -> tuple[Parts, Tensor | None]:
         """The step for a right-hand side of the system, or something ``beside`` it, and ψ̃ if there is one."""
+        factorization = self.system.factorization
+        of_jacobian = isinstance(factorization, SingularValueFactorization)
         if self.iterative:
             solution = self.iterative.solve(right, shift, beside=beside)
+        elif isinstance(factorization, SingularValueFactorization):
+            solution = factorization.step(right, shift)
         else:
-            solution = self.system.factorization.solve(right, shift)
+            solution = factorization.solve(right, shift)
         if not all_finite(solution):
             raise RuntimeError(
                 f"The system of {len(self._g)} outputs has no finite solution in float64, so nothing was changed. Its entries "
                 "are near the ends of the range: look at the scale of outputs and inputs."
             )
-        if self.system.space == "parameter":
+        if self.system.space == "parameter" or of_jacobian:
             return dict(zip(self._numels, solution.split(list(self._numels.values())), strict=True)), None
         return self.system.jacobian.rmv(self._unweigh(solution)), solution
 

@@ -43,7 +43,11 @@ def linearized_live(of: Outputs, place: int, model: nn.Module | None, parameters
             of.tapes = []
             return
         notes = [note for tape in of.tapes for note in tape.notes]
+        before = [(tape, len(tape.notes), tape.derived) for tape in of.tapes]
         found = Linearized([x], parameters, notes, eps=precision(of, x.dtype), dtype=dtype, vectorized=allows_vmap(model))
+        for tape, count, derived in before:  # without what our own second derivatives noted
+            del tape.notes[count:]
+            tape.derived = derived
         size = dtype.itemsize * 2 * found.elements * found.q
         free = available_bytes(x.device) if size > _ASK else None  # other calls may hold theirs
         if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):

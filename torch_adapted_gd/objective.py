@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Outputs
+from .closure import Given
 from .losses import HalfSquaredLoss
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
 from .replay import batch_and_outputs
@@ -79,6 +80,33 @@ class Objective:
                 whole = whole.index_put((at,), torch.cat([x[self.rows(part)] for part in parts]))
             arguments[leaf] = whole.view(own.shape)
         return term.called(arguments) / self._loss_scale
+
+    def outputs_in(self, given: Given, before: int, x: Tensor) -> Tensor | None:
+        """X as criteria were given it when they were called again; None if they were not called alike.
+
+        Args:
+            given: Their calls.
+            before: How many calls there had been before those of the training step.
+            x: As it was then.
+        """
+        found = x.clone()
+        for term in self._terms:
+            place = term.number - before - 1
+            if not 0 <= place < len(given) or given[place][0] is not term.criterion:
+                return None
+            for leaf, parts in term.entries.items():
+                argument = given[place][1][leaf] if leaf < len(given[place][1]) else None
+                if not isinstance(argument, Tensor) or argument.shape != term.arguments[leaf].shape:
+                    return None
+                flat = argument.double().reshape(-1)
+                for part in parts:
+                    found[self.rows(part)] = flat if part.at is None else flat[part.at]
+        return found
+
+    @property
+    def criteria(self) -> list[nn.Module]:
+        """What it is made of."""
+        return list(dict.fromkeys(term.criterion for term in self._terms))
 
     @torch.no_grad()
     def value(self, x: Tensor) -> float:

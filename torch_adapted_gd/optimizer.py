@@ -1,5 +1,6 @@
 """AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -15,14 +16,15 @@ from .full_batch import full_loss
 from .linearization import METRICS, Linearization
 from .losses import check_criteria
 from .objective import Objective
-from .policies import Backtracking, Fixed, LevenbergMarquardt, Outcome, Policy, Step, StraightLine
+from .policies import Backtracking, Fixed, LevenbergMarquardt, Outcome, Policy, SamePoints, Step, StraightLine
 from .recorder import CallRecorder, checksum
 from .report import StepReport
 from .solve import ConjugateGradients
-from .system import Dense
+from .system import Dense, for_undamped
 from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .watching import WatchingOptimizer
 
+_HALVINGS = 24  # of undamped steps on an equation: as many as have been of use
 # What is remembered of a step that the next loss is to judge.
 _OF_NEXT = ("previous", "previous_momentum", "predicted", "before", "job", "undone", "left")
 
@@ -220,7 +222,7 @@ class AdaptedGD(WatchingOptimizer):
 
     def _step(self, function: Callable[[], float] | None) -> float | None:
         recorder = self._recorder
-        closure = None if function is None else Closure(function, self._model)
+        closure = None if function is None else Closure(function, self._model, recorder.criterion_calls)
         earlier = [*recorder.calls, *recorder.terms]
         loss = None if closure is None else closure()
         recorder.notice_cleared()
@@ -263,7 +265,7 @@ class AdaptedGD(WatchingOptimizer):
                     "that no policy can judge it: it is the paper's step, `lr` times the gradient. Give AdaptedGD the loss as "
                     "`criterion`, or a number for `damping`.",
                 )
-        policy = self._chosen_policy(closure)
+        policy, solver, points = self._chosen(closure, stacked_from, kept, scale)
         unit = 1.0
         if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):
             unit = kept.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value)
@@ -275,9 +277,10 @@ class AdaptedGD(WatchingOptimizer):
             loss_scale=scale,
             objective=objective,
             metric=self._metric,
-            solver=self._solver,
+            solver=solver,
             unit=unit,
             start=self._kept_psi(),
+            damping=policy.first_damping(kept),
         )
         propose = TrialMaker(linearization, self._groups())
         decay = options.shared_option(self.param_groups, "momentum")
@@ -291,6 +294,8 @@ class AdaptedGD(WatchingOptimizer):
                 )
         momentum = kept_momentum(self.state, trained) if decay else None
         outcome = policy.search(Step(linearization, propose, judge, momentum, decay, kept))
+        if points is not None and outcome.trial:
+            outcome.state.update(dataclasses.asdict(points))
         report = StepReport.of(linearization, outcome)
         values = propose.finished(outcome.trial) if outcome.trial else {}
         for name, value in values.items():
@@ -299,6 +304,8 @@ class AdaptedGD(WatchingOptimizer):
                     f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
                 )
         self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
+        if points is not None and points.undamped and not outcome.trial:
+            self.state[self.param_groups[0]["params"][0]]["slow"] = 1.0
         if outcome.trial:
             if isinstance(judge, ByNext):
                 expected = linearization.expected({name: value - trained[name] for name, value in values.items()})
@@ -311,11 +318,22 @@ class AdaptedGD(WatchingOptimizer):
         self.last_step = report
         return loss
 
-    def _chosen_policy(self, closure: Closure | None) -> Policy:
-        """The policy: what was given, or by default one where the loss is known."""
+    def _chosen(
+        self, closure: Closure | None, stacked_from: list[Outputs], kept: dict[str, float], scale: float
+    ) -> tuple[Policy, Dense | ConjugateGradients | None, SamePoints | None]:
+        """The policy and the solver: what was given, or by default what suits the loss; and what is known of an equation's."""
         if isinstance(self._policy, Fixed) or (self._policy is None and not self._criteria and closure is None):
-            return Fixed(options.shared_option(self.param_groups, "damping"))
-        return self._policy or LevenbergMarquardt()
+            return Fixed(options.shared_option(self.param_groups, "damping")), self._solver, None
+        derived = any(tape.derived for each in stacked_from for tape in each.tapes)
+        judged = closure is not None or all(isinstance(each, Call) and not each.nested for each in stacked_from)
+        if self._policy or not (derived and judged and self._criteria):
+            return self._policy or LevenbergMarquardt(), self._solver, None
+        loss = self._recorder.loss(self._recorder.factors(scale), scale)
+        points = SamePoints.read(kept).met(self._recorder.job(scale), loss)
+        solver = self._solver or for_undamped(stacked_from, list(self._trained().values()))
+        if not points.undamped or solver is None:
+            return LevenbergMarquardt(), self._solver, points
+        return Backtracking(num_trials=_HALVINGS), solver, points
 
     @property
     def _kept(self) -> dict[str, float]:

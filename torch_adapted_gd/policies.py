@@ -20,6 +20,7 @@ JUDGES = ("auto", "outputs", "closure", "next")
 State = dict[str, float]  # what a policy remembers: plain numbers, to be kept in checkpoints
 
 _DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Armijo)
+_LONGER_AGAIN = 8.0  # times the last step's fraction is what the next one begins with
 _BENDING = 0.375  # largest second-order part of a step, relative to it
 _LEARNING = 3.0  # most that a learned curvature changes by in a step
 _LEGIBLE = 32.0  # rounding errors of the loss that its curvature has to stand out from
@@ -77,10 +78,6 @@ class Step:
         assert self.judge is not None
         return self.judge
 
-    def moved(self, trial: Trial) -> Tensor | None:
-        """Δx of a trial; None if it is not finite."""
-        return self.linear.outputs_moved(trial.values)
-
     def predicted(self, trial: Trial, straight: Tensor) -> float:
         """What the trial would do to the loss if the outputs moved by Dδ."""
         curvature = self.known().curvature
@@ -88,13 +85,28 @@ class Step:
             return self.linear.loss_change(straight, trial.change)
         return self.linear.slope(trial.change) + 0.5 * curvature * float(straight.square().sum())
 
-    def change(self, trial: Trial, moved: Tensor | None) -> float:
-        """What it does."""
-        judge = self.known()
-        if judge.wants_outputs and moved is None:
-            return math.inf
-        change = judge.change(trial, moved)
-        return change if math.isfinite(change) else math.inf
+    def look(self, trial: Trial) -> tuple[float, Tensor | None]:
+        """What it does to the loss, inf where that is not finite; and to the outputs, if that is known."""
+        change, moved = self.known().look(trial)
+        return change if math.isfinite(change) else math.inf, moved
+
+    def best(self, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
+        """A trial or the same with its second-order part, whichever is better, and what it does to the loss.
+
+        Args:
+            trial: The trial.
+            straight: Dδ of it.
+            second_order: Whether to look at that part.
+        """
+        change, moved = self.look(trial)
+        if not second_order or moved is None:
+            return trial, change
+        part = self.linear.correction(moved - straight, trial.direction)
+        bent = self.propose(trial.direction, trial.fraction, part)
+        if not _distance(bent.change, trial.change) <= _BENDING * norm(trial.change):
+            return trial, change
+        with_part, _ = self.look(bent)
+        return (bent, with_part) if with_part < change else (trial, change)
 
     def shown(self, trial: Trial, change: float) -> float | None:
         """The curvature of the loss along a trial; None where a criterion tells it, or rounding hides it."""
@@ -122,6 +134,10 @@ class Fixed:
 
     damping: float = 0.0
 
+    def first_damping(self, state: State) -> float:  # noqa: ARG002
+        """The λ of the first trial."""
+        return self.damping
+
     def search(self, step: Step) -> Outcome:
         """The step."""
         direction = step.direction(self.damping)
@@ -132,10 +148,18 @@ class Fixed:
 class Backtracking:
     """Shorten steps until the loss decreases: the longest of η, η/2, … that gives 10⁻⁴ of what its slope promises (Armijo).
 
+    A step begins with eight times the fraction of ``lr`` that the last one went, at most with all of it. Each trial is also
+    looked at with its second-order part, as by `LevenbergMarquardt`, and the better of the two is taken.
+
+    With ``damping=0`` this is the damped Gauss–Newton method (Deuflhard, Newton Methods for Nonlinear Problems, 2004). Its
+    first steps move the parameters far and the loss little; on residuals of differential equations what follows is much faster
+    than LevenbergMarquardt, on regression it may not follow at all. docs/pinns.md has figures.
+
     Args:
         damping: λ, relative to the mean of diag Θ, at least 0.
         judge: What tells the loss at trial parameters, see `LevenbergMarquardt`; ``"next"`` cannot, as it comes too late.
         num_trials: The most trials of a step. After 40 halvings float64 would not see a step.
+        second_order: Whether to look at the second-order part, where the criterion's arguments at a trial are known.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -143,17 +167,23 @@ class Backtracking:
 
     Example:
         >>> Backtracking(damping=1e-3)
-        Backtracking(damping=0.001, judge='auto', num_trials=40)
+        Backtracking(damping=0.001, judge='auto', num_trials=40, second_order=True)
     """
 
     damping: float = 0.0
     judge: str = "auto"
     num_trials: int = 40
+    second_order: bool = True
 
     def __post_init__(self) -> None:
         real_number("damping", self.damping, low=0.0)
         one_of("judge", self.judge, JUDGES[:3])
         positive_integer("num_trials", self.num_trials)
+        true_or_false("second_order", self.second_order)
+
+    def first_damping(self, state: State) -> float:  # noqa: ARG002
+        """The λ of the first trial."""
+        return self.damping
 
     def search(self, step: Step) -> Outcome:
         """See `Backtracking`."""
@@ -162,15 +192,20 @@ class Backtracking:
         if step.momentum is not None and step.linear.slope(trial.change) >= 0:  # the momentum leads uphill here
             direction = step.direction(self.damping, with_momentum=False)
             trial = step.propose(direction)
-        for halvings in range(self.num_trials):
-            if halvings:
-                trial = step.propose(direction, 0.5**halvings)
+        fraction = min(1.0, _LONGER_AGAIN * step.state.get("fraction", 1.0))
+        for number in range(1, self.num_trials + 1):
+            trial = step.propose(direction, fraction)
+            straight = step.linear.linear(trial.change)  # Dδ
+            predicted = step.predicted(trial, straight)
             slope = step.linear.slope(trial.change)
-            decrease = -step.change(trial, step.moved(trial) if step.known().wants_outputs else None)
-            if decrease >= -_DECREASE * slope:
-                predicted = step.predicted(trial, step.linear.linear(trial.change))
-                ratio = decrease / -predicted if predicted < 0 else None
-                return Outcome(direction, trial, halvings + 1, ratio, step.learned(trial, -decrease))
+            trial, change = step.best(trial, straight, self.second_order)
+            if change <= _DECREASE * slope:
+                ratio = change / predicted if predicted < 0 else None
+                state = {"fraction": fraction, **step.learned(trial, change)}
+                return Outcome(direction, trial, number, ratio, state)
+            if step.known().by_outputs and abs(predicted) <= step.linear.rounding:
+                return Outcome(direction, None, number, None, hidden=True)
+            fraction /= 2
         return Outcome(direction, None, self.num_trials, None)
 
 
@@ -226,6 +261,10 @@ class StraightLine:
         allowed = _RESERVE * math.sqrt(self.tolerance / error) if error > 0 else math.inf
         return min(1.0, fraction * min(_LONGER, max(_SHORTER, allowed)))
 
+    def first_damping(self, state: State) -> float:  # noqa: ARG002
+        """The λ of the first trial."""
+        return self.damping
+
     def search(self, step: Step) -> Outcome:
         """The longest of ever shorter steps that the outputs follow as predicted.
 
@@ -248,7 +287,7 @@ class StraightLine:
         fraction, trials = step.state.get("fraction", 1.0), 0
         while fraction >= self.smallest:
             trial = whole if fraction == 1 else step.propose(direction, fraction)
-            moved = step.moved(trial)
+            moved = step.linear.outputs_moved(trial.values)
             trials += 1
             error = math.inf
             if moved is not None:
@@ -385,6 +424,10 @@ class LevenbergMarquardt:
             following = min(following, max(state["damping"], _BY_CHANCE))
         return {**state, "damping": following, "rejections": 0.0}, False
 
+    def first_damping(self, state: State) -> float:
+        """The λ of the first trial."""
+        return state.get("damping", self.initial) or self.initial
+
     def search(self, step: Step) -> Outcome:
         """Trials with more and more damping until one gives enough of the decrease that was predicted for it."""
         judge, linear = step.known(), step.linear
@@ -395,7 +438,7 @@ class LevenbergMarquardt:
             after = carry.stepped(judge.before / linear.loss_unit, None if change is None else change / linear.loss_unit)
             return {"damping": damping, **dataclasses.asdict(after)}
 
-        tried, ratio, shortened = damping or self.initial, -math.inf, 1.0
+        tried, ratio, shortened = self.first_damping(step.state), -math.inf, 1.0
         for attempt in range(1, self.num_trials + 1):
             # A momentum that does not suit the loss here is not mended by damping.
             direction = step.direction(tried, with_momentum=attempt <= 2)
@@ -408,7 +451,7 @@ class LevenbergMarquardt:
                 expected = {"damping": tried, "predicted": predicted, "before": judge.before}
                 expected["rejections"] = step.state.get("rejections", 0.0)
                 return Outcome(direction, trial if predicted <= 0 else None, attempt, None, expected)
-            trial, change = self._best(step, trial, straight, self.second_order and fraction == 1)
+            trial, change = step.best(trial, straight, self.second_order and fraction == 1)
             if predicted == 0 and change <= 0:  # a stationary point, or lr = 0
                 return Outcome(direction, trial, attempt, None, remembered(damping, change))
             ratio = change / predicted if predicted < 0 else -math.inf
@@ -419,29 +462,10 @@ class LevenbergMarquardt:
             if shown is not None and judge.curvature is not None and shown > judge.curvature and shortened > 0.1:
                 shortened = max(0.1, shortened * judge.curvature / shown)  # the loss bends more than was known
                 continue
-            if judge.wants_outputs and abs(predicted) <= linear.rounding:
+            if judge.by_outputs and abs(predicted) <= linear.rounding:
                 return Outcome(direction, None, attempt, ratio, hidden=True)
             tried = self.raised(tried, attempt if step.propose.damped else 1)
         return Outcome(direction, None, self.num_trials, ratio)
-
-    def _best(self, step: Step, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
-        """A trial or the same with its second-order part, whichever is better, and what it does to the loss."""
-        moved = step.moved(trial) if second_order or step.known().wants_outputs else None
-        corrected = None
-        if second_order and moved is not None:
-            part = step.linear.correction(moved - straight, trial.direction)
-            bent = step.propose(trial.direction, part=part)
-            if _distance(bent.change, trial.change) <= _BENDING * norm(trial.change):
-                corrected = bent
-        if not step.known().wants_outputs:  # each judgement is dear: the better one will do
-            best = trial if corrected is None else corrected
-            return best, step.change(best, None)
-        change = step.change(trial, moved)
-        if corrected is not None:
-            with_part = step.change(corrected, step.moved(corrected))
-            if with_part < change:
-                return corrected, with_part
-        return trial, change
 
 
 _MEMORY = 0.9  # of averages over steps
@@ -505,6 +529,52 @@ class CarryOver:
 
 def _distance(first: Parts, second: Parts) -> float:
     return norm({name: part - second[name] for name, part in first.items()})
+
+
+_SETTLED = 5.0  # steps on new points before they are taken to stay
+_WINDOW = 50  # steps in which undamped ones have to halve the loss
+
+
+@dataclass(frozen=True)
+class SamePoints:
+    """Whether an equation is solved on points that stay, and undamped steps get on with it.
+
+    The default for residuals of differential equations is `Backtracking` without damping while they do, and else
+    `LevenbergMarquardt`: docs/pinns.md has the table that this was decided by.
+
+    Attributes:
+        points: A number for the points of the last step.
+        settled: Steps on them; below zero, how many are missing until they are taken to stay.
+        mark: The loss when the present window of steps began; NaN before the first.
+        slow: 1 if undamped steps did not get on, else 0.
+    """
+
+    points: float = math.nan
+    settled: float = 0.0
+    mark: float = math.nan
+    slow: float = 0.0
+
+    @classmethod
+    def read(cls, state: State) -> SamePoints:
+        """From what a policy remembers."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: state[name] for name in names if name in state})
+
+    def met(self, points: float, loss: float) -> SamePoints:
+        """With the points of another step, and the loss there."""
+        if math.isnan(self.mark):
+            return SamePoints(points, -1.0, loss)  # nobody knows yet
+        if points != self.points:
+            return SamePoints(points, -_SETTLED, loss)
+        settled, mark, slow = self.settled + 1, self.mark, self.slow
+        if settled > 0 and settled % _WINDOW == 0:
+            slow, mark = float(slow or loss > 0.5 * mark), loss
+        return SamePoints(points, settled, mark, slow)
+
+    @property
+    def undamped(self) -> bool:
+        """Whether to step without damping."""
+        return self.settled >= 0 and not self.slow
 
 
 Policy = Fixed | Backtracking | StraightLine | LevenbergMarquardt

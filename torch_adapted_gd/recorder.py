@@ -67,6 +67,7 @@ class CallRecorder:
         dropped_by: What emptied the recorder last, for the message of a step that finds no call.
         arguments: What criteria were given that was computed from outputs, by ``id`` of the tensor.
         kept: Calls under which derivatives may have been taken, which a criterion may be given.
+        criterion_calls: How often a criterion was called.
         model: The model, as long as it lives.
         parameters: Those to be stepped, by ``id``.
         mark: What outputs of recorded calls are marked with in the graph.
@@ -77,6 +78,7 @@ class CallRecorder:
     def __init__(self, model: nn.Module, criteria: tuple[nn.Module, ...] = ()) -> None:
         self.calls: list[Call] = []
         self.terms: list[Term] = []
+        self.criterion_calls = 0
         self._criteria = criteria
         self.mark = object()  # what this recorder's outputs are known by in a graph
         self.kept: list[Call] = []

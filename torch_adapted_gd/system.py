@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from .calls import Outputs
 from .checks import one_of, positive_integer, real_number
 from .iterative import KernelOperator
-from .jacobian import METHODS, Jacobian, tangent_gram, tangent_jacobian, written_if_small
+from .jacobian import METHODS, Jacobian, tangent_gram, tangent_jacobian, written, written_if_small
 from .memory import available_bytes, require_memory
 from .output_metric import Metric
-from .solve import ConjugateGradients, Factorization, equilibrated, factorize
+from .replay import batch_and_outputs
+from .solve import ConjugateGradients, Factorization, SingularValueFactorization, by_singular_values, equilibrated, factorize
 
 SPACES = ("auto", "sample", "parameter")
-FACTORIZATIONS = ("auto", "eigh")
+FACTORIZATIONS = ("auto", "eigh", "svd")
 _DENSE = 8192  # rows up to which "auto" forms and factors a matrix: one of 8,192 rows takes 0.5 GB, and Cholesky some seconds
 _SMALL = 2**18  # entries of D up to which it is written out: its parts would take longer to be called than to be computed
+_COPIES = 4  # as many as D that its singular values may need
 _MATRICES = 5  # as many as Θ that a solution with it may need: its eigenvectors, and LAPACK's workspace
 
 
@@ -32,8 +34,11 @@ class Dense:
             ``"auto"``, whichever is smaller.
         rtol: Singular values of D up to rtol·σ_max count as zero. By default √(QN·ε) with ε of float64, or the machine epsilon
             of the forward pass (autocast's, under autocast) where that is larger; a λ far above that rounding makes them count.
+            By ``"svd"`` max(QN, K)·ε, or that machine epsilon.
         factorization: ``"auto"``: Cholesky where an estimate of the condition allows it, pivoted Cholesky where the rank is
             short and unambiguous, else ``"eigh"``, the eigenvalue decomposition, which may be had always; see `solve_kernel`.
+            ``"svd"`` writes D out, R·K numbers in float64, and takes its singular values: those down to 1e-12 of the largest
+            count, where Θ and DᵀD lose what is below 1e-7. It is for undamped steps on D without a gap in its spectrum.
         kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the uses of parameters and raises for a model
             that this does not fit, ``"jacobian"`` builds it from D, ``"auto"`` is structured where that is right.
         chunk_size: Samples' worth of rows of D that are differentiated at a time, see `ntk`.
@@ -71,7 +76,7 @@ class System:
 
     Attributes:
         space: ``"sample"`` or ``"parameter"``.
-        matrix: Θ̃ ``[R, R]`` or M ``[K, K]``; or Θ̃ without its entries.
+        matrix: Θ̃ ``[R, R]`` or M ``[K, K]``; or something that multiplies like Θ̃, or by ``"svd"`` like M.
         factorization: Its factorization; of the latter, itself.
         right: g̃ ``[R]`` or Dᵀg ``[K]``.
         size: |g̃|.
@@ -82,7 +87,7 @@ class System:
     """
 
     space: Literal["sample", "parameter"]
-    matrix: Tensor | KernelOperator
+    matrix: Tensor | KernelOperator | SingularValueFactorization
     factorization: Factorization | KernelOperator
     right: Tensor
     size: float
@@ -114,6 +119,8 @@ class Problem:
         g: ∇ₓC, ``[R]``.
         metric: Where S comes from; None for S = 1.
         solver: How to solve.
+        damping: The least λ that will be asked for, relative to the mean of diag Θ: if it is large enough, the Cholesky factor
+            of Θ + λ1 does, and the rank is an estimate.
     """
 
     model: nn.Module
@@ -122,6 +129,7 @@ class Problem:
     g: Tensor
     metric: Metric | None
     solver: Dense | ConjugateGradients
+    damping: float = 0.0
 
     def in_sample_space(self, solving: dict[str, Any]) -> tuple[System, float]:
         """The system with Θ̃, and |D|²."""
@@ -138,13 +146,14 @@ class Problem:
         if self.metric is not None:  # SᵀΘS, Θ symmetric
             theta = self.metric.root_transpose(self.metric.root_transpose(theta).T.contiguous())
         right = self._right()
+        scale = float(theta.diagonal().mean())
         system = System(
             space="sample",
             matrix=theta,
-            factorization=factorize(theta, **solving),
+            factorization=factorize(theta, **solving, least_shift=self.damping * scale),
             right=right,
             size=float(torch.linalg.vector_norm(right)),
-            scale=float(theta.diagonal().mean()),
+            scale=scale,
             jacobian=jacobian,
         )
         return system, square
@@ -155,15 +164,47 @@ class Problem:
         weigh = self.metric.root_transpose if self.metric else None
         gram, products, square = tangent_gram(jacobian, self.g[:, None], weigh)
         right = self._right()
+        scale = float(gram.diagonal().sum()) / max(1, len(right))
         system = System(
             space="parameter",
             matrix=gram,
-            factorization=equilibrated(gram, factorize(gram, **solving), **solving),
+            factorization=equilibrated(gram, factorize(gram, **solving, least_shift=self.damping * scale), **solving),
             right=products[:, 0],
             size=float(torch.linalg.vector_norm(right)),
-            scale=float(gram.diagonal().sum()) / max(1, len(right)),
+            scale=scale,
             jacobian=jacobian,
             least=float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0,
+        )
+        return system, square
+
+    def on_jacobian(self, rtol: float) -> tuple[System, float]:
+        """The system with the singular values of S̃ᵀD, and |D|².
+
+        Raises:
+            MemoryError: D would not fit.
+        """
+        rows, params = len(self.g), sum(p.numel() for name, p in self.model.named_parameters() if name in set(self.names))
+        require_memory(
+            _COPIES * 8 * rows * params,
+            self.g.device,
+            f"The Jacobian of {rows:,} outputs by {params:,} parameters, and its singular vectors",
+            'Use factorization="auto", or a smaller batch.',
+        )
+        jacobian = written(self._jacobian())
+        d = torch.cat([block.double() for block in jacobian.blocks])
+        square = float(torch.linalg.vector_norm(d)) ** 2
+        if self.metric is not None:
+            d = self.metric.root_transpose(d)
+        right = self._right()
+        factorization = by_singular_values(d, rtol)
+        system = System(
+            space="sample",
+            matrix=factorization,
+            factorization=factorization,
+            right=right,
+            size=float(torch.linalg.vector_norm(right)),
+            scale=float(torch.linalg.vector_norm(d)) ** 2 / max(1, len(right)),
+            jacobian=jacobian,
         )
         return system, square
 
@@ -194,6 +235,16 @@ class Problem:
 
     def _right(self) -> Tensor:
         return self.g if self.metric is None else self.metric.root_inverse(self.g)
+
+
+def for_undamped(stacked_from: list[Outputs], trained: list[nn.Parameter]) -> Dense | None:
+    """How to solve without damping where D's spectrum has no gap; None where D is too large for that."""
+    rows = sum(n * q for n, q in map(batch_and_outputs, stacked_from))
+    params = sum(p.numel() for p in trained)
+    size = _COPIES * 8 * rows * params
+    if min(rows, params) > _DENSE or (size > 2**26 and size > (available_bytes(trained[0].device) or size) // 2):
+        return None
+    return Dense(factorization="svd")
 
 
 def choose_solver(

@@ -108,34 +108,34 @@ class Judge(Protocol):
 
     Attributes:
         before: The loss at the present parameters.
-        wants_outputs: Whether it has to be told how the outputs moved.
+        by_outputs: Whether it is told by the outputs there, whose rounding is known.
         later: Whether only the next step tells.
         curvature: The loss's curvature to assume in predictions; None where the criterion tells.
     """
 
     before: float
-    wants_outputs: bool
+    by_outputs: bool
     later: bool
     curvature: float | None
 
-    def change(self, trial: Trial, moved: Tensor | None) -> float:
-        """C(θ + δ) − C(θ), given Δx."""
+    def look(self, trial: Trial) -> tuple[float, Tensor | None]:
+        """C(θ + δ) − C(θ), and x(θ + δ) − x(θ) if that is known and finite."""
 
 
 class ByOutputs:
     """By the outputs there and the criterion."""
 
-    wants_outputs, later = True, False
+    by_outputs, later = True, False
     curvature: float | None = None
 
     def __init__(self, linearization: Linearization) -> None:
         self._linear = linearization
         self.before = linearization.loss
 
-    def change(self, trial: Trial, moved: Tensor | None) -> float:
+    def look(self, trial: Trial) -> tuple[float, Tensor | None]:
         """See `Judge`."""
-        assert moved is not None
-        return self._linear.loss_change(moved, trial.change)
+        moved = self._linear.outputs_moved(trial.values)
+        return math.inf if moved is None else self._linear.loss_change(moved, trial.change), moved
 
 
 class ByClosure:
@@ -143,39 +143,42 @@ class ByClosure:
 
     Args:
         closure: The closure, called once.
-        curvature: See `Judge`.
+        linearization: The loss around the present parameters.
 
     Raises:
         RuntimeError: It returned a loss that is not finite.
         TypeError: It did not return a number.
     """
 
-    wants_outputs, later = False, False
+    by_outputs, later = False, False
 
-    def __init__(self, closure: Closure, curvature: float | None) -> None:
-        self._closure, self.curvature = closure, curvature
+    def __init__(self, closure: Closure, linearization: Linearization) -> None:
+        self._closure, self._linear = closure, linearization
+        self._criteria = [] if linearization.objective is None else linearization.objective.criteria
+        self.curvature = linearization.curvature if linearization.objective is None else None
         self.before = closure.value
         if not math.isfinite(self.before):
             raise RuntimeError(f"`closure` should return a finite loss, but returned {self.before}. Nothing was changed.")
 
-    def change(self, trial: Trial, moved: Tensor | None) -> float:  # noqa: ARG002
-        """See `Judge`."""
-        return self._closure.at(trial.values) - self.before
+    def look(self, trial: Trial) -> tuple[float, Tensor | None]:
+        """See `Judge`; the outputs are those that criteria are given there."""
+        loss, given = self._closure.at(trial.values, self._criteria)
+        return loss - self.before, self._linear.outputs_moved_in(given, self._closure.criterion_calls)
 
 
 class ByNext:
     """By the loss of the next step: until then what was predicted is believed."""
 
-    wants_outputs, later = False, True
+    by_outputs, later = False, True
     curvature: float | None = None
 
     def __init__(self, linearization: Linearization) -> None:
         self._linear = linearization
         self.before = linearization.loss
 
-    def change(self, trial: Trial, moved: Tensor | None) -> float:  # noqa: ARG002
+    def look(self, trial: Trial) -> tuple[float, Tensor | None]:
         """What is predicted."""
-        return self._linear.loss_change(self._linear.linear(trial.change), trial.change)
+        return self._linear.loss_change(self._linear.linear(trial.change), trial.change), None
 
 
 def choose_judge(wanted: str, linearization: Linearization, closure: Closure | None) -> Judge | None:
@@ -206,7 +209,7 @@ def choose_judge(wanted: str, linearization: Linearization, closure: Closure | N
             raise RuntimeError(
                 'judge="closure" needs the loss from a closure: write optimizer.step(closure). Nothing was changed.'
             )
-        return ByClosure(closure, None if known else linearization.curvature)
+        return ByClosure(closure, linearization)
     if not known:
         raise RuntimeError(
             f'judge="{wanted}" needs the loss as `criterion` to AdaptedGD, and nothing was changed. Give it there, or pass a '

@@ -6,7 +6,7 @@ from .dense import norm
 from .operator import Jacobian
 from .products import OuterProducts
 from .rules import register_rule
-from .tangent import METHODS, ntk, tangent_gram, tangent_jacobian, written_if_small
+from .tangent import METHODS, ntk, tangent_gram, tangent_jacobian, written, written_if_small
 from .uses import Use
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "register_rule",
     "tangent_gram",
     "tangent_jacobian",
+    "written",
     "written_if_small",
 ]

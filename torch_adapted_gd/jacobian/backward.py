@@ -62,6 +62,26 @@ class BackwardPasses:
             vectors[torch.arange(count), start + torch.arange(count)] = 1
             yield start, self.many(vectors.view(count, *self.x.shape), inputs)
 
+    def columns(self, inputs: list[Tensor]) -> list[Tensor] | None:
+        """Its Jacobian by each input, ``[*x, numel]``, by a double backward pass for each entry; None where there is none."""
+        assert self.x is not None
+        with torch.enable_grad():
+            u = torch.zeros_like(self.x, requires_grad=True)
+            try:
+                products = torch.autograd.grad(self.x, inputs, u, create_graph=True, materialize_grads=True)
+                found = [
+                    torch.autograd.grad(entry, u, retain_graph=True, materialize_grads=True)[0]
+                    if entry.requires_grad
+                    else u * 0
+                    for product in products
+                    for entry in product.reshape(-1)
+                ]
+            except _REFUSALS as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                return None
+        return list(torch.stack([column.detach() for column in found], -1).split([p.numel() for p in inputs], -1))
+
     def _filled(self, u: Tensor, inputs: list[Any]) -> tuple[Tensor, ...]:
         assert self.x is not None
         return torch.autograd.grad(self.x, inputs, u, retain_graph=True, materialize_grads=True)

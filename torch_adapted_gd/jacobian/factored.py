@@ -130,8 +130,8 @@ class FactoredJacobian(Jacobian):
         if not left:
             return "structured"
         if left == len(self.numels):
-            return "jacobian (rows)"
-        return f"structured, and {left} of {len(self.numels)} parameters by jacobian (rows)"
+            return "jacobian (rows)" if self.remarks else "jacobian (columns)"
+        return f"structured, and {left} of {len(self.numels)} parameters by jacobian ({'rows' if self.remarks else 'columns'})"
 
     def chunks_of(self, number: int) -> list[Chunk]:
         """The chunks of one of the calls."""

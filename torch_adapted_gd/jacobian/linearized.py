@@ -23,6 +23,7 @@ from .sources import accumulated
 from .uses import Layout, Use
 
 _ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
+_COLUMNS = 8  # rows for each column from which columns are cheaper, though each takes two passes, one after the other
 _ROW_BYTES = 2**28  # of rows of D that are differentiated at a time
 
 
@@ -323,10 +324,16 @@ class Linearized:
         self.uses = [use for use in self.uses if not use.names <= self.unserved.keys()]
 
     def _rows_of(self, names: list[str]) -> dict[str, Tensor]:
-        """The rows of D by some parameters, by a backward pass for each output of each sample."""
+        """D by some parameters: by columns where these are few, else by rows, a backward pass for each output of each sample."""
         tensors = [self._parameters[name] for name in names]
         width = sum(t.numel() for t in tensors)
         total = self.n * self.q
+        if _COLUMNS * width <= total:
+            with self._running():
+                columns = self._passes.columns(tensors)
+            if columns is not None:
+                self.remarks = []  # as fast as it gets
+                return {name: part.to(self._dtype) for name, part in zip(names, columns, strict=True)}
         step = max(1, min(total, 64, _ROW_BYTES // max(1, self._dtype.itemsize * width)))
         rows = {
             name: torch.empty(total, t.numel(), dtype=self._dtype, device=self.device)

@@ -168,9 +168,14 @@ def _traced(model: nn.Module, outputs: Outputs, names: list[str], dtype: torch.d
 def written_if_small(jacobian: Jacobian, limit: int = ROWS_ELEMENTS) -> Jacobian:
     """The same with D held, where it has at most so many entries."""
     rows, columns = jacobian.shape
-    if rows * columns > limit:
+    return jacobian if rows * columns > limit else written(jacobian)
+
+
+def written(jacobian: Jacobian) -> DenseJacobian:
+    """The same with D held."""
+    if isinstance(jacobian, DenseJacobian):
         return jacobian
-    whole = torch.cat(list(jacobian.rows(limit)))
+    whole = torch.cat(list(jacobian.rows(ROWS_ELEMENTS)))
     blocks = list(whole.split([n * q for n, q in jacobian.shapes]))
     dense = DenseJacobian(blocks, jacobian.shapes, jacobian.numels, jacobian.description)
     dense.remark = jacobian.remark

@@ -5,6 +5,7 @@ from .equilibrated import equilibrated
 from .factorization import Factorization, Status
 from .krylov import ConjugateGradients
 from .lstsq import LeastSquares, rank_revealing_lstsq
+from .singular import SingularValueFactorization, by_singular_values, default_svd_rtol
 from .solution import METHODS, KernelSolution
 from .spectrum import default_rtol
 from .system import solve_kernel, solve_symmetric
@@ -15,8 +16,11 @@ __all__ = [
     "Factorization",
     "KernelSolution",
     "LeastSquares",
+    "SingularValueFactorization",
     "Status",
+    "by_singular_values",
     "default_rtol",
+    "default_svd_rtol",
     "equilibrated",
     "factorize",
     "rank_revealing_lstsq",

@@ -47,7 +47,7 @@ def factorize(
     if method == "auto" and len(matrix) > _CHOLESKY_PAYS:
         try:
             factorization: Factorization | None = by_cholesky(matrix, rtol)
-            if factorization is None and len(matrix) > _PIVOTS_PAY:
+            if factorization is None and (len(matrix) > _PIVOTS_PAY or (least_shift > 0 and not firm)):
                 factorization = by_pivots(matrix, rtol, least_shift, firm)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of numbers near the ends of float64's range
             factorization = None

@@ -118,7 +118,8 @@ def by_pivots(matrix: Tensor, rtol: float, shift: float, firm: bool) -> PivotedF
     largest = largest_eigenvalue(lambda block: matrix @ block, start)
     rounding = n * EPS * largest
     noise = max(rtol**2 * largest, rounding)
-    smooth = shift >= _SMOOTH * noise
+    plain = not firm and shift >= MARGIN * rounding  # solved by the Cholesky factor of Θ + λ1, whatever the rank
+    smooth = plain or shift >= _SMOOTH * noise
     pivots = pivoted_cholesky(matrix, noise, 0.0 if smooth else MARGIN * noise)
     if pivots is None or not len(pivots.rows):
         return None
@@ -127,7 +128,7 @@ def by_pivots(matrix: Tensor, rtol: float, shift: float, firm: bool) -> PivotedF
     smallest = 1 / largest_eigenvalue(lambda block: factorization.rough_solve(factorization.project(block)), start)
     unambiguous = smallest >= MARGIN * noise and remainder <= max(rtol**2 * largest, _ROUNDINGS * rounding)
     accurate = remainder <= max(_ROUNDINGS * rounding, _ACCURACY * max(smallest, shift))
-    if not ((unambiguous and accurate) or (smooth and shift >= _SMOOTH * remainder)):
+    if not ((unambiguous and accurate) or plain or (smooth and shift >= _SMOOTH * remainder)):
         return None
     factorization.condition = math.sqrt(largest / smallest)
     return factorization

@@ -69,7 +69,7 @@ class Applied(torch.autograd.Function):
                 continue
             of = operation.gradient(number, tensors, g)
             noted = of.sources and number not in operation.sources and tape is not None and torch.is_grad_enabled()
-            found.append(run(of, tape) if noted else of.compute(*of.tensors))
+            found.append(run(of, tape, derived=True) if noted else of.compute(*of.tensors))
         return tuple(found)
 
     @staticmethod
@@ -80,7 +80,8 @@ class Applied(torch.autograd.Function):
             if tangent is None or number in operation.sources:  # parameters have no tangent
                 continue
             of = operation.tangent(number, tensors, tangent)
-            part = run(of, tape) if of.sources and tape is not None else of.compute(*of.tensors)
+            noted = of.sources and tape is not None
+            part = run(of, tape, derived=True) if noted else of.compute(*of.tensors)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -93,8 +94,9 @@ class Applied(torch.autograd.Function):
         return Applied.apply(of, tape, *of.tensors), 0
 
 
-def run(operation: Operation, tape: Tape) -> Tensor:
+def run(operation: Operation, tape: Tape, *, derived: bool = False) -> Tensor:
     """The value of an operation, in the graph, and noted."""
+    tape.derived = tape.derived or derived
     tensors, operation.tensors = operation.tensors, ()  # which the graph keeps
     return Applied.apply(operation, weakref.ref(tape), *tensors)
 

@@ -46,6 +46,8 @@ class CriterionWatch:
             under_way.clear()  # what is left over was interrupted
         recorder = self._recorder()
         term = None
+        if recorder is not None:
+            recorder.criterion_calls += 1
         if recorder is not None and torch.is_grad_enabled() and not under_way:
             term = _Given(recorder).term(criterion, args, kwargs)
         under_way.append(None if term is None else term[0])
@@ -107,7 +109,8 @@ class _Given:
             return None
         arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         devices = {leaf.device.index for leaf in arguments if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
-        term = Term(criterion, arguments, structure, entries, State.now(criterion, sorted(devices)))
+        state = State.now(criterion, sorted(devices))
+        term = Term(criterion, arguments, structure, entries, state, number=recorder.criterion_calls)
         args, kwargs = tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
         return term, args, kwargs
 

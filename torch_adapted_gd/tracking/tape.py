@@ -102,6 +102,7 @@ class Tape(TorchFunctionMode):
         parameters: As given.
         retaining: Hidden tensors whose gradient the user keeps.
         without_graph: Whether a parameter was used with gradients disabled, as within `torch.utils.checkpoint`.
+        derived: Whether a derivative was taken that parameters are used in.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Tape(TorchFunctionMode):
         self._operations, self._still_runs = 0, still_runs
         self.notes: list[Note] = []
         self.differentiable = differentiable
-        self.without_graph = False
+        self.without_graph = self.derived = False
         self.retaining: list[weakref.ref[Tensor]] = []
         self.parameters = parameters
         self._sources = {id(p): Source(p, name) for name, p in parameters.items()}

@@ -66,6 +66,7 @@ class Term:
         values: What it gave, by number.
         factors: f by number: ∂loss/∂value as backward passes delivered it, float64.
         doubles: Whether the criterion takes float64; None as long as nobody asked.
+        number: Which call of any criterion it was.
     """
 
     criterion: nn.Module
@@ -76,6 +77,7 @@ class Term:
     values: dict[int, Tensor] = field(default_factory=dict)
     factors: dict[int, Tensor] = field(default_factory=dict)
     doubles: bool | None = None
+    number: int = 0
 
     @property
     def parts(self) -> list[Entries]:

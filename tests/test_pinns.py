@@ -1,0 +1,250 @@
+"""Residuals of differential equations in the loops that people write: the default policy for them, and D by its singular values."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD, Backtracking, Dense
+from torch_adapted_gd.policies import SamePoints
+from torch_adapted_gd.solve import by_singular_values
+
+from .cases import flat
+
+CRITERION = nn.MSELoss()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def network(*sizes):
+    layers = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def derivative(u, x):
+    return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+
+class Loop:
+    """−u″ = π² sin πx on [−1, 1], u = 0 at both ends, as an unchanged loop has it."""
+
+    def __init__(self, seed=0, width=16, points=40, **options):
+        torch.manual_seed(seed)
+        self.net = network(1, width, width, 1)
+        self.optimizer = AdaptedGD(self.net, criterion=CRITERION, **options)
+        self.x = 2 * torch.rand(points, 1, dtype=torch.float64) - 1
+        self.ends = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+
+    def loss(self):
+        x = self.x.clone().requires_grad_()
+        second = derivative(derivative(self.net(x), x), x)
+        inside = CRITERION(second, -(math.pi**2) * torch.sin(math.pi * self.x))
+        return inside + 10 * CRITERION(self.net(self.ends), torch.zeros(2, 1, dtype=torch.float64))
+
+    def closure(self):
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def error(self):
+        x = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
+        with torch.no_grad():
+            return float((self.net(x) - torch.sin(math.pi * x)).norm() / 10)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_a_closure_fixed_points_are_solved_to_rounding(seed):
+    loop = Loop(seed)
+    solvers = []
+    for _ in range(80):
+        loop.optimizer.step(loop.closure)
+        solvers.append(loop.optimizer.last_step.solver)
+        if loop.loss() < 1e-16:
+            break
+    assert solvers[0] != "svd", "before the second step nobody knows whether points stay"
+    assert set(solvers[1:]) == {"svd"}
+    assert loop.loss() < 1e-16
+    assert loop.error() < 1e-6
+
+
+def test_without_a_closure_steps_are_judged_by_the_next_loss():
+    loop = Loop()
+    for _ in range(150):
+        loop.closure()
+        loop.optimizer.step()
+        assert loop.optimizer.last_step.solver != "svd"
+    assert loop.loss() < 1e-4
+
+
+def test_points_drawn_anew_are_stepped_on_with_damping():
+    loop = Loop()
+    for number in range(20):
+        if number < 10:
+            loop.x = 2 * torch.rand(40, 1, dtype=torch.float64) - 1
+        loop.optimizer.step(loop.closure)
+        undamped = loop.optimizer.last_step.solver == "svd"
+        assert undamped == (number >= 14)  # the fifth step on the same ones
+
+
+def test_points_drawn_within_the_closure_come_again_for_trials():
+    loop = Loop()
+    torch.manual_seed(3)
+
+    def closure():
+        loop.x = 2 * torch.rand(40, 1, dtype=torch.float64) - 1
+        return loop.closure()
+
+    first = float(loop.loss().detach())
+    for _ in range(60):
+        loop.optimizer.step(closure)
+    assert loop.loss() < 1e-3 * first
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch.func.hessian
+@pytest.mark.parametrize("inside", ["grad", "func"])
+def test_derivatives_within_the_module(inside):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(1, 16, 16, 1)
+
+        def forward(self, x):
+            if inside == "func":
+                return torch.func.vmap(torch.func.hessian(lambda p: self.net(p).squeeze()))(x).reshape(-1, 1)
+            x = x.clone().requires_grad_()
+            return derivative(derivative(self.net(x), x), x)
+
+    torch.manual_seed(0)
+    x = 2 * torch.rand(30, 1, dtype=torch.float64) - 1
+    y = torch.cos(2 * x)
+    model = Residual()
+    optimizer = AdaptedGD(model, criterion=CRITERION)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = CRITERION(model(x), y)
+        loss.backward()
+        optimizer.step()  # the module can be called again: no closure is needed
+    assert optimizer.last_step.solver in ("svd", "cholesky", "pivoted_cholesky", "eigh")
+    assert CRITERION(model(x), y) < 1e-15
+
+
+def test_an_inverse_problem_finds_its_coefficient():
+    class Decay(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(1, 12, 1)
+            self.rate = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+        def forward(self, t):
+            return self.net(t)
+
+    torch.manual_seed(0)
+    model = Decay()
+    optimizer = AdaptedGD(model, criterion=CRITERION)
+    t = torch.linspace(0, 2, 40, dtype=torch.float64)[:, None]
+    seen = t[::4]
+
+    def closure():
+        optimizer.zero_grad()
+        s = t.clone().requires_grad_()
+        u = model(s)
+        residual = derivative(u, s) + model.rate * u
+        loss = CRITERION(residual, torch.zeros_like(residual)) + CRITERION(model(seen), torch.exp(-1.7 * seen))
+        loss.backward()
+        return loss
+
+    for _ in range(80):
+        optimizer.step(closure)
+    assert model.rate.item() == pytest.approx(1.7, abs=1e-6)
+
+
+def test_in_float32():
+    loop = Loop()
+    loop.net.float()
+    loop.x, loop.ends = loop.x.float(), loop.ends.float()
+    loop.loss = lambda: CRITERION(
+        derivative(derivative(loop.net(x := loop.x.clone().requires_grad_()), x), x),
+        -(math.pi**2) * torch.sin(math.pi * loop.x),
+    )
+    first = float(loop.loss().detach())
+    for _ in range(60):
+        loop.optimizer.step(loop.closure)
+    assert loop.loss() < 1e-5 * first
+
+
+def test_a_loss_that_undamped_steps_do_not_lower_is_left_to_damped_ones():
+    points = SamePoints().met(1.0, 8.0)
+    assert not points.undamped
+    for number in range(1, 51):
+        points = points.met(1.0, 8.0 - 0.01 * number)
+        assert points.undamped
+    points = points.met(1.0, 7.0)  # fifty of them did not halve it
+    assert not points.undamped
+    assert not points.met(1.0, 1e-9).undamped
+    assert not SamePoints().met(math.nan, 1.0).met(math.nan, 1.0).undamped  # the loss draws random numbers
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40), (300, 900), (900, 300)])
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("device", DEVICES)
+def test_singular_values_of_the_jacobian(rows, columns, decay, device):
+    size = min(rows, columns)
+    u, v = (torch.linalg.qr(torch.randn(n, size, dtype=torch.float64, device=device)).Q for n in (rows, columns))
+    sigma = decay ** torch.arange(size, dtype=torch.float64, device=device)
+    d = (u * sigma) @ v.T
+    found = by_singular_values(d, 1e-9)
+    assert found.rank == int((sigma > 1e-9).sum())
+    assert found.condition == pytest.approx(float(sigma[0] / sigma[found.rank - 1]), rel=1e-3)
+    g = torch.randn(rows, dtype=torch.float64, device=device)
+    pinv = torch.linalg.pinv(d, rtol=1e-9)
+    # The step moves outputs by Pg; single parts of it have errors of κε in θ, which outputs do not feel.
+    assert (d @ found.step(g) - d @ (pinv @ g)).norm() <= 1e-6 * g.norm()
+    assert (found.project(g) - d @ (pinv @ g)).norm() <= 1e-6 * g.norm()
+    damped = d.T @ torch.linalg.solve(d @ d.T + 1e-3 * torch.eye(rows, dtype=torch.float64, device=device), g)
+    assert (found.step(g, 1e-3) - damped).norm() <= 1e-9 / 1e-3 * g.norm()  # what is cut off is σ/λ of g at most
+
+
+def test_what_squaring_loses_is_kept():
+    sigma = torch.logspace(0, -11, 12, dtype=torch.float64)
+    d = torch.linalg.qr(torch.randn(30, 12, dtype=torch.float64)).Q.T * sigma[:, None]
+    assert by_singular_values(d, 1e-13).rank == 12
+
+
+def test_no_singular_values_of_what_is_not_finite():
+    d = torch.eye(3, dtype=torch.float64)
+    d[1, 1] = math.inf
+    assert by_singular_values(d, 1e-9).status == "not_finite"
+    assert by_singular_values(torch.zeros(3, 4, dtype=torch.float64), 1e-9).status == "zero"
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("weights", [1.0, 7.0])
+def test_the_same_steps_as_by_the_kernel(momentum, weights):
+    ends = []
+    for factorization in ("svd", "eigh"):
+        torch.manual_seed(0)
+        model = network(3, 20, 2)
+        solver = Dense(factorization=factorization, rtol=1e-6)
+        optimizer = AdaptedGD(model, criterion=CRITERION, damping=1e-3, momentum=momentum, solver=solver)
+        x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (CRITERION(model(x)[:6], y[:6]) + weights * CRITERION(model(x)[6:], y[6:])).backward()
+            optimizer.step()
+        report = optimizer.last_step
+        assert report.solver == factorization
+        assert report.identity_gap < 1e-10
+        ends.append(flat(model))
+    assert (ends[0] - ends[1]).norm() <= 1e-9 * ends[1].norm()
+
+
+def test_a_step_begins_with_eight_times_the_last_fraction():
+    loop = Loop(damping=Backtracking())
+    fractions = []
+    for _ in range(12):
+        loop.optimizer.step(loop.closure)
+        fractions.append(loop.optimizer.last_step.fraction)
+        if len(fractions) > 1:
+            assert fractions[-1] <= 8 * fractions[-2]
+    assert min(fractions) < 1
