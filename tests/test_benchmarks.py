@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 HELPERS = {
     "__init__",
     "architectures",
+    "equations",
     "jax_kernel",
     "networks",
     "options",

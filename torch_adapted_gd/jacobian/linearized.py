@@ -324,7 +324,7 @@ class Linearized:
         self.uses = [use for use in self.uses if not use.names <= self.unserved.keys()]
 
     def _rows_of(self, names: list[str]) -> dict[str, Tensor]:
-        """D by some parameters: by columns where these are few, else by rows, a backward pass for each output of each sample."""
+        """D by some parameters: by columns where these are few, else by rows, a backward pass for each output of a sample."""
         tensors = [self._parameters[name] for name in names]
         width = sum(t.numel() for t in tensors)
         total = self.n * self.q
