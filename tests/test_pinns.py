@@ -1,5 +1,6 @@
 """Residuals of differential equations as people write them: the default policy for them, and D by its singular values."""
 
+import copy
 import itertools
 import math
 
@@ -29,7 +30,7 @@ def derivative(u, x):
 class Loop:
     """−u″ = π² sin πx on [−1, 1], u = 0 at both ends, as an unchanged loop has it."""
 
-    def __init__(self, seed=0, width=16, points=40, **options):
+    def __init__(self, seed=0, width=16, points=100, **options):
         torch.manual_seed(seed)
         self.net = network(1, width, width, 1)
         self.optimizer = AdaptedGD(self.net, criterion=CRITERION, **options)
@@ -82,7 +83,7 @@ def test_points_drawn_anew_are_stepped_on_with_damping():
     loop = Loop()
     for number in range(20):
         if number < 10:
-            loop.x = 2 * torch.rand(40, 1, dtype=torch.float64) - 1
+            loop.x = 2 * torch.rand(100, 1, dtype=torch.float64) - 1
         loop.optimizer.step(loop.closure)
         undamped = loop.optimizer.last_step.solver == "svd"
         assert undamped == (number >= 14)  # the fifth step on the same ones
@@ -93,13 +94,28 @@ def test_points_drawn_within_the_closure_come_again_for_trials():
     torch.manual_seed(3)
 
     def closure():
-        loop.x = 2 * torch.rand(40, 1, dtype=torch.float64) - 1
+        loop.x = 2 * torch.rand(100, 1, dtype=torch.float64) - 1
         return loop.closure()
 
     first = float(loop.loss().detach())
     for _ in range(60):
         loop.optimizer.step(closure)
     assert loop.loss() < 1e-3 * first
+
+
+@pytest.mark.parametrize("stop", [1, 8])
+def test_a_checkpoint_resumes_to_the_same_bits(stop):
+    whole, first, second = Loop(), Loop(), Loop(seed=1)
+    for number in range(16):
+        whole.optimizer.step(whole.closure)
+        if number < stop:
+            first.optimizer.step(first.closure)
+    second.x = first.x
+    second.net.load_state_dict(first.net.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    for _ in range(stop, 16):
+        second.optimizer.step(second.closure)
+    assert torch.equal(flat(second.net), flat(whole.net))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch.func.hessian

@@ -296,6 +296,11 @@ class Inputs:
         """Fresh copies of the leaves, for a pass that may change them."""
         return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
 
+    @property
+    def as_given(self) -> list[Any]:
+        """The leaves themselves."""
+        return self._leaves
+
     def differentiable_leaves(self) -> list[Any]:
         """The same, those requiring a gradient that did so in the call."""
         marks = zip(self.leaves, self._differentiable, strict=True)

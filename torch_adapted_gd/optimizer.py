@@ -24,7 +24,7 @@ from .system import Dense, for_undamped
 from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .watching import WatchingOptimizer
 
-_HALVINGS = 24  # of undamped steps on an equation: as many as have been of use
+_LEAST_UNDAMPED = 1e-4  # steps on equations that go on to the solution were longer than that
 # What is remembered of a step that the next loss is to judge.
 _OF_NEXT = ("previous", "previous_momentum", "predicted", "before", "job", "undone", "left")
 
@@ -79,8 +79,9 @@ class AdaptedGD(WatchingOptimizer):
         alpha: α in [0, 1]. Default 1. At 0 without ``criterion`` the step is that of `torch.optim.SGD`, to the bit.
         damping: λ of Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹∇_θC relative to the mean of diag Θ, at least 0; or a policy that chooses it,
             or the length of the step: `LevenbergMarquardt`, `Backtracking`, `StraightLine`. By default LevenbergMarquardt()
-            where a ``criterion`` or a closure tells the loss. Else 0, which is the paper's step: undamped full steps
-            interpolate each mini-batch and undo the last one.
+            where a ``criterion`` or a closure tells the loss; but Backtracking() and Dense(factorization="svd") for residuals
+            with derivatives of the model, of a ``criterion``, on points that stay (docs/pinns.md). Else 0, which is the paper's
+            step: undamped full steps interpolate each mini-batch and undo the last one.
         momentum: μ in [0, 1) of SPRING: what the last step leaves to be corrected on this batch is solved for, φ = D⁺(g − μDφ₋)
             + μφ₋ in place of D⁺g. With a number for ``damping`` and an lr near 1 − μ, it averages over batches. Default 0.
         weight_decay: w ≥ 0, decoupled: θ ← (1 − lr·w) θ beside the step, and no part of what trials are judged by. Default 0.
@@ -333,7 +334,7 @@ class AdaptedGD(WatchingOptimizer):
         solver = self._solver or for_undamped(stacked_from, list(self._trained().values()))
         if not points.undamped or solver is None:
             return LevenbergMarquardt(), self._solver, points
-        return Backtracking(num_trials=_HALVINGS), solver, points
+        return Backtracking(smallest=_LEAST_UNDAMPED), solver, points
 
     @property
     def _kept(self) -> dict[str, float]:

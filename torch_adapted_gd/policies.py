@@ -20,6 +20,7 @@ JUDGES = ("auto", "outputs", "closure", "next")
 State = dict[str, float]  # what a policy remembers: plain numbers, to be kept in checkpoints
 
 _DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Armijo)
+_FIRST_RAISED, _RAISE = 1e-18, 1e3  # λ where undamped steps of no length are of use, and what raises it again
 _LONGER_AGAIN = 8.0  # times the last step's fraction is what the next one begins with
 _BENDING = 0.375  # largest second-order part of a step, relative to it
 _LEARNING = 3.0  # most that a learned curvature changes by in a step
@@ -151,6 +152,10 @@ class Backtracking:
     A step begins with eight times the fraction of ``lr`` that the last one went, at most with all of it. Each trial is also
     looked at with its second-order part, as by `LevenbergMarquardt`, and the better of the two is taken.
 
+    If all lengths down to ``smallest`` are in vain, λ is raised a thousandfold, from 1e-18 on, for this step and the next ones,
+    and lowered as much again after each step of full length. Where the solver is ``Dense(factorization="svd")`` this costs
+    trials and no other solution.
+
     With ``damping=0`` this is the damped Gauss–Newton method (Deuflhard, Newton Methods for Nonlinear Problems, 2004). Its
     first steps move the parameters far and the loss little; on residuals of differential equations what follows is much faster
     than LevenbergMarquardt, on regression it may not follow at all. docs/pinns.md has figures.
@@ -158,7 +163,7 @@ class Backtracking:
     Args:
         damping: λ, relative to the mean of diag Θ, at least 0.
         judge: What tells the loss at trial parameters, see `LevenbergMarquardt`; ``"next"`` cannot, as it comes too late.
-        num_trials: The most trials of a step. After 40 halvings float64 would not see a step.
+        smallest: Fraction of ``lr`` below which no shorter step is tried. At 1e-12 float64 hardly sees a step.
         second_order: Whether to look at the second-order part, where the criterion's arguments at a trial are known.
 
     Raises:
@@ -167,46 +172,49 @@ class Backtracking:
 
     Example:
         >>> Backtracking(damping=1e-3)
-        Backtracking(damping=0.001, judge='auto', num_trials=40, second_order=True)
+        Backtracking(damping=0.001, judge='auto', smallest=1e-12, second_order=True)
     """
 
     damping: float = 0.0
     judge: str = "auto"
-    num_trials: int = 40
+    smallest: float = 1e-12
     second_order: bool = True
 
     def __post_init__(self) -> None:
         real_number("damping", self.damping, low=0.0)
         one_of("judge", self.judge, JUDGES[:3])
-        positive_integer("num_trials", self.num_trials)
+        real_number("smallest", self.smallest, low=1e-300, below=1.0)
         true_or_false("second_order", self.second_order)
 
-    def first_damping(self, state: State) -> float:  # noqa: ARG002
+    def first_damping(self, state: State) -> float:
         """The λ of the first trial."""
-        return self.damping
+        return max(self.damping, state.get("raised", 0.0))
 
     def search(self, step: Step) -> Outcome:
         """See `Backtracking`."""
-        direction = step.direction(self.damping)
-        trial = step.propose(direction)
-        if step.momentum is not None and step.linear.slope(trial.change) >= 0:  # the momentum leads uphill here
-            direction = step.direction(self.damping, with_momentum=False)
-            trial = step.propose(direction)
-        fraction = min(1.0, _LONGER_AGAIN * step.state.get("fraction", 1.0))
-        for number in range(1, self.num_trials + 1):
-            trial = step.propose(direction, fraction)
-            straight = step.linear.linear(trial.change)  # Dδ
-            predicted = step.predicted(trial, straight)
-            slope = step.linear.slope(trial.change)
-            trial, change = step.best(trial, straight, self.second_order)
-            if change <= _DECREASE * slope:
+        judge, trials, ratio = step.known(), 0, None
+        damping, fraction = self.first_damping(step.state), min(1.0, _LONGER_AGAIN * step.state.get("fraction", 1.0))
+        while True:
+            direction = step.direction(damping)
+            if step.momentum is not None and step.linear.slope(step.propose(direction).change) >= 0:
+                direction = step.direction(damping, with_momentum=False)  # the momentum leads uphill here
+            while fraction >= self.smallest:
+                trial = step.propose(direction, fraction)
+                straight = step.linear.linear(trial.change)  # Dδ
+                predicted, slope = step.predicted(trial, straight), step.linear.slope(trial.change)
+                trial, change = step.best(trial, straight, self.second_order)
+                trials += 1
                 ratio = change / predicted if predicted < 0 else None
-                state = {"fraction": fraction, **step.learned(trial, change)}
-                return Outcome(direction, trial, number, ratio, state)
-            if step.known().by_outputs and abs(predicted) <= step.linear.rounding:
-                return Outcome(direction, None, number, None, hidden=True)
-            fraction /= 2
-        return Outcome(direction, None, self.num_trials, None)
+                if change <= _DECREASE * slope:
+                    raised = damping / _RAISE if fraction == 1 else damping
+                    state = {"fraction": fraction, "raised": raised if raised >= _FIRST_RAISED else 0.0}
+                    return Outcome(direction, trial, trials, ratio, state | step.learned(trial, change))
+                if judge.by_outputs and abs(predicted) <= step.linear.rounding:
+                    return Outcome(direction, None, trials, ratio, hidden=True)
+                fraction /= 2
+            if damping >= 1 or judge.before + step.linear.slope(step.propose(direction).change) == judge.before:
+                return Outcome(direction, None, trials, ratio)
+            damping, fraction = max(_FIRST_RAISED, _RAISE * damping), 1.0
 
 
 @dataclass(frozen=True)
@@ -568,7 +576,7 @@ class SamePoints:
             return SamePoints(points, -_SETTLED, loss)
         settled, mark, slow = self.settled + 1, self.mark, self.slow
         if settled > 0 and settled % _WINDOW == 0:
-            slow, mark = float(slow or loss > 0.5 * mark), loss
+            slow, mark = max(slow, float(loss > 0.5 * mark)), loss
         return SamePoints(points, settled, mark, slow)
 
     @property

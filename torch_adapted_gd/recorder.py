@@ -167,7 +167,8 @@ class CallRecorder:
         calls = dict.fromkeys(call for of in sources for call in ([of] if isinstance(of, Call) else of.calls))
         if any(call.random for call in calls):
             return math.nan
-        given = [leaf for call in calls for leaf in call.inputs.leaves]
+        leaves = [leaf for call in calls for leaf in call.inputs.as_given]
+        given = [private.bottom(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for term in self.terms:
             given += [leaf for number, leaf in enumerate(term.arguments) if number not in term.entries]
             given += [factor / loss_scale for factor in term.factors.values() if factor.numel() > 1]

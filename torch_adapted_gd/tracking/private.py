@@ -24,6 +24,14 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def bottom(tensor: Tensor) -> Tensor:
+    """What is under all wrappers of transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def is_batched(gradient: Tensor) -> bool:
     """Whether this is many backward passes at once, as `torch.autograd.functional.jacobian(vectorize=True)` makes them."""
     functorch = torch._C._functorch
