@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.func import jacrev, vmap
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -165,20 +164,31 @@ def test_regression_says_how_to_get_the_peer_that_is_not_installed(regression, c
     assert "torch-levenberg-marquardt is not installed and was left out: pip install" in capsys.readouterr().out
 
 
-def test_laplacian_and_values_go_through_the_network_together(pinn):
-    torch.manual_seed(0)
-    model = pinn.PoissonResidual(7).double()
-    points, on_boundary = pinn.collocation_points(3)
-    u, laplacian = model.solve(points)
-    torch.testing.assert_close(u, model.u(points))
-    hessians = vmap(jacrev(jacrev(lambda point: model.u(point[None])[0])))(points)
-    torch.testing.assert_close(laplacian, hessians.diagonal(dim1=1, dim2=2).sum(1))
-    residuals = model(points, on_boundary)[:, 0]
-    torch.testing.assert_close(residuals[on_boundary], 50 * u[on_boundary])
-    torch.testing.assert_close(residuals[~on_boundary], (-laplacian - pinn.source(points))[~on_boundary])
-    assert int(on_boundary.sum()) == 12
-    edges = points[on_boundary]
-    assert ((edges == 0) | (edges == 1)).any(1).all()
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows_wanted", "loss"), [("burgers", 16, 2.0), ("inverse", 21, 5.0)])
+def test_smoke_of_equations(tmp_path, name, rows_wanted, loss):
+    rows, result = smoke(name, tmp_path)
+    assert [int(row["steps"]) for row in rows] == list(range(rows_wanted))
+    assert float(rows[-1]["loss"]) < min(loss, float(rows[0]["loss"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "solution.png"}
+    assert f"{float(rows[-1]['error']):.2e}" in result.stdout
+
+
+def test_exact_solution_of_burgers_equation_is_converged(race):
+    burgers = load("burgers")
+    points = burgers.inner_points(50, 0)
+    torch.testing.assert_close(burgers.exact(points), burgers.exact(points, 5001), rtol=0, atol=1e-12)
+    given = burgers.given_points(20)
+    values = torch.where(given[:, :1] == 0, -(torch.pi * given[:, 1:]).sin(), 0.0)
+    torch.testing.assert_close(burgers.exact(given), values, rtol=0, atol=1e-12)
+
+
+def test_laplacian_and_points_of_pinn(pinn):
+    inside, boundary = pinn.collocation_points(3)
+    laplacian = pinn.laplacian(lambda x: pinn.exact(x)[:, None], inside)
+    torch.testing.assert_close(-laplacian[:, 0], pinn.source(inside))
+    assert len(boundary) == 12
+    assert ((boundary == 0) | (boundary == 1)).any(1).all()
 
 
 def test_time_of_recording_does_not_count(race):

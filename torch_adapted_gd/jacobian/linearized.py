@@ -77,6 +77,7 @@ class Linearized:
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
         self._doubtful: set[str] = set()
+        self._hidden: set[str] = set()  # parameters that no use is known of
         generator = torch.Generator("cpu").manual_seed(0)  # the user's random stream is not touched
         probe = torch.randn(n, self.q, generator=generator, dtype=torch.float64, device="cpu").to(self.device)
         # Even steps, in no order: a gradient's ratio to another one tells the sample.
@@ -315,6 +316,8 @@ class Linearized:
                 continue
             using = [use for use in self.uses if name in use.names]
             where = f" ({', '.join(str(use) for use in using[:2])})" if using else ""
+            if not using:
+                self._hidden.add(name)
             share = apart / max(float(expected.norm()), 1e-300)
             self._leave(
                 name,
@@ -332,7 +335,7 @@ class Linearized:
             with self._running():
                 columns = self._passes.columns(tensors)
             if columns is not None:
-                self.remarks = []  # as fast as it gets
+                self.remarks = [why for name, why in self.unserved.items() if name not in self._hidden]  # the rest is fast
                 return {name: part.to(self._dtype) for name, part in zip(names, columns, strict=True)}
         step = max(1, min(total, 64, _ROW_BYTES // max(1, self._dtype.itemsize * width)))
         rows = {

@@ -1,0 +1,193 @@
+"""An inverse problem: the unknown κ of the heat equation u_t = κ u_xx, from the solution at 60 points without noise.
+
+t and x are in [0, 1]. κ is a parameter of the module that AdaptedGD is given, beside the network u(t, x), and is used in the
+residual, outside of the module. The loss is the mean square of the residual at points inside, plus a weight times that of
+u − data. Nothing is given at the start or at the ends. The data are u = exp(−κπ²t) sin πx with κ = 0.1; training starts at 1.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from race import Run, errors_in_one_line, make_folder, new_parser, parse, positive, write_all
+from torch import Tensor, nn
+
+from torch_adapted_gd import AdaptedGD
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KAPPA = 0.1
+HEADER = f"{'step':>5s} {'seconds':>8s} {'loss':>10s} {'relative L2 error':>18s} {'error of κ':>13s}"
+
+
+def exact(points: Tensor) -> Tensor:
+    """The solution at points (t, x), ``[N, 2]``: ``[N, 1]``."""
+    return (-KAPPA * math.pi**2 * points[:, :1]).exp() * (math.pi * points[:, 1:]).sin()
+
+
+class Network(nn.Module):
+    """A tanh network u(t, x) with two hidden layers, and κ.
+
+    Args:
+        width: Units of each hidden layer.
+
+    Attributes:
+        kappa: The unknown coefficient.
+
+    Shape:
+        Points ``[N, 2]``; output ``[N, 1]``.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = [nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, 1)).double()
+        self.kappa = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """The solution at the points."""
+        u: Tensor = self.layers(4 * points - 2)  # from [0, 1] to [−2, 2]
+        return u
+
+
+def residual(model: Network, points: Tensor) -> Tensor:
+    """u_t − κ u_xx at points ``[N, 2]``: ``[N, 1]``."""
+    where = points.clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(model(where).sum(), where, create_graph=True)
+    (seconds,) = torch.autograd.grad(slopes[:, 1].sum(), where, create_graph=True)
+    value: Tensor = slopes[:, :1] - model.kappa * seconds[:, 1:]
+    return value
+
+
+@dataclass
+class Job:
+    """The equation on its points, the data, and the grid on which the solution is compared.
+
+    Attributes:
+        inside: Points of the equation, ``[N, 2]``.
+        measured: Points of the data, ``[M, 2]``.
+        weight: Of the mean square of u − data.
+        criterion: The mean square, as AdaptedGD is given it.
+    """
+
+    inside: Tensor
+    measured: Tensor
+    weight: float = 100.0
+    criterion: nn.Module = field(default_factory=nn.MSELoss)
+
+    def __post_init__(self) -> None:
+        ticks = torch.linspace(0, 1, 101, dtype=torch.float64)
+        self.grid = torch.cartesian_prod(ticks, ticks)
+        self.data = exact(self.measured)
+
+    def loss(self, model: Network) -> Tensor:
+        """Mean square of the residual, and the weighted one of u − data."""
+        r = residual(model, self.inside)
+        loss: Tensor = self.criterion(r, torch.zeros_like(r)) + self.weight * self.criterion(model(self.measured), self.data)
+        return loss
+
+    def measure(self, model: Network) -> dict[str, float]:
+        """Loss, relative L2 error of the solution, and error of κ."""
+        u = exact(self.grid)
+        with torch.no_grad():
+            error = (model(self.grid) - u).norm() / u.norm()
+        kappa_error = abs(float(model.kappa.detach()) - KAPPA)
+        return {"loss": float(self.loss(model).detach()), "error": float(error), "kappa_error": kappa_error}
+
+
+def train(job: Job, model: Network, steps: int) -> Run:
+    """Train by AdaptedGD and print how it goes."""
+    optimizer = AdaptedGD(model, criterion=job.criterion)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = job.loss(model)
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        return loss
+
+    run = Run("AdaptedGD")
+    run.record(lambda: job.measure(model), steps=0)
+    for step in run.times(steps):
+        optimizer.step(closure)  # type: ignore[arg-type]
+        run.record(lambda: job.measure(model), steps=step)
+        if step % 10 == 0 or step == steps:
+            row = run.rows[-1]
+            print(
+                f"{step:5d} {row['seconds']:8.1f} {row['loss']:10.2e} {row['error']:18.2e} {row['kappa_error']:13.2e}",
+                flush=True,
+            )
+    return run
+
+
+def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
+    """The solution, where it is off by how much, and the loss and the error of κ after each step.
+
+    Args:
+        job: The equation.
+        u: The approximate solution on the grid.
+        run: What was recorded.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    solution = u.view(101, 101)
+    error = (u - exact(job.grid)).abs().view(101, 101)
+    most = float(error.max())
+    figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=75)
+    map_ax, error_ax, loss_ax = figure.subplots(1, 3)
+    for ax, values, style, title in (
+        (map_ax, solution, {"cmap": "viridis"}, "u by the network, and the data's points"),
+        (error_ax, error.clamp_min(most * 1e-5), {"cmap": "magma", "norm": LogNorm(most * 1e-5, most)}, "|u − exact|"),
+    ):
+        image = ax.imshow(
+            values.T.numpy(), origin="lower", extent=(0, 1, 0, 1), aspect="auto", interpolation="nearest", **style
+        )
+        ax.set(xlabel="t", ylabel="x", title=title)
+        figure.colorbar(image, ax=ax)
+    map_ax.scatter(*job.measured.T.numpy(), s=8, color="white", edgecolors="black", linewidths=0.5)
+    loss_ax.plot(run.column("steps"), run.column("loss"), label="loss")
+    loss_ax.plot(run.column("steps"), run.column("kappa_error"), label="|κ − 0.1|")
+    loss_ax.set(yscale="log", xlabel="steps", title=f"|κ − 0.1| = {run.rows[-1]['kappa_error']:.1e} at the end")
+    loss_ax.spines[["top", "right"]].set_visible(False)
+    loss_ax.grid(alpha=0.25)
+    loss_ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = new_parser(__doc__, "results/inverse", "metrics.csv and solution.png", "6² points, width 8, 20 steps")
+    add = parser.add_argument
+    add("--points", type=positive, default=12, help="n: n² points of the equation (12)")
+    add("--data", type=positive, default=60, help="points of the data (60)")
+    add("--width", type=positive, default=12, help="units of each of the two hidden layers (12)")
+    add("--steps", type=positive, default=80, help="steps (80)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the recipe; returns the exit status."""
+    parser = build_parser()
+    options = parse(parser, arguments, {"points": 6, "width": 8, "steps": 20})
+    with errors_in_one_line(parser):
+        make_folder(options.out)
+        torch.manual_seed(options.seed)
+        model = Network(options.width)
+        ticks = (torch.arange(options.points, dtype=torch.float64) + 0.5) / options.points
+        job = Job(torch.cartesian_prod(ticks, ticks), torch.rand(options.data, 2, dtype=torch.float64))
+        num_params = sum(p.numel() for p in model.parameters())
+        print(f"{len(job.inside):,} points of the equation, {len(job.measured):,} of data, K = {num_params:,} parameters")
+        print(HEADER)
+        run = train(job, model, options.steps)
+        with torch.no_grad():
+            files = write_all(options.out, [run], {"solution.png": plot_solution(job, model(job.grid), run)})
+    print(f"wrote {', '.join(map(str, files))}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
