@@ -10,10 +10,24 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from race import Run, errors_in_one_line, make_folder, new_parser, parse, positive, write_all
+from race import (
+    Run,
+    draw_columns,
+    draw_error,
+    draw_map,
+    errors_in_one_line,
+    make_folder,
+    new_parser,
+    parse,
+    positive,
+    step_on,
+    tidy,
+    write_all,
+)
 from torch import Tensor, nn
 
 from torch_adapted_gd import AdaptedGD
@@ -124,25 +138,9 @@ class Job:
         return {"loss": float(self.loss(model).detach()), "error": float(error)}
 
 
-def train(job: Job, model: nn.Module, steps: int) -> Run:
-    """Train by AdaptedGD and print how it goes."""
-    optimizer = AdaptedGD(model, criterion=job.criterion)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = job.loss(model)
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        return loss
-
-    run = Run("AdaptedGD")
-    run.record(lambda: job.measure(model), steps=0)
-    for step in run.times(steps):
-        optimizer.step(closure)  # type: ignore[arg-type]
-        run.record(lambda: job.measure(model), steps=step)
-        if step % 10 == 0 or step == steps:
-            row = run.rows[-1]
-            print(f"{step:5d} {row['seconds']:8.1f} {row['loss']:10.2e} {row['error']:18.2e}", flush=True)
-    return run
+def shown(row: dict[str, float]) -> str:
+    """A line of the table."""
+    return f"{row['steps']:5.0f} {row['seconds']:8.1f} {row['loss']:10.2e} {row['error']:18.2e}"
 
 
 def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
@@ -153,36 +151,22 @@ def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
         u: The approximate solution on the grid.
         run: What was recorded.
     """
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    shape = (101, 401)
-    solution, truth = u.view(shape), job.u.view(shape)
-    error = (solution - truth).abs()
-    most = float(error.max())
+    solution, truth = u.view(101, 401), job.u.view(101, 401)
     figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=75)
     (map_ax, error_ax), (slice_ax, loss_ax) = figure.subplots(2, 2)
-    for ax, values, style, title in (
-        (map_ax, solution, {"cmap": "RdBu_r"}, "u by the network"),
-        (error_ax, error.clamp_min(most * 1e-5), {"cmap": "magma", "norm": LogNorm(most * 1e-5, most)}, "|u − exact|"),
-    ):
-        image = ax.imshow(
-            values.T.numpy(), origin="lower", extent=(0, 1, -1, 1), aspect="auto", interpolation="nearest", **style
-        )
-        ax.set(xlabel="t", ylabel="x", title=title)
-        figure.colorbar(image, ax=ax)
+    extent = (0.0, 1.0, -1.0, 1.0)
+    draw_map(figure, map_ax, solution, extent, cmap="RdBu_r", title="u by the network")
+    draw_error(figure, error_ax, (solution - truth).abs(), extent)
     x = torch.linspace(-1, 1, 401, dtype=torch.float64).numpy()
     for k, t in enumerate(TIMES):
         slice_ax.plot(x, solution[round(100 * t)].numpy(), color=f"C{k}", linewidth=1.6, label=f"t = {t:g}")
         slice_ax.plot(x, truth[round(100 * t)].numpy(), color="black", linestyle=":", label="exact" if t == 1 else None)
     slice_ax.set(xlabel="x", ylabel="u", title="slices")
-    loss_ax.plot(run.column("steps"), run.column("loss"), label="loss")
-    loss_ax.plot(run.column("steps"), run.column("error"), label="relative L2 error")
-    loss_ax.set(yscale="log", xlabel="steps", title=f"relative L2 error {run.rows[-1]['error']:.1e}")
-    for ax in (slice_ax, loss_ax):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-        ax.legend(frameon=False, fontsize="small")
+    tidy(slice_ax)
+    title = f"relative L2 error {run.rows[-1]['error']:.1e}"
+    draw_columns(loss_ax, run, {"loss": "loss", "relative L2 error": "error"}, title)
     return figure
 
 
@@ -209,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_params = sum(p.numel() for p in model.parameters())
         print(f"{len(job.inside):,} points inside, {len(job.given):,} at the start and ends, K = {num_params:,} parameters")
         print(HEADER)
-        run = train(job, model, options.steps)
+        optimizer = AdaptedGD(model, criterion=job.criterion)
+        run = step_on(optimizer, partial(job.loss, model), options.steps, partial(job.measure, model), show=shown)
         with torch.no_grad():
             files = write_all(options.out, [run], {"solution.png": plot_solution(job, model(job.grid), run)})
     print(f"wrote {', '.join(map(str, files))}")

@@ -9,10 +9,23 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from race import Run, errors_in_one_line, make_folder, new_parser, parse, positive, write_all
+from race import (
+    Run,
+    draw_columns,
+    draw_error,
+    draw_map,
+    errors_in_one_line,
+    make_folder,
+    new_parser,
+    parse,
+    positive,
+    step_on,
+    write_all,
+)
 from torch import Tensor, nn
 
 from torch_adapted_gd import AdaptedGD
@@ -99,28 +112,9 @@ class Job:
         return {"loss": float(self.loss(model).detach()), "error": float(error), "kappa_error": kappa_error}
 
 
-def train(job: Job, model: Network, steps: int) -> Run:
-    """Train by AdaptedGD and print how it goes."""
-    optimizer = AdaptedGD(model, criterion=job.criterion)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = job.loss(model)
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        return loss
-
-    run = Run("AdaptedGD")
-    run.record(lambda: job.measure(model), steps=0)
-    for step in run.times(steps):
-        optimizer.step(closure)  # type: ignore[arg-type]
-        run.record(lambda: job.measure(model), steps=step)
-        if step % 10 == 0 or step == steps:
-            row = run.rows[-1]
-            print(
-                f"{step:5d} {row['seconds']:8.1f} {row['loss']:10.2e} {row['error']:18.2e} {row['kappa_error']:13.2e}",
-                flush=True,
-            )
-    return run
+def shown(row: dict[str, float]) -> str:
+    """A line of the table."""
+    return f"{row['steps']:5.0f} {row['seconds']:8.1f} {row['loss']:10.2e} {row['error']:18.2e} {row['kappa_error']:13.2e}"
 
 
 def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
@@ -131,30 +125,16 @@ def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
         u: The approximate solution on the grid.
         run: What was recorded.
     """
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    solution = u.view(101, 101)
-    error = (u - exact(job.grid)).abs().view(101, 101)
-    most = float(error.max())
     figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=75)
     map_ax, error_ax, loss_ax = figure.subplots(1, 3)
-    for ax, values, style, title in (
-        (map_ax, solution, {"cmap": "viridis"}, "u by the network, and the data's points"),
-        (error_ax, error.clamp_min(most * 1e-5), {"cmap": "magma", "norm": LogNorm(most * 1e-5, most)}, "|u − exact|"),
-    ):
-        image = ax.imshow(
-            values.T.numpy(), origin="lower", extent=(0, 1, 0, 1), aspect="auto", interpolation="nearest", **style
-        )
-        ax.set(xlabel="t", ylabel="x", title=title)
-        figure.colorbar(image, ax=ax)
+    extent = (0.0, 1.0, 0.0, 1.0)
+    draw_map(figure, map_ax, u.view(101, 101), extent, cmap="viridis", title="u by the network, and the data's points")
+    draw_error(figure, error_ax, (u - exact(job.grid)).abs().view(101, 101), extent)
     map_ax.scatter(*job.measured.T.numpy(), s=8, color="white", edgecolors="black", linewidths=0.5)
-    loss_ax.plot(run.column("steps"), run.column("loss"), label="loss")
-    loss_ax.plot(run.column("steps"), run.column("kappa_error"), label="|κ − 0.1|")
-    loss_ax.set(yscale="log", xlabel="steps", title=f"|κ − 0.1| = {run.rows[-1]['kappa_error']:.1e} at the end")
-    loss_ax.spines[["top", "right"]].set_visible(False)
-    loss_ax.grid(alpha=0.25)
-    loss_ax.legend(frameon=False, fontsize="small")
+    title = f"|κ − 0.1| = {run.rows[-1]['kappa_error']:.1e} at the end"
+    draw_columns(loss_ax, run, {"loss": "loss", "|κ − 0.1|": "kappa_error"}, title)
     return figure
 
 
@@ -182,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_params = sum(p.numel() for p in model.parameters())
         print(f"{len(job.inside):,} points of the equation, {len(job.measured):,} of data, K = {num_params:,} parameters")
         print(HEADER)
-        run = train(job, model, options.steps)
+        optimizer = AdaptedGD(model, criterion=job.criterion)
+        run = step_on(optimizer, partial(job.loss, model), options.steps, partial(job.measure, model), show=shown)
         with torch.no_grad():
             files = write_all(options.out, [run], {"solution.png": plot_solution(job, model(job.grid), run)})
     print(f"wrote {', '.join(map(str, files))}")

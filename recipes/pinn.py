@@ -1,4 +1,4 @@
-"""A physics-informed network to eight digits: −Δu = f on the unit square, u = 0 on its boundary.
+"""A physics-informed network: −Δu = f on the unit square, u = 0 on its boundary.
 
 The loss is the mean square of −Δu − f at points inside, plus a weight times that of u at points on the boundary. Derivatives
 are taken by `torch.autograd.grad`, outside of the network, and the loop is that of any torch optimizer with a closure. Such a
@@ -14,7 +14,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from race import Run, above_zero, adam, errors_in_one_line, lbfgs, make_folder, new_parser, parse, positive, train, write_all
+from race import (
+    Run,
+    above_zero,
+    adam,
+    errors_in_one_line,
+    lbfgs,
+    make_folder,
+    new_parser,
+    parse,
+    positive,
+    step_on,
+    train,
+    write_all,
+)
 from torch import Tensor, nn
 
 from torch_adapted_gd import AdaptedGD
@@ -92,24 +105,6 @@ class Job:
         return {"loss": float(self.loss(model).detach()), "error": float(error)}
 
 
-def run_adapted(job: Job, model: nn.Module, steps: int) -> Run:
-    """Train by AdaptedGD."""
-    optimizer = AdaptedGD(model, criterion=job.criterion)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = job.loss(model)
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        return loss
-
-    run = Run("AdaptedGD")
-    run.record(lambda: job.measure(model), gradients=0)
-    for step in run.times(steps):
-        optimizer.step(closure)  # type: ignore[arg-type]
-        run.record(lambda: job.measure(model), gradients=step)
-    return run
-
-
 def plot_maps(solutions: Mapping[str, Tensor], u: Tensor) -> "Figure":
     """The first solution, and where each one is off by how much, on one scale.
 
@@ -176,12 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs: list[Run] = []
         for name, model in models.items():
             if name == "AdaptedGD":
-                run = run_adapted(job, model, options.steps)
+                optimizer = AdaptedGD(model, criterion=job.criterion)
+                run = step_on(
+                    optimizer, partial(job.loss, model), options.steps, partial(job.measure, model), count="gradients"
+                )
             else:
                 parameters = model.parameters()
-                optimizer = adam(parameters, options.lr) if name == "Adam" else lbfgs(parameters)
+                other = adam(parameters, options.lr) if name == "Adam" else lbfgs(parameters)
                 seconds = runs[0].rows[-1]["seconds"]
-                run = train(name, optimizer, partial(job.loss, model), seconds, partial(job.measure, model), count="gradients")
+                run = train(name, other, partial(job.loss, model), seconds, partial(job.measure, model), count="gradients")
             row = run.rows[-1]
             print(f"{name:12s} {row['seconds']:8.1f} {row['gradients']:10.0f} {row['loss']:10.2e} {row['error']:18.2e}")
             runs.append(run)

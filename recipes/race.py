@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -136,6 +137,74 @@ def train(
             run.record(measure, **{count: gradients * per_gradient})
     run.record(measure, **{count: gradients * per_gradient})
     return run
+
+
+def step_on(
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+    steps: int,
+    measure: Callable[[], dict[str, float]],
+    count: str = "steps",
+    show: Callable[[dict[str, float]], str] | None = None,
+) -> Run:
+    """Take steps with a closure, and record each.
+
+    Args:
+        optimizer: Any that takes a closure.
+        loss: The loss.
+        steps: How many.
+        measure: What to record beside the time.
+        count: Name of the column that counts steps.
+        show: Makes the line of a row that is printed every ten steps; None for printing nothing.
+    """
+    closure = gradient_of(optimizer, loss)
+    run = Run(type(optimizer).__name__)
+    run.record(measure, **{count: 0})
+    for step in run.times(steps):
+        optimizer.step(closure)  # type: ignore[arg-type]
+        run.record(measure, **{count: step})
+        if show is not None and (step % 10 == 0 or step == steps):
+            print(show(run.rows[-1]), flush=True)
+    return run
+
+
+def draw_map(figure: "Figure", ax: "Axes", values: Tensor, extent: tuple[float, ...], **style: Any) -> None:
+    """Draw a function of t and x on a grid ``[T, X]``, with a scale of colours.
+
+    Args:
+        figure: The figure.
+        ax: Where in it.
+        values: The function.
+        extent: The first and last t, the first and last x.
+        style: Of ``imshow``, and ``title``.
+    """
+    ax.set(xlabel="t", ylabel="x", title=style.pop("title"))
+    frame: dict[str, Any] = {"origin": "lower", "extent": extent, "aspect": "auto", "interpolation": "nearest"}
+    figure.colorbar(ax.imshow(values.T.numpy(), **frame, **style), ax=ax)
+
+
+def draw_error(figure: "Figure", ax: "Axes", error: Tensor, extent: tuple[float, ...]) -> None:
+    """Draw |u − exact| on a grid ``[T, X]``, over five decades."""
+    from matplotlib.colors import LogNorm
+
+    most = float(error.max())
+    norm = LogNorm(most * 1e-5, most)
+    draw_map(figure, ax, error.clamp_min(most * 1e-5), extent, cmap="magma", norm=norm, title="|u − exact|")
+
+
+def draw_columns(ax: "Axes", run: Run, columns: Mapping[str, str], title: str) -> None:
+    """Draw columns of a run against its steps, by label, on a logarithmic scale."""
+    for label, column in columns.items():
+        ax.plot(run.column("steps"), run.column(column), label=label)
+    ax.set(yscale="log", xlabel="steps", title=title)
+    tidy(ax)
+
+
+def tidy(ax: "Axes") -> None:
+    """A frame with two sides, a grid, and a legend."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False, fontsize="small")
 
 
 def rows_of(columns: Mapping[str, Tensor]) -> list[dict[str, float]]:

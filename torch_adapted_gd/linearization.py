@@ -403,12 +403,11 @@ class Linearization:
 
     def _solved(self, right: Tensor, shift: float, *, beside: bool = False) -> tuple[Parts, Tensor | None]:
         """The step for a right-hand side of the system, or something ``beside`` it, and ψ̃ if there is one."""
-        factorization = self.system.factorization
-        of_jacobian = isinstance(factorization, SingularValueFactorization)
+        factorization, by_parameter = self.system.factorization, self.system.space == "parameter"
         if self.iterative:
             solution = self.iterative.solve(right, shift, beside=beside)
         elif isinstance(factorization, SingularValueFactorization):
-            solution = factorization.step(right, shift)
+            solution, by_parameter = factorization.step(right, shift), True
         else:
             solution = factorization.solve(right, shift)
         if not all_finite(solution):
@@ -416,7 +415,7 @@ class Linearization:
                 f"The system of {len(self._g)} outputs has no finite solution in float64, so nothing was changed. Its entries "
                 "are near the ends of the range: look at the scale of outputs and inputs."
             )
-        if self.system.space == "parameter" or of_jacobian:
+        if by_parameter:
             return dict(zip(self._numels, solution.split(list(self._numels.values())), strict=True)), None
         return self.system.jacobian.rmv(self._unweigh(solution)), solution
 

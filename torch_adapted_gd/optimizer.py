@@ -12,12 +12,14 @@ from . import options
 from .calls import Call, Outputs, underlying
 from .checks import all_finite, one_of
 from .closure import Closure
+from .decision import Outcome, Step
 from .full_batch import full_loss
 from .linearization import METRICS, Linearization
 from .losses import check_criteria
 from .objective import Objective
-from .policies import Backtracking, Fixed, LevenbergMarquardt, Outcome, Policy, SamePoints, Step, StraightLine
+from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
 from .recorder import CallRecorder, checksum
+from .remembered import SamePoints
 from .report import StepReport
 from .solve import ConjugateGradients
 from .system import Dense, for_undamped

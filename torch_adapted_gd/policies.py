@@ -5,128 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from .checks import one_of, positive_integer, real_number, true_or_false
-from .jacobian import norm
-
-if TYPE_CHECKING:
-    from .linearization import Direction, Linearization, Parts
-    from .trials import Judge, Trial, TrialMaker
+from .decision import Outcome, Step
+from .remembered import CarryOver, State
 
 JUDGES = ("auto", "outputs", "closure", "next")
-State = dict[str, float]  # what a policy remembers: plain numbers, to be kept in checkpoints
 
 _DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Armijo)
 _FIRST_RAISED, _RAISE = 1e-18, 1e3  # λ where undamped steps of no length are of use, and what raises it again
 _LONGER_AGAIN = 8.0  # times the last step's fraction is what the next one begins with
-_BENDING = 0.375  # largest second-order part of a step, relative to it
-_LEARNING = 3.0  # most that a learned curvature changes by in a step
-_LEGIBLE = 32.0  # rounding errors of the loss that its curvature has to stand out from
 _BY_CHANCE = 10.0  # most that λ is raised to by losses on other inputs than those of the step
 _LOSING = -1.0  # share of the gain below which damping is raised: more than twice the gain is missing on the next batch
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a policy came to.
-
-    Attributes:
-        direction: The last direction.
-        trial: The trial to take; None if all were rejected.
-        num_trials: How many were made.
-        gain_ratio: Actual over predicted decrease of the loss at it; None if nobody looked.
-        state: What the policy is to remember if the trial is taken.
-        hidden: Whether no trial could be told from where the parameters are, so that a rejection says nothing.
-    """
-
-    direction: Direction
-    trial: Trial | None
-    num_trials: int
-    gain_ratio: float | None
-    state: State = dataclasses.field(default_factory=dict)
-    hidden: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a policy decides on.
-
-    Attributes:
-        linear: The loss around the present parameters.
-        propose: Makes trials.
-        judge: Tells what they do to the loss; None if nobody can.
-        momentum: φ of the last step, or None.
-        decay: μ.
-        state: What the policy remembers.
-    """
-
-    linear: Linearization
-    propose: TrialMaker
-    judge: Judge | None
-    momentum: Parts | None
-    decay: float
-    state: State
-
-    def direction(self, damping: float, *, with_momentum: bool = True) -> Direction:
-        """Where to go."""
-        return self.linear.direction(damping, self.momentum if with_momentum else None, self.decay)
-
-    def known(self) -> Judge:
-        """Who tells the loss."""
-        assert self.judge is not None
-        return self.judge
-
-    def predicted(self, trial: Trial, straight: Tensor) -> float:
-        """What the trial would do to the loss if the outputs moved by Dδ."""
-        curvature = self.known().curvature
-        if curvature is None:
-            return self.linear.loss_change(straight, trial.change)
-        return self.linear.slope(trial.change) + 0.5 * curvature * float(straight.square().sum())
-
-    def look(self, trial: Trial) -> tuple[float, Tensor | None]:
-        """What it does to the loss, inf where that is not finite; and to the outputs, if that is known."""
-        change, moved = self.known().look(trial)
-        return change if math.isfinite(change) else math.inf, moved
-
-    def best(self, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
-        """A trial or the same with its second-order part, whichever is better, and what it does to the loss.
-
-        Args:
-            trial: The trial.
-            straight: Dδ of it.
-            second_order: Whether to look at that part.
-        """
-        change, moved = self.look(trial)
-        if not second_order or moved is None:
-            return trial, change
-        part = self.linear.correction(moved - straight, trial.direction)
-        bent = self.propose(trial.direction, trial.fraction, part)
-        if not _distance(bent.change, trial.change) <= _BENDING * norm(trial.change):
-            return trial, change
-        with_part, _ = self.look(bent)
-        return (bent, with_part) if with_part < change else (trial, change)
-
-    def shown(self, trial: Trial, change: float) -> float | None:
-        """The curvature of the loss along a trial; None where a criterion tells it, or rounding hides it."""
-        judge = self.known()
-        if judge.curvature is None or not math.isfinite(change):
-            return None
-        square = float(self.linear.linear(trial.change).square().sum())
-        if not judge.curvature * square > _LEGIBLE * self.linear.eps * abs(judge.before):
-            return None
-        return 2 * (change - self.linear.slope(trial.change)) / square
-
-    def learned(self, trial: Trial, change: float) -> State:
-        """What to remember of that."""
-        curvature, shown = self.known().curvature, self.shown(trial, change)
-        if curvature is None:
-            return {}
-        if shown is None:
-            return {"curvature": curvature}
-        return {"curvature": min(_LEARNING * curvature, max(curvature / _LEARNING, shown))}
 
 
 @dataclass(frozen=True)
@@ -474,115 +364,6 @@ class LevenbergMarquardt:
                 return Outcome(direction, None, attempt, ratio, hidden=True)
             tried = self.raised(tried, attempt if step.propose.damped else 1)
         return Outcome(direction, None, self.num_trials, ratio)
-
-
-_MEMORY = 0.9  # of averages over steps
-_WORST = 4.0  # most that is taken for lost, in units of the gain
-_HOPELESS = -2.0  # share below which batches that differ by chance do not get: half of them lose the most, half nothing
-_NOTICEABLE = 0.1  # gain of a step, relative to the loss, below which batches differ by more than steps do
-
-
-@dataclass(frozen=True)
-class CarryOver:
-    """How much of what steps gain on their own batch the next batch sees.
-
-    Attributes:
-        after: The loss of the last batch after its step; NaN before the first one.
-        gain: What that step gained.
-        lost: Running sum of what was missing when the next batch arrived.
-        gained: Running sum of gains.
-        total: Running sum of the losses that they started from.
-    """
-
-    after: float = math.nan
-    gain: float = 0.0
-    lost: float = 0.0
-    gained: float = 0.0
-    total: float = 0.0
-
-    @classmethod
-    def read(cls, state: State) -> CarryOver:
-        """From what a policy remembers."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: state[name] for name in names if name in state})
-
-    def met(self, loss: float) -> CarryOver:
-        """With the next batch, whose loss before its step is ``loss``."""
-        if math.isnan(self.after):
-            return self
-        most = _WORST * max(self.gain, 0.0)  # whatever an outlier among batches does
-        # Of either sign: batches that are easier by chance make up for those that are harder.
-        lost = min(max(loss - self.after, -most), most)
-        return CarryOver(
-            self.after,
-            self.gain,
-            lost=_MEMORY * self.lost + lost,
-            gained=_MEMORY * self.gained + self.gain,
-            total=_MEMORY * self.total + self.after + self.gain,
-        )
-
-    def stepped(self, loss: float, change: float | None) -> CarryOver:
-        """With a step that changes that loss; by None if nobody looked."""
-        after = math.nan if change is None else loss + change
-        return dataclasses.replace(self, after=after, gain=0.0 if change is None else -change)
-
-    @property
-    def share(self) -> float | None:
-        """1 − lost/gained; None where too little was gained to tell, but for what cannot be chance."""
-        if self.gained <= 0:
-            return None
-        share = 1 - self.lost / self.gained
-        return share if self.gained > _NOTICEABLE * abs(self.total) or share < _HOPELESS else None
-
-
-def _distance(first: Parts, second: Parts) -> float:
-    return norm({name: part - second[name] for name, part in first.items()})
-
-
-_SETTLED = 5.0  # steps on new points before they are taken to stay
-_WINDOW = 50  # steps in which undamped ones have to halve the loss
-
-
-@dataclass(frozen=True)
-class SamePoints:
-    """Whether an equation is solved on points that stay, and undamped steps get on with it.
-
-    The default for residuals of differential equations is `Backtracking` without damping while they do, and else
-    `LevenbergMarquardt`: docs/pinns.md has the table that this was decided by.
-
-    Attributes:
-        points: A number for the points of the last step.
-        settled: Steps on them; below zero, how many are missing until they are taken to stay.
-        mark: The loss when the present window of steps began; NaN before the first.
-        slow: 1 if undamped steps did not get on, else 0.
-    """
-
-    points: float = math.nan
-    settled: float = 0.0
-    mark: float = math.nan
-    slow: float = 0.0
-
-    @classmethod
-    def read(cls, state: State) -> SamePoints:
-        """From what a policy remembers."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: state[name] for name in names if name in state})
-
-    def met(self, points: float, loss: float) -> SamePoints:
-        """With the points of another step, and the loss there."""
-        if math.isnan(self.mark):
-            return SamePoints(points, -1.0, loss)  # nobody knows yet
-        if points != self.points:
-            return SamePoints(points, -_SETTLED, loss)
-        settled, mark, slow = self.settled + 1, self.mark, self.slow
-        if settled > 0 and settled % _WINDOW == 0:
-            slow, mark = max(slow, float(loss > 0.5 * mark)), loss
-        return SamePoints(points, settled, mark, slow)
-
-    @property
-    def undamped(self) -> bool:
-        """Whether to step without damping."""
-        return self.settled >= 0 and not self.slow
 
 
 Policy = Fixed | Backtracking | StraightLine | LevenbergMarquardt

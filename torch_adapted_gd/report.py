@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .decision import Outcome
     from .linearization import Linearization
-    from .policies import Outcome
 
 
 @dataclass(frozen=True)

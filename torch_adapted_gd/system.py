@@ -145,68 +145,42 @@ class Problem:
         square = float(theta.diagonal().sum())
         if self.metric is not None:  # SᵀΘS, Θ symmetric
             theta = self.metric.root_transpose(self.metric.root_transpose(theta).T.contiguous())
-        right = self._right()
         scale = float(theta.diagonal().mean())
-        system = System(
-            space="sample",
-            matrix=theta,
-            factorization=factorize(theta, **solving, least_shift=self.damping * scale),
-            right=right,
-            size=float(torch.linalg.vector_norm(right)),
-            scale=scale,
-            jacobian=jacobian,
-        )
-        return system, square
+        factorization = factorize(theta, **solving, least_shift=self.damping * scale)
+        return self._system(jacobian, theta, factorization, scale), square
 
     def in_parameter_space(self, solving: dict[str, Any]) -> tuple[System, float]:
         """The system with M, and |D|²."""
         jacobian = written_if_small(self._jacobian())
         weigh = self.metric.root_transpose if self.metric else None
         gram, products, square = tangent_gram(jacobian, self.g[:, None], weigh)
-        right = self._right()
-        scale = float(gram.diagonal().sum()) / max(1, len(right))
-        system = System(
-            space="parameter",
-            matrix=gram,
-            factorization=equilibrated(gram, factorize(gram, **solving, least_shift=self.damping * scale), **solving),
-            right=products[:, 0],
-            size=float(torch.linalg.vector_norm(right)),
-            scale=scale,
-            jacobian=jacobian,
-            least=float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0,
-        )
-        return system, square
+        scale = float(gram.diagonal().sum()) / max(1, len(self._right()))
+        found = equilibrated(gram, factorize(gram, **solving, least_shift=self.damping * scale), **solving)
+        least = float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0
+        return self._system(jacobian, gram, found, scale, space="parameter", right=products[:, 0], least=least), square
 
     def on_jacobian(self, rtol: float) -> tuple[System, float]:
-        """The system with the singular values of S̃ᵀD, and |D|².
+        """The system with the singular values of SᵀD, and |D|².
 
         Raises:
             MemoryError: D would not fit.
         """
-        rows, params = len(self.g), sum(p.numel() for name, p in self.model.named_parameters() if name in set(self.names))
+        factored = self._jacobian()
+        rows, params = factored.shape
         require_memory(
             _COPIES * 8 * rows * params,
             self.g.device,
             f"The Jacobian of {rows:,} outputs by {params:,} parameters, and its singular vectors",
             'Use factorization="auto", or a smaller batch.',
         )
-        jacobian = written(self._jacobian())
+        jacobian = written(factored)
         d = torch.cat([block.double() for block in jacobian.blocks])
         square = float(torch.linalg.vector_norm(d)) ** 2
         if self.metric is not None:
             d = self.metric.root_transpose(d)
-        right = self._right()
+        scale = float(torch.linalg.vector_norm(d)) ** 2 / max(1, len(d))
         factorization = by_singular_values(d, rtol)
-        system = System(
-            space="sample",
-            matrix=factorization,
-            factorization=factorization,
-            right=right,
-            size=float(torch.linalg.vector_norm(right)),
-            scale=float(torch.linalg.vector_norm(d)) ** 2 / max(1, len(right)),
-            jacobian=jacobian,
-        )
-        return system, square
+        return self._system(jacobian, factorization, factorization, scale), square
 
     def without_matrix(self, options: ConjugateGradients, start: Tensor | None) -> tuple[System, float]:
         """The system with Θ̃ to be applied, and |D|²."""
@@ -216,18 +190,23 @@ class Problem:
         seconds = time.perf_counter() - started
         operator = KernelOperator(jacobian, self.metric, options, start)
         operator.seconds["factors"] = seconds
-        right = self._right()
-        system = System(
-            space="sample",
-            matrix=operator,
-            factorization=operator,
-            right=right,
-            size=float(torch.linalg.vector_norm(right)),
-            scale=operator.scale,
-            jacobian=jacobian,
-            seconds=operator.seconds,
-        )
-        return system, operator.square
+        return self._system(jacobian, operator, operator, operator.scale, seconds=operator.seconds), operator.square
+
+    def _system(
+        self,
+        jacobian: Jacobian,
+        matrix: Tensor | KernelOperator | SingularValueFactorization,
+        factorization: Factorization | KernelOperator,
+        scale: float,
+        *,
+        space: Literal["sample", "parameter"] = "sample",
+        right: Tensor | None = None,
+        **more: Any,
+    ) -> System:
+        """A system; its right-hand side is g̃, unless it is another one."""
+        g = self._right()
+        size = float(torch.linalg.vector_norm(g))
+        return System(space, matrix, factorization, g if right is None else right, size, scale, jacobian, **more)
 
     def _jacobian(self) -> Jacobian:
         given = self.solver if isinstance(self.solver, Dense) else Dense()

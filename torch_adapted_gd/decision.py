@@ -1,0 +1,125 @@
+"""What a policy decides on, and what it comes to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .jacobian import norm
+from .remembered import State
+
+if TYPE_CHECKING:
+    from .linearization import Direction, Linearization, Parts
+    from .trials import Judge, Trial, TrialMaker
+
+_BENDING = 0.375  # largest second-order part of a step, relative to it
+_LEARNING = 3.0  # most that a learned curvature changes by in a step
+_LEGIBLE = 32.0  # rounding errors of the loss that its curvature has to stand out from
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy came to.
+
+    Attributes:
+        direction: The last direction.
+        trial: The trial to take; None if all were rejected.
+        num_trials: How many were made.
+        gain_ratio: Actual over predicted decrease of the loss at it; None if nobody looked.
+        state: What the policy is to remember if the trial is taken.
+        hidden: Whether no trial could be told from where the parameters are, so that a rejection says nothing.
+    """
+
+    direction: Direction
+    trial: Trial | None
+    num_trials: int
+    gain_ratio: float | None
+    state: State = dataclasses.field(default_factory=dict)
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a policy decides on.
+
+    Attributes:
+        linear: The loss around the present parameters.
+        propose: Makes trials.
+        judge: Tells what they do to the loss; None if nobody can.
+        momentum: φ of the last step, or None.
+        decay: μ.
+        state: What the policy remembers.
+    """
+
+    linear: Linearization
+    propose: TrialMaker
+    judge: Judge | None
+    momentum: Parts | None
+    decay: float
+    state: State
+
+    def direction(self, damping: float, *, with_momentum: bool = True) -> Direction:
+        """Where to go."""
+        return self.linear.direction(damping, self.momentum if with_momentum else None, self.decay)
+
+    def known(self) -> Judge:
+        """Who tells the loss."""
+        assert self.judge is not None
+        return self.judge
+
+    def predicted(self, trial: Trial, straight: Tensor) -> float:
+        """What the trial would do to the loss if the outputs moved by Dδ."""
+        curvature = self.known().curvature
+        if curvature is None:
+            return self.linear.loss_change(straight, trial.change)
+        return self.linear.slope(trial.change) + 0.5 * curvature * float(straight.square().sum())
+
+    def look(self, trial: Trial) -> tuple[float, Tensor | None]:
+        """What it does to the loss, inf where that is not finite; and to the outputs, if that is known."""
+        change, moved = self.known().look(trial)
+        return change if math.isfinite(change) else math.inf, moved
+
+    def best(self, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
+        """A trial or the same with its second-order part, whichever is better, and what it does to the loss.
+
+        Args:
+            trial: The trial.
+            straight: Dδ of it.
+            second_order: Whether to look at that part.
+        """
+        change, moved = self.look(trial)
+        if not second_order or moved is None:
+            return trial, change
+        part = self.linear.correction(moved - straight, trial.direction)
+        bent = self.propose(trial.direction, trial.fraction, part)
+        if not _distance(bent.change, trial.change) <= _BENDING * norm(trial.change):
+            return trial, change
+        with_part, _ = self.look(bent)
+        return (bent, with_part) if with_part < change else (trial, change)
+
+    def shown(self, trial: Trial, change: float) -> float | None:
+        """The curvature of the loss along a trial; None where a criterion tells it, or rounding hides it."""
+        judge = self.known()
+        if judge.curvature is None or not math.isfinite(change):
+            return None
+        square = float(self.linear.linear(trial.change).square().sum())
+        if not judge.curvature * square > _LEGIBLE * self.linear.eps * abs(judge.before):
+            return None
+        return 2 * (change - self.linear.slope(trial.change)) / square
+
+    def learned(self, trial: Trial, change: float) -> State:
+        """What to remember of that."""
+        curvature, shown = self.known().curvature, self.shown(trial, change)
+        if curvature is None:
+            return {}
+        if shown is None:
+            return {"curvature": curvature}
+        return {"curvature": min(_LEARNING * curvature, max(curvature / _LEARNING, shown))}
+
+
+def _distance(first: Parts, second: Parts) -> float:
+    return norm({name: part - second[name] for name, part in first.items()})
