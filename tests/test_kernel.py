@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import memory, ntk
-from torch_adapted_gd.jacobian.dense import DenseJacobian, gram
+from torch_adapted_gd.jacobian.dense import DenseJacobian
+from torch_adapted_gd.jacobian.gram import gram
 
 from .cases import dense_jacobian, make, mlp
 
@@ -35,8 +36,8 @@ def test_ntk_symmetry_dtype_and_chunks():
 
 @pytest.mark.parametrize("rows", [1, 5, 300, 700])
 def test_gram_in_tiles_and_blocks(rows, monkeypatch):
-    monkeypatch.setattr("torch_adapted_gd.jacobian.dense.BLOCK_ELEMENTS", 16 * rows)
-    monkeypatch.setattr("torch_adapted_gd.jacobian.dense._LEAST_WIDTH", 1)
+    monkeypatch.setattr("torch_adapted_gd.jacobian.gram._CAST_ELEMENTS", 16 * rows)
+    monkeypatch.setattr("torch_adapted_gd.jacobian.gram._LEAST_WIDTH", 1)
     a, b = torch.randn(rows, 50), torch.randn(7, 50)
     torch.testing.assert_close(gram(a), a.double() @ a.double().T, rtol=0, atol=1e-12)
     torch.testing.assert_close(gram(a, b), a.double() @ b.double().T, rtol=0, atol=1e-12)

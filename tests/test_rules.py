@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Dense, HalfSquaredLoss, OuterProducts, ntk
-from torch_adapted_gd.jacobian import blocks, dense, factored, linearized, products, tangent_jacobian
+from torch_adapted_gd.jacobian import blocks, factored, gram, linearized, products, tangent_jacobian
 from torch_adapted_gd.jacobian.definition import recorded
 
 from .cases import MSE, dense_jacobian, flat, mlp, problem
@@ -32,9 +32,9 @@ def test_tiles_blocks_and_chunks_of_all_sizes(name, written, monkeypatch):
     model, x = build().double(), draw(shape, 7, torch.float64)
     for rows, small in ((1, 1), (7, 50), (9, 1000)):
         monkeypatch.setattr(blocks, "TILE_ROWS", rows)
-        monkeypatch.setattr(dense, "TILE_ROWS", max(1, rows // 2))
-        monkeypatch.setattr(dense, "BLOCK_ELEMENTS", small)
-        monkeypatch.setattr(dense, "_LEAST_WIDTH", 1)
+        monkeypatch.setattr(gram, "TILE_ROWS", max(1, rows // 2))
+        monkeypatch.setattr(gram, "_CAST_ELEMENTS", small)
+        monkeypatch.setattr(gram, "_LEAST_WIDTH", 1)
         for module, constant in ((blocks, "BLOCK_ELEMENTS"), (products, "_WORK_ELEMENTS"), (linearized, "_ELEMENTS_AT_ONCE")):
             monkeypatch.setattr(module, constant, small)
         assert relative_error(model, x) <= 1e-12

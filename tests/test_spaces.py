@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Dense
-from torch_adapted_gd.jacobian import dense
+from torch_adapted_gd.jacobian import gram
 
 from .cases import MSE, TwoHeads, cnn, dense_jacobian, flat, mlp, move
 
@@ -167,9 +167,9 @@ def test_parameter_space_never_holds_the_jacobian(monkeypatch):
     model = mlp(sizes=(4, 6, 2)).double()
     x, y = torch.randn(500, 4, dtype=torch.float64), torch.randn(500, 2, dtype=torch.float64)
     sizes = []
-    original = dense.add_gram
-    monkeypatch.setattr("torch_adapted_gd.jacobian.tangent.ROWS_ELEMENTS", 1000)
-    monkeypatch.setattr(dense, "add_gram", lambda total, rows, *rest: (sizes.append(rows.shape), original(total, rows, *rest)))
+    original = gram.add_gram
+    monkeypatch.setattr("torch_adapted_gd.jacobian.operator.ROWS_ELEMENTS", 1000)
+    monkeypatch.setattr(gram, "add_gram", lambda total, rows, *rest: (sizes.append(rows.shape), original(total, rows, *rest)))
     expected = copy.deepcopy(model)
     train(model, x, y, MSE, steps=2, damping=1e-3)
     assert len(sizes) == 2 * 46  # 11 samples, 22 rows of 44 entries each, at a time

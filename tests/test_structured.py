@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torch_adapted_gd import ntk
-from torch_adapted_gd.jacobian import tangent_gram, tangent_jacobian, written_if_small
+from torch_adapted_gd.jacobian import tangent_jacobian, written_if_small
 from torch_adapted_gd.jacobian.blocks import Parts
 from torch_adapted_gd.jacobian.definition import recorded
 
@@ -57,7 +57,7 @@ def test_kernel_and_products_are_those_of_the_dense_jacobian(name, dtype):
         typical = first.norm() * v.norm() / len(v) ** 0.5  # |Dv|, but for chance
         assert (jacobian.mv(parts) - first @ v).norm() <= TOLERANCE[dtype] * typical
         assert error(torch.cat(list(jacobian.rows(limit=1))), first) <= TOLERANCE[dtype]
-        gram, products, square = tangent_gram(jacobian, torch.stack([u, -u], 1))
+        gram, products, square = jacobian.parameter_gram(torch.stack([u, -u], 1))
         assert error(gram, first.T @ first) <= TOLERANCE[dtype]
         assert error(products, torch.stack([first.T @ u, -first.T @ u], 1)) <= TOLERANCE[dtype]
         assert square == pytest.approx(float(first.square().sum()), rel=TOLERANCE[dtype])
@@ -91,12 +91,12 @@ def test_gram_of_several_calls_in_blocks_and_weighed(method, monkeypatch):
         return root[part, part].T @ rows
 
     for limit, blocks in ((2**22, [(0, 15), (15, 9)]), (1, [(3 * i, 3) for i in range(8)])):
-        monkeypatch.setattr("torch_adapted_gd.jacobian.tangent.ROWS_ELEMENTS", limit)  # D is kept or not
+        monkeypatch.setattr("torch_adapted_gd.jacobian.operator.ROWS_ELEMENTS", limit)  # D is kept or not
         calls = [recorded(model, x)[0] for x in (x1, x2)]
         seen.clear()
         v = torch.randn(24, 1, dtype=torch.float64)
         jacobian = written_if_small(tangent_jacobian(model, calls, names, method=method))
-        gram, products, _ = tangent_gram(jacobian, v, weigh)
+        gram, products, _ = jacobian.parameter_gram(v, weigh)
         weighed = root.T @ d
         torch.testing.assert_close(gram, weighed.T @ weighed)
         torch.testing.assert_close(products, d.T @ v)
@@ -110,4 +110,4 @@ def test_a_gram_of_wrong_rows_is_found_out(monkeypatch):
     rows = Parts.rows
     monkeypatch.setattr(Parts, "rows", lambda self, samples: [(name, 1.01 * part) for name, part in rows(self, samples)])
     with pytest.raises(RuntimeError, match=r"Dᵀu differs by"):
-        tangent_gram(tangent_jacobian(model, [call], names), torch.zeros(15, 1, dtype=torch.float64))
+        tangent_jacobian(model, [call], names).parameter_gram(torch.zeros(15, 1, dtype=torch.float64))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import all_finite
 from .jacobian import Jacobian
-from .jacobian.dense import spans
+from .jacobian.gram import spans
 from .memory import available_bytes, require_memory
 from .output_metric import Metric
 from .solve.krylov import ConjugateGradients, Iterate, solve_by_cg

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from .world import processes_on_this_machine
+
 _ALWAYS_THERE = 2**26
 
 
@@ -39,7 +41,8 @@ def available_bytes(device: torch.device) -> int | None:
         except (AttributeError, OSError, ValueError):
             return None
     headroom = _cgroup_headroom()
-    return free_bytes if headroom is None else min(free_bytes, headroom)
+    # What is free is free for all processes that train on this machine.
+    return (free_bytes if headroom is None else min(free_bytes, headroom)) // processes_on_this_machine()
 
 
 def keep_pages() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .calls import Outputs
 from .checks import one_of, positive_integer, real_number
 from .iterative import KernelOperator
-from .jacobian import METHODS, Jacobian, tangent_gram, tangent_jacobian, written, written_if_small
+from .jacobian import METHODS, Jacobian, tangent_jacobian, written, written_if_small
 from .memory import available_bytes, require_memory
 from .output_metric import Metric
 from .replay import batch_and_outputs
@@ -153,7 +153,7 @@ class Problem:
         """The system with M, and |D|²."""
         jacobian = written_if_small(self._jacobian())
         weigh = self.metric.root_transpose if self.metric else None
-        gram, products, square = tangent_gram(jacobian, self.g[:, None], weigh)
+        gram, products, square = jacobian.parameter_gram(self.g[:, None], weigh)
         scale = float(gram.diagonal().sum()) / max(1, len(self._right()))
         found = equilibrated(gram, factorize(gram, **solving, least_shift=self.damping * scale), **solving)
         least = float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0

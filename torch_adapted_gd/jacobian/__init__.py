@@ -2,11 +2,11 @@
 
 from . import functions as functions  # the rules register themselves
 from .definition import output_jacobian
-from .dense import norm
+from .gram import norm
 from .operator import Jacobian
 from .products import OuterProducts
 from .rules import register_rule
-from .tangent import METHODS, ntk, tangent_gram, tangent_jacobian, written, written_if_small
+from .tangent import METHODS, ntk, tangent_jacobian, written, written_if_small
 from .uses import Use
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "ntk",
     "output_jacobian",
     "register_rule",
-    "tangent_gram",
     "tangent_jacobian",
     "written",
     "written_if_small",

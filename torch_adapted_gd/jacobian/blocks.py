@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tracking.tape import View
-from .dense import add_gram
+from .gram import add_gram
+from .operator import Components, Factors, Part, Terms
 from .products import Family, OuterProducts, tiles
 
 TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
 BLOCK_ELEMENTS = 2**22  # entries of a layer's Jacobian that are written out at a time
-Part = str | tuple[str, View]  # a parameter's name, with a view of it if it is used in parts
-Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,21 @@ class Parts:
         return sum(jacobian.nbytes for jacobian, _ in self.written.values()) + sum(
             right.untyped_storage().nbytes() for right in rights if isinstance(right, Tensor)
         )
+
+
+def between(rows: Factors, columns: Factors) -> list[Parts]:
+    """What is between some rows of D and others."""
+    return [Parts.of(terms, terms_of(names, columns.components)) for names, terms in rows.components]
+
+
+def terms_of(names: set[str], components: Components) -> Terms:
+    """The terms of components that have parameters in common with ``names``."""
+    found: Terms = {}
+    for others, terms in components:
+        if others & names:
+            for part, more in terms.items():
+                found.setdefault(part, []).extend(more)
+    return found
 
 
 def _written(terms: list[Tensor | OuterProducts]) -> Tensor:

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from ..tracking.tape import Source
-from .blocks import Part, Parts, Terms
+from ..world import World
+from .blocks import Parts
 from .linearized import Linearized
+from .operator import Factors, Part, Rows, Terms
 from .sources import Derived, entries_of, is_transposed, is_whole, turned, written
 from .uses import Use
 
 Way = Literal["whole", "views", "written"]
 
 
-def ways(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, Way]:
-    """How each parameter is served: as it is, in views that do not overlap, or written out.
+def views_in(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, set[Any]]:
+    """The views in which each parameter is used.
 
     Args:
-        pieces: All that is linearized: rows that belong to one D have to decide alike.
+        pieces: What is linearized.
         numels: Entries of each parameter.
     """
     views: dict[str, set[Any]] = {name: set() for name in numels}
@@ -35,7 +37,29 @@ def ways(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, Way]
                     views[name].add(_view(source))
         for name in piece.unserved.keys() & views.keys():
             views[name].add("written")
-    return {name: _way(frozenset(found), numels[name]) for name, found in views.items()}
+    return views
+
+
+def agreed(
+    world: World, views: dict[str, set[Any]], numels: dict[str, int], shapes: list[tuple[int, int]]
+) -> tuple[dict[str, Way], tuple[int, int]]:
+    """What rows that belong to one D have to do alike.
+
+    Args:
+        world: The processes that have these rows.
+        views: The views in which each parameter is used; what is not there is used in none.
+        numels: Entries of each parameter.
+        shapes: N and Q of each call.
+
+    Returns:
+        How each parameter is served: as it is, in views that do not overlap, or written out; and the largest N and Q.
+    """
+    together = world.objects((views, shapes))
+    ways = {}
+    for name, numel in numels.items():
+        ways[name] = _way(frozenset().union(*(each.get(name, ()) for each, _ in together)), numel)
+    sizes = [shape for _, each in together for shape in each]
+    return ways, (max((n for n, _ in sizes), default=0), max((q for _, q in sizes), default=0))
 
 
 def _view(source: Source) -> Any:
@@ -60,16 +84,12 @@ def _way(views: frozenset[Any], numel: int) -> Way:
 
 
 @dataclass
-class Chunk:
-    """Some outputs of each sample of one call: the rows (n, q) of D with q in ``outputs``.
+class Chunk(Rows):
+    """Rows of D that are worked on at a time.
 
     Attributes:
         piece: What they are linearized by.
         number: Which of the calls it is.
-        start: The row of D at which the call's begin.
-        n: N, the samples of the call.
-        q: Q, the outputs of each.
-        outputs: Those in the chunk.
         first: The output of the call that is the first of the piece.
         ways: How each parameter is served.
         parameters: θ by name.
@@ -80,10 +100,6 @@ class Chunk:
 
     piece: Linearized
     number: int
-    start: int
-    n: int
-    q: int
-    outputs: range
     first: int
     ways: dict[str, Way]
     parameters: dict[str, Tensor]
@@ -104,15 +120,15 @@ class Chunk:
         """N and the number of outputs of each sample in the chunk."""
         return self.n, len(self.outputs)
 
-    @property
-    def whole(self) -> bool:
-        """Whether it has all outputs."""
-        return len(self.outputs) == self.q
+    def factors(self) -> Factors:
+        """What they are made of."""
+        made = [(names, self.terms(names, uses)) for names, uses in self.components(self.uses())]
+        return Factors(self.start, self.n, self.q, self.outputs, made)
 
-    def of(self, u: Tensor) -> Tensor:
-        """Its part of the rows of a vector or matrix, ``[N, len(outputs), ...]``."""
-        by_sample: Tensor = u[self.start : self.start + self.n * self.q].unflatten(0, (self.n, self.q))
-        return by_sample[:, self.outputs.start : self.outputs.stop]
+    def sorted(self) -> list[tuple[set[str], Parts]]:
+        """The same, sorted."""
+        made = self.components(self.uses())
+        return [(names, self.parts(place, names, uses)) for place, (names, uses) in enumerate(made)]
 
     def components(self, uses: list[Use]) -> list[tuple[set[str], list[Use]]]:
         """Uses that share parameters, together, with the parameters' names; those of rows without uses, too."""

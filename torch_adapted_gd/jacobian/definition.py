@@ -16,7 +16,6 @@ from ..replay import DisagreementError, Replay, State
 from .backward import BackwardPasses, allows_vmap
 
 METHODS = ("rows", "jacrev")
-BLOCK_ELEMENTS = 2**20  # columns of D are turned to float64 this many entries (8 MiB) at a time
 _CHUNK_BYTES = 2**28  # what one chunk of D may take beside D itself, unless the caller says otherwise
 
 
@@ -175,24 +174,6 @@ def _fill(matrix: Tensor, start: int, blocks: list[Tensor]) -> None:
         flat = block.to_dense().reshape(len(block), -1)
         matrix[start : start + len(flat), column : column + flat.shape[1]] = flat
         column += flat.shape[1]
-
-
-def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
-    """Dᵀu in float64, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
-    product = torch.empty(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    width = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[0]))
-    for column in range(0, matrix.shape[1], width):
-        product[column : column + width] = matrix[:, column : column + width].double().T @ u
-    return product
-
-
-def product(matrix: Tensor, v: Tensor) -> Tensor:
-    """Dv in float64, ``[R, K]`` and ``[K]`` → ``[R]``, cast block by block."""
-    total = torch.zeros(matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    width = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[0]))
-    for column in range(0, matrix.shape[1], width):
-        total += matrix[:, column : column + width].double() @ v[column : column + width]
-    return total
 
 
 def dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:

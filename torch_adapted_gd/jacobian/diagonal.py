@@ -1,14 +1,15 @@
 """Blocks of Θ that are cheap without the whole: of single samples, and of single combinations of all samples' outputs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .blocks import BLOCK_ELEMENTS, Parts, Terms
+from .blocks import BLOCK_ELEMENTS, Parts, terms_of
 from .chunks import Chunk
-from .dense import add_gram, add_products, ranges_of_samples, spans
+from .gram import add_gram, add_products, ranges_of_samples, spans
+from .operator import Components
 from .products import Family, OneHot, OuterProducts, tiles
 
 _TILE_ROWS = 512  # of a block, worked on at a time on the CPU: such a tile of float32 stays in the cache
@@ -24,11 +25,11 @@ def sample_blocks(chunks: Sequence[Chunk], n: int, q: int, device: torch.device)
     return total
 
 
-def output_blocks(calls: Sequence[Sequence[Chunk]], rotations: Sequence[Tensor], out: Tensor, at_once: int) -> None:
+def output_blocks(make: Callable[[int, Tensor], Components], rotations: Sequence[Tensor], out: Tensor, at_once: int) -> None:
     """Blocks of Θ between all samples for single combinations of their outputs, see `Jacobian.output_blocks`.
 
     Args:
-        calls: The chunks of some calls.
+        make: Makes `combined` of one of some calls, by its place among them, for a rotation.
         rotations: The weights of a sample's outputs, ``[N_i, Q, C]`` for each.
         out: Where to write the blocks.
         at_once: How many combinations may be made at a time.
@@ -39,25 +40,20 @@ def output_blocks(calls: Sequence[Sequence[Chunk]], rotations: Sequence[Tensor],
         for start in range(0, rotations[0].shape[2], at_once):
             some = slice(start, min(start + at_once, rotations[0].shape[2]))
             for i, first in enumerate(rotations):
-                rows = _combined(calls[i], first[:, :, some])
+                rows = make(i, first[:, :, some])
                 for j in range(i, len(rotations)):
-                    columns = None if i == j else _combined(calls[j], rotations[j][:, :, some])
-                    _add_output_blocks(out[some, places[i], places[j]], rows, columns)
+                    columns = None if i == j else make(j, rotations[j][:, :, some])
+                    add_output_blocks(out[some, places[i], places[j]], rows, columns)
 
 
-@dataclass(frozen=True)
-class _Combined:
+def combined(chunks: Sequence[Chunk], rotation: Tensor) -> Components:
     """What D of one call is made of, its outputs combined.
 
-    Attributes:
-        components: By component, its parameters' names and their terms.
+    Args:
+        chunks: Those of the call.
+        rotation: ``[N, Q, C]``.
     """
-
-    components: list[tuple[set[str], Terms]]
-
-
-def _combined(chunks: Sequence[Chunk], rotation: Tensor) -> _Combined:
-    components: list[tuple[set[str], Terms]] = []
+    components: Components = []
     for first in chunks:
         if any(chunk.piece is first.piece for chunk in chunks[: chunks.index(first)]):
             continue
@@ -77,21 +73,13 @@ def _combined(chunks: Sequence[Chunk], rotation: Tensor) -> _Combined:
                 for key, more_terms in found.items():
                     terms.setdefault(key, []).extend(more_terms)
             components.append((names, terms))
-    return _Combined(components)
+    return components
 
 
-def _add_output_blocks(out: Tensor, rows: _Combined, columns: _Combined | None) -> None:
+def add_output_blocks(out: Tensor, rows: Components, columns: Components | None) -> None:
     """Add the blocks between two calls, ``[C, N, M]``, or within one (``columns`` None, on and above the diagonal)."""
-    for names, terms in rows.components:
-        if columns is None:
-            parts = Parts.of(terms)
-        else:
-            theirs: Terms = {}
-            for other, found in columns.components:
-                if other & names:
-                    for key, more in found.items():
-                        theirs.setdefault(key, []).extend(more)
-            parts = Parts.of(terms, theirs)
+    for names, terms in rows:
+        parts = Parts.of(terms) if columns is None else Parts.of(terms, terms_of(names, columns))
         for first, second in parts.written.values():
             _add_grams(out, first, second)
         for _, family in parts.families:
@@ -136,16 +124,10 @@ def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
     rows, columns = (slice(c.outputs.start, c.outputs.stop) for c in (first, second))
     block = total[:, rows, columns]
     part = block if first is second else torch.zeros_like(block)
-    theirs = [] if first is second else [(n, second.terms(n, c)) for n, c in second.components(second.uses())]
-    for place, (names, uses) in enumerate(first.components(first.uses())):
-        parts = first.parts(place, names, uses)
+    theirs = [] if first is second else second.factors().components
+    for names, parts in first.sorted():
         if first is not second:
-            found: Terms = {}
-            for other, terms in theirs:
-                if other & names:
-                    for key, more in terms.items():
-                        found.setdefault(key, []).extend(more)
-            parts = Parts.of(parts.terms, found)
+            parts = Parts.of(parts.terms, terms_of(names, theirs))
         for jacobian, other_jacobian in parts.written.values():
             add_products(part, jacobian, jacobian if other_jacobian is None else other_jacobian)
         for _, family in parts.families:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..memory import available_bytes
-from .blocks import BLOCK_ELEMENTS, KernelBlock
+from ..world import ALONE, World
+from .blocks import BLOCK_ELEMENTS, KernelBlock, between
 from .blocks import Parts as Sorted
-from .chunks import Chunk, ways
-from .definition import product, transpose_product
-from .dense import ROWS_ELEMENTS, new_kernel, norm
-from .diagonal import output_blocks, sample_blocks
+from .chunks import Chunk, agreed, views_in
+from .diagonal import combined, output_blocks, sample_blocks
+from .gram import ROWS_ELEMENTS, new_kernel, norm, product, transpose_product
 from .linearized import Linearized
-from .operator import Jacobian, Parts
+from .operator import Components, Factors, Jacobian, Parts, Rows
 from .uses import Use
 
 _MANY_ENTRIES = 2**26  # of rows by weights that are computed from parameters: they take seconds
@@ -57,6 +57,7 @@ class FactoredJacobian(Jacobian):
         parameters: θ by name.
         dtype: The parameters'.
         chunk_size: See `ntk`.
+        world: The processes that have other rows of D.
     """
 
     def __init__(
@@ -66,15 +67,15 @@ class FactoredJacobian(Jacobian):
         *,
         dtype: torch.dtype,
         chunk_size: int | None = None,
+        world: World = ALONE,
     ) -> None:
         self._calls, self._dtype = calls, dtype
         self.numels = {name: p.numel() for name, p in parameters.items()}
         self.shapes = [(pieces[0].linearized.n, sum(piece.linearized.q for piece in pieces)) for pieces in calls]
         self.device = calls[0][0].linearized.device
         self._pieces = [piece.linearized for pieces in calls for piece in pieces]
-        self._size = max(n for n, _ in self.shapes), max(q for _, q in self.shapes)
         self._budget = budget_of(self.shape[0], self.device)
-        self._ways = ways(self._pieces, self.numels)
+        self._ways, self._size = agreed(world, views_in(self._pieces, self.numels), self.numels, self.shapes)
         self._parameters = dict(parameters)
         self._chunks = list(self._planned(chunk_size))
         if len(self._chunks) == len(self._pieces):
@@ -162,11 +163,12 @@ class FactoredJacobian(Jacobian):
         theta = new_kernel(size, size, self.device, dtype)
         with torch.no_grad():
             for i, first in enumerate(self._chunks):
-                row_uses = first.uses()
-                self._fill(theta, first, first, row_uses, row_uses)
+                fill(theta, first, first, [parts for _, parts in first.sorted()], self._size)
+                rows = first.factors() if i + 1 < len(self._chunks) else None
                 for second in self._chunks[i + 1 :]:
-                    self._fill(theta, first, second, row_uses, second.uses())
-                    _view(theta, second, first).copy_(_view(theta, first, second).permute(2, 3, 0, 1))
+                    assert rows is not None
+                    fill(theta, first, second, between(rows, second.factors()), self._size)
+                    view(theta, second, first).copy_(view(theta, first, second).permute(2, 3, 0, 1))
             probe = self._probe().to(dtype)
             self._check(float(probe @ (theta @ probe)), range(len(self._calls)), range(len(self._calls)), dtype)
         return theta
@@ -180,11 +182,10 @@ class FactoredJacobian(Jacobian):
         rows, columns = (n * q for n, q in self.shapes)
         theta = new_kernel(rows, columns, self.device, dtype)
         with torch.no_grad():
-            firsts, seconds = self.chunks_of(0), self.chunks_of(1)
-            for first in firsts:
-                row_uses = first.uses()
-                for second in seconds:
-                    self._fill(theta, first, second, row_uses, second.uses(), columns_from=rows)
+            for first in self.chunks_of(0):
+                factors = first.factors()
+                for second in self.chunks_of(1):
+                    fill(theta, first, second, between(factors, second.factors()), self._size, columns_from=rows)
             probe = self._probe().to(dtype)
             self._check(float(probe[:rows] @ (theta @ probe[rows:])), range(1), range(1, 2), dtype)
         return theta
@@ -264,7 +265,15 @@ class FactoredJacobian(Jacobian):
     def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
         """See `Jacobian`."""
         step = self.combinations_at_once(rotations[0].shape[2])
-        output_blocks([self.chunks_of(number) for number in numbers], rotations, out, step)
+        output_blocks(lambda place, rotation: self.combined(numbers[place], rotation), rotations, out, step)
+
+    def factors(self) -> Iterator[Factors]:
+        """See `Jacobian`."""
+        yield from (chunk.factors() for chunk in self._chunks)
+
+    def combined(self, number: int, rotation: Tensor) -> Components:
+        """See `Jacobian`."""
+        return combined(self.chunks_of(number), rotation)
 
     def _probe(self) -> Tensor:
         """U of all rows, ``[R]``."""
@@ -322,12 +331,12 @@ class FactoredJacobian(Jacobian):
                 for first in range(whole.start, whole.stop, step):
                     outputs = range(first, min(first + step, whole.stop))
                     yield Chunk(
-                        linearized,
-                        number,
                         start,
                         n,
                         q,
                         outputs,
+                        linearized,
+                        number,
                         piece.first,
                         self._ways,
                         self._parameters,
@@ -336,42 +345,36 @@ class FactoredJacobian(Jacobian):
                     )
             start += n * q
 
-    def _fill(
-        self,
-        theta: Tensor,
-        first: Chunk,
-        second: Chunk,
-        row_uses: list[Use],
-        column_uses: list[Use],
-        columns_from: int = 0,
-    ) -> None:
-        """Write the block of Θ between two chunks."""
-        symmetric = first is second
-        view = _view(theta, first, second, columns_from)  # [N, Q, M, R]
-        n, q, m, r = view.shape
-        whole = first.whole and second.whole
-        target = view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
-        block = KernelBlock(target, (n, q, m, r), symmetric, self._size)
-        others = [] if symmetric else second.components(column_uses)
-        for place, (names, uses) in enumerate(first.components(row_uses)):
-            parts = first.parts(place, names, uses)
-            if not symmetric:
-                theirs: dict[object, list[object]] = {}
-                for other, members in others:
-                    if other & names:
-                        for key, found in second.terms(other, members).items():
-                            theirs.setdefault(key, []).extend(found)
-                parts = Sorted.of(parts.terms, theirs)  # type: ignore[arg-type]
-            block.add(parts)
-        block.finish()
-        if not whole:
-            view.copy_(target.view(n, q, m, r))
+
+def fill(
+    theta: Tensor, first: Rows, second: Rows, components: Iterable[Sorted], size: tuple[int, int], columns_from: int = 0
+) -> None:
+    """Write the block of Θ between two sets of rows.
+
+    Args:
+        theta: Θ, or some columns of it.
+        first: The rows.
+        second: The columns; the same object for a symmetric block.
+        components: What is between them.
+        size: The largest N and Q of all that Θ is made of.
+        columns_from: Which column of Θ is the first.
+    """
+    target_view = view(theta, first, second, columns_from)  # [N, Q, M, R]
+    n, q, m, r = target_view.shape
+    whole = first.whole and second.whole
+    target = target_view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
+    block = KernelBlock(target, (n, q, m, r), first is second, size)
+    for parts in components:
+        block.add(parts)
+    block.finish()
+    if not whole:
+        target_view.copy_(target.view(n, q, m, r))
 
 
-def _view(theta: Tensor, first: Chunk, second: Chunk, columns_from: int = 0) -> Tensor:
+def view(theta: Tensor, first: Rows, second: Rows, columns_from: int = 0) -> Tensor:
     """The block of Θ between two chunks, ``[N, outputs, M, outputs]``."""
     m, r = second.n, second.q
     start = second.start - columns_from
     columns = first.of(theta[:, start : start + m * r]).unflatten(2, (m, r))
-    view: Tensor = columns[..., second.outputs.start : second.outputs.stop]
-    return view
+    found: Tensor = columns[..., second.outputs.start : second.outputs.stop]
+    return found

@@ -3,12 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..tracking.tape import View
+from .gram import ROWS_ELEMENTS, parameter_gram
+from .products import OuterProducts
+
 Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat
+Part = str | tuple[str, View]  # a parameter's name, with a view of it if it is used in parts
+Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
+Components = list[tuple[set[str], Terms]]  # the terms of parameters that have uses in common, with these parameters' names
+
+
+@dataclass
+class Rows:
+    """Some outputs of each sample of one call: the rows (n, q) of D with q in ``outputs``.
+
+    Attributes:
+        start: The row of D at which the call's begin.
+        n: N, the samples of the call.
+        q: Q, the outputs of each.
+        outputs: Those that are meant.
+    """
+
+    start: int
+    n: int
+    q: int
+    outputs: range
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all outputs."""
+        return len(self.outputs) == self.q
+
+    def of(self, u: Tensor) -> Tensor:
+        """Its part of the rows of a vector or matrix, ``[N, len(outputs), ...]``."""
+        by_sample: Tensor = u[self.start : self.start + self.n * self.q].unflatten(0, (self.n, self.q))
+        return by_sample[:, self.outputs.start : self.outputs.stop]
+
+
+@dataclass
+class Factors(Rows):
+    """What rows of D are made of, apart from where that came from.
+
+    Attributes:
+        components: The terms.
+    """
+
+    components: Components
 
 
 class Jacobian(ABC):
@@ -67,6 +113,25 @@ class Jacobian(ABC):
             out: Where to write them, ``[C, N, N]`` with N the samples of these calls, in the dtype of the arithmetic: on and
                 above the diagonal, what is below is undefined.
         """
+
+    @abstractmethod
+    def factors(self) -> Iterator[Factors]:
+        """What its rows are made of, for other processes to multiply theirs with."""
+
+    @abstractmethod
+    def combined(self, number: int, rotation: Tensor) -> Components:
+        """The same for combinations of the outputs of each sample of one call.
+
+        Args:
+            number: Which call.
+            rotation: Their weights, ``[N, Q, C]``.
+        """
+
+    def parameter_gram(
+        self, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, float]:
+        """DᵀD, DᵀV and |D|², added up over blocks of samples, see `parameter_gram`."""
+        return parameter_gram(self.rows(ROWS_ELEMENTS), self.shape[1], vectors, weigh)
 
     def check_products(self) -> None:  # noqa: B027
         """Hold Dᵀu for a random u against what backward passes give, where that is not what D was made by."""

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from ..replay import Replay, State, batch_and_outputs, precision
 from ..tracking.tape import Tape, constants_of
 from .backward import allows_vmap
 from .definition import call_jacobian, dtype_and_device, recorded
-from .dense import ROWS_ELEMENTS, DenseJacobian, parameter_gram
+from .dense import DenseJacobian
 from .factored import FactoredJacobian, Piece
+from .gram import ROWS_ELEMENTS
 from .linearized import Linearized
 from .operator import Jacobian
 
@@ -180,10 +181,3 @@ def written(jacobian: Jacobian) -> DenseJacobian:
     dense = DenseJacobian(blocks, jacobian.shapes, jacobian.numels, jacobian.description)
     dense.remark = jacobian.remark
     return dense
-
-
-def tangent_gram(
-    jacobian: Jacobian, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
-) -> tuple[Tensor, Tensor, float]:
-    """DᵀD, DᵀV and |D|², added up over blocks of samples, see `parameter_gram`."""
-    return parameter_gram(jacobian.rows(ROWS_ELEMENTS), jacobian.shape[1], vectors, weigh)
