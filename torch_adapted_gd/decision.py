@@ -75,13 +75,17 @@ class Step:
         """What the trial would do to the loss if the outputs moved by Dδ."""
         curvature = self.known().curvature
         if curvature is None:
-            return self.linear.loss_change(straight, trial.change)
-        return self.linear.slope(trial.change) + 0.5 * curvature * float(straight.square().sum())
+            return self.linear.agreed(self.linear.loss_change(straight, trial.change))
+        return self.linear.agreed(self.linear.slope(trial.change) + 0.5 * curvature * float(straight.square().sum()))
+
+    def slope(self, trial: Trial) -> float:
+        """∇_θC·δ."""
+        return self.linear.agreed(self.linear.slope(trial.change))
 
     def look(self, trial: Trial) -> tuple[float, Tensor | None]:
         """What it does to the loss, inf where that is not finite; and to the outputs, if that is known."""
         change, moved = self.known().look(trial)
-        return change if math.isfinite(change) else math.inf, moved
+        return self.linear.agreed(change) if math.isfinite(change) else math.inf, moved
 
     def best(self, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
         """A trial or the same with its second-order part, whichever is better, and what it does to the loss.
@@ -96,7 +100,7 @@ class Step:
             return trial, change
         part = self.linear.correction(moved - straight, trial.direction)
         bent = self.propose(trial.direction, trial.fraction, part)
-        if not _distance(bent.change, trial.change) <= _BENDING * norm(trial.change):
+        if not self.linear.agreed(_distance(bent.change, trial.change)) <= _BENDING * norm(trial.change):
             return trial, change
         with_part, _ = self.look(bent)
         return (bent, with_part) if with_part < change else (trial, change)

@@ -15,6 +15,7 @@ from .memory import available_bytes, require_memory
 from .output_metric import Metric
 from .solve.krylov import ConjugateGradients, Iterate, solve_by_cg
 from .solve.preconditioner import Identity, Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
+from .world import ALONE, World
 
 _SHARE = 0.6  # of the memory that is available, for blocks between all samples
 _WORKSPACE = 3  # blocks that are needed beside those that stay
@@ -28,6 +29,7 @@ class KernelOperator:
         metric: Where S comes from, H = SSᵀ; None for S = 1.
         options: How to solve.
         start: A ψ̃ to begin the first solution with, or None.
+        world: The processes that have rows of D, and share the preconditioner.
 
     Attributes:
         size: R, the rows of Θ̃.
@@ -49,7 +51,9 @@ class KernelOperator:
         metric: Metric | None,
         options: ConjugateGradients,
         start: Tensor | None = None,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         shapes = jacobian.shapes
         self._jacobian, self._metric, self._shapes, self._options = jacobian, metric, shapes, options
         self._spans = spans([n * q for n, q in shapes])  # the rows of each call
@@ -111,6 +115,7 @@ class KernelOperator:
             precondition=self._inverse,
             options=self._options,
             start=None if beside else self._start,
+            agreed=self._world.same,
         )
         self._add_time("iterations", started, without=self.seconds["preconditioner"] - before)
         self.iterations += found.iterations
@@ -145,7 +150,8 @@ class KernelOperator:
         samples, device = len(blocks), self._jacobian.device
         free = available_bytes(device)
         room = q if free is None else int(_SHARE * free / (4 * samples**2)) - _WORKSPACE
-        if self._options.preconditioner == "samples" or room < 1:
+        room = min(self._world.objects(room * self._world.size))  # blocks are dealt
+        if self._options.preconditioner == "samples" or room < self._world.size:
             return SampleBlockInverse(blocks)
         values, basis = torch.linalg.eigh(blocks.mean(0))
         values = values.clamp(min=1e-12 * float(values[-1]))
@@ -154,16 +160,17 @@ class KernelOperator:
         chosen = [int(group[len(group) // 2]) for group in groups]
         owner = [number for number, group in enumerate(groups) for _ in group]
         scales = torch.cat([values[group] / values[c] for group, c in zip(groups, chosen, strict=True)])
-        out = torch.empty(len(chosen), samples, samples, dtype=torch.float32, device=device)
-        directions = basis[:, chosen]  # [Q, C]
+        mine = chosen[self._world.rank :: self._world.size]
+        out = torch.empty(len(mine), samples, samples, dtype=torch.float32, device=device)
+        directions = basis[:, mine]  # [Q, C]
         rotations = []
         for number in numbers:
-            weights = directions.expand(self._shapes[number][0], q, len(chosen))
+            weights = directions.expand(self._shapes[number][0], q, len(mine))
             if self._metric is not None:
                 weights = self._rooted(weights, self._spans[number])
             rotations.append(weights)
         self._jacobian.output_blocks(rotations, numbers, out)
-        return OutputBlockInverse(out, basis, owner, scales)
+        return OutputBlockInverse(out, basis, owner, scales, self._world)
 
     def _rooted(self, weights: Tensor, span: slice) -> Tensor:
         """S_n times the weights ``[N, Q, C]`` of each sample of one call."""

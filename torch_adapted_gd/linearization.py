@@ -12,10 +12,12 @@ from .calls import Call, Outputs, stacked, underlying
 from .checks import all_finite
 from .closure import Given
 from .iterative import KernelOperator
-from .jacobian import norm
+from .jacobian import Jacobian, norm
+from .jacobian.sharded import ShardedJacobian
 from .objective import Objective
 from .output_metric import DiagonalMetric, Metric
 from .replay import Replay, batch_and_outputs, precision
+from .shares import Shares
 from .solve import ConjugateGradients, SingularValueFactorization, default_rtol, default_svd_rtol
 from .system import Dense, Problem, choose_solver
 
@@ -45,7 +47,7 @@ class Linearization:
 
     Args:
         model: The network.
-        stacked_from: What x is stacked from: its calls, and what else criteria were given; at least one.
+        stacked_from: What x is stacked from in this process: its calls, and what else criteria were given.
         trained: The parameters θ by name.
         arrived: ∇_θC of each of these, as backward delivered it.
         loss_scale: What a GradScaler multiplied the loss by.
@@ -55,6 +57,7 @@ class Linearization:
         unit: The output curvature that ``lr`` is measured in where no criterion tells.
         start: A ψ̃ to begin with, or None.
         damping: The least λ that will be asked for, see `direction`.
+        shares: What other processes have.
 
     Attributes:
         trained: θ.
@@ -89,39 +92,50 @@ class Linearization:
         unit: float = 1.0,
         start: Tensor | None = None,
         damping: float = 0.0,
+        shares: Shares | None = None,
     ) -> None:
         dtype = next(iter(trained.values())).dtype
+        self._shares = shares = shares or Shares.alone()
+        self._world = shares.world
         calls = [each for each in stacked_from if isinstance(each, Call)]
         for each in stacked_from:
             each.check_unchanged(model)
         for call in calls if objective is None else ():
             call.check_alone()
-        rows = sum(n * q for n, q in map(batch_and_outputs, stacked_from))
+        own_rows = sum(n * q for n, q in map(batch_and_outputs, stacked_from))
+        rows = sum(shares.lengths) if shares.lengths else own_rows
         if rows == 0:
             raise RuntimeError("The outputs that reached the loss are empty. Leave out empty batches.")
         self._model, self._calls, self._stacked = model, calls, stacked_from
-        self.repeatable = len(calls) == len(stacked_from) and not any(call.nested for call in calls)
         self.trained, self.objective, self._rounding_of_g = trained, objective, 0.0
-        self.num_calls = len(stacked_from)
         self._numels = {name: p.numel() for name, p in trained.items()}
         self.num_params = sum(self._numels.values())
-        self.eps = eps = max(0.0 if objective is None else objective.eps, *(precision(each, dtype) for each in stacked_from))
-        self._outputs = _stack(stacked_from, lambda each: each.outputs)  # x, [R]
+        coarsest = max([0.0 if objective is None else objective.eps, *(precision(each, dtype) for each in stacked_from)])
+        repeatable = len(calls) == len(stacked_from) and not any(call.nested for call in calls)
+        told = self._world.objects((coarsest, repeatable, len(stacked_from)))
+        self.eps = eps = max(each[0] for each in told)
+        self.repeatable = all(each[1] for each in told)
+        self.num_calls = sum(each[2] for each in told)
+        device = next(iter(trained.values())).device
+        self._own_outputs = _stack(stacked_from, lambda each: each.outputs, device)  # of this process
+        self._outputs = shares.gathered(self._own_outputs)  # x, [R]
+        own_g = arrived_g = _stack(stacked_from, lambda each: each.gradients, device) / loss_scale
         if objective is None:
-            self._g = _stack(stacked_from, lambda each: each.gradients) / loss_scale
+            self._g = shares.gathered(own_g * shares.mean)
         else:
             self._g = objective.gradient(self._outputs)
-            self._check_explained(_stack(stacked_from, lambda each: each.gradients) / loss_scale)
+            own_g = self._g if self._world.size == 1 else objective.own_gradient(self._own_outputs)
+            self._check_explained(arrived_g, own_g)
         self._check_finite()
         self._metric, self.curvature = self._chosen_metric(metric, unit)
         kept = None if self._metric is None else self._metric.kept
         self.num_outputs = rows if kept is None else len(kept)
         local = self._metric is None or self._metric.local
-        space, chosen = choose_solver(solver, self.num_params, self.num_outputs, self._g.device, local=local)
+        space, chosen = choose_solver(solver, self.num_params, self.num_outputs, self._g.device, self._world, local=local)
         if isinstance(chosen, ConjugateGradients) and self._metric is not None:
             self._metric = self._metric.padded()
         self.warm_start = isinstance(chosen, ConjugateGradients) and chosen.warm_start
-        problem = Problem(model, stacked_from, list(trained), self._g, self._metric, chosen, damping)
+        problem = Problem(model, stacked_from, list(trained), self._g, self._metric, chosen, damping, self._world)
         if isinstance(chosen, ConjugateGradients):
             self.system, square = problem.without_matrix(chosen, start if chosen.warm_start else None)
         elif chosen.factorization == "svd":
@@ -134,7 +148,7 @@ class Linearization:
             self.system, square = build(solving)
         self._check_solved()
         self.gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}
-        self._find_off_output(square, dtype, eps)
+        self._find_off_output(own_g, square, dtype, eps)
 
     def _chosen_metric(self, metric: str, unit: float) -> tuple[Metric | None, float]:
         """S of the metric, None for 1, and the curvature that lr is divided by."""
@@ -152,28 +166,28 @@ class Linearization:
             return None, largest
         return DiagonalMetric((c / largest).sqrt(), c > 0), largest
 
-    def _check_explained(self, arrived: Tensor) -> None:
-        """Make sure that the criteria explain what gradient arrived at the outputs.
+    def _check_explained(self, arrived: Tensor, own: Tensor) -> None:
+        """Make sure that the criteria explain what gradient arrived at the outputs of this process.
 
         Args:
             arrived: That gradient, rounded as the user's own backward pass did it.
+            own: The one by the criteria.
 
         Raises:
             RuntimeError: They do not.
         """
-        apart, size, explained = (float(torch.linalg.vector_norm(v)) for v in (arrived - self._g, arrived, self._g))
+        apart, size, explained = (float(torch.linalg.vector_norm(v)) for v in (arrived - own, arrived, own))
         if not apart > max(1e-3, 16 * self.eps) * max(size, explained):
             self._rounding_of_g = apart
             return
         if self.objective is None or not math.isfinite(apart):
             return  # for others to say
         # What rounding of the outputs does to a gradient that is small, as where classes are sure.
-        x = torch.where(torch.isfinite(self._outputs), self._outputs.abs(), 0.0).clamp(min=1.0)
-        noise = 64 * self.eps * float(torch.linalg.vector_norm(self.objective.curvatures(self._outputs, self._g) * x))
-        if apart <= noise:
+        x = torch.where(torch.isfinite(self._own_outputs), self._own_outputs.abs(), 0.0).clamp(min=1.0)
+        if apart <= 64 * self.eps * float(torch.linalg.vector_norm(self.objective.own_curvatures(self._own_outputs) * x)):
             self._rounding_of_g = apart
             return
-        if not self.repeatable:
+        if len(self._calls) < len(self._stacked) or any(call.nested for call in self._calls):
             return  # of a call's gradient, a part may have come by way of what was computed from it
         raise RuntimeError(
             f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, "
@@ -187,7 +201,7 @@ class Linearization:
         Raises:
             RuntimeError: One is not.
         """
-        x, g = self._outputs, self._g
+        x, g = self._own_outputs, self._g[self._shares.here]
         bad_outputs = ~torch.isfinite(x) & (g != 0) if math.isfinite(self.loss) else ~torch.isfinite(x)
         for what, bad in (("output", bad_outputs), ("gradient of the loss in output", ~torch.isfinite(g))):
             if not bool(bad.any()):
@@ -301,21 +315,27 @@ class Linearization:
         """
         if not self.repeatable:
             return None
+        there: Tensor | None = None
         try:
             with torch.no_grad():
-                there = torch.cat([replay.outputs_with(values) for replay in self._replays]).double()
+                there = torch.cat([self._outputs.new_zeros(0), *(each.outputs_with(values).double() for each in self._replays)])
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # of a model that checks its values
-            return None
+            pass
         return self._moved_to(there)
 
     def outputs_moved_in(self, given: Given, before: int) -> Tensor | None:
         """The same, from what criteria were given in a closure; see `Objective.outputs_in`."""
-        there = None if self.objective is None else self.objective.outputs_in(given, before, self._outputs)
-        return None if there is None else self._moved_to(there)
+        there = None if self.objective is None else self.objective.outputs_in(given, before, self._own_outputs)
+        return self._moved_to(there)
 
-    def _moved_to(self, there: Tensor) -> Tensor | None:
+    def _moved_to(self, there: Tensor | None) -> Tensor | None:
+        """How x moved, from where it has moved to in this process; None if any does not know."""
+        if self._world.any(there is None):
+            return None
+        assert there is not None
+        there = self._shares.gathered(there)
         # What is not finite here, and no part of the loss, may stay so.
         moved = torch.where(there == self._outputs, 0.0, there - self._outputs)
         return moved if all_finite(moved) else None
@@ -371,7 +391,15 @@ class Linearization:
                 "Raise `damping`, or `max_iter` or `rtol` of ConjugateGradients.",
             )
 
-    def _find_off_output(self, square: float, dtype: torch.dtype, eps: float) -> None:
+    def _find_off_output(self, own_g: Tensor, square: float, dtype: torch.dtype, eps: float) -> None:
+        """What did not come through x of the gradients that arrived, and ∇_θC.
+
+        Args:
+            own_g: The gradient of this process's loss in its part of x.
+            square: |D|².
+            dtype: The parameters'.
+            eps: Machine epsilon of the outputs.
+        """
         for name, tensor in self.gradient.items():
             if not all_finite(tensor):
                 raise RuntimeError(
@@ -380,17 +408,67 @@ class Linearization:
                 )
         # Zero by (2.16) for a loss of the outputs alone.
         plain = self.system.jacobian.rmv(self._g)
-        off_output = {name: tensor.double() - plain[name].reshape(tensor.shape) for name, tensor in self.gradient.items()}
+        if isinstance(self.system.jacobian, ShardedJacobian):
+            off_output = self._mean_beside(self.system.jacobian.local, own_g)
+            self.gradient = {name: plain[name].view_as(part) + part for name, part in off_output.items()}
+        else:
+            off_output = {name: tensor.double() - plain[name].reshape(tensor.shape) for name, tensor in self.gradient.items()}
         size, whole = norm(off_output), norm(self.gradient)
         # |D|_F |g| bounds the sums of products in Dᵀg. The user's backward pass rounds them layer by layer: 54 ε of Dᵀg in a
         # U-Net. Under autocast it rounds each product.
-        rounding = 128 * torch.finfo(dtype).eps * math.sqrt(square) * float(torch.linalg.vector_norm(self._g))
-        rounding += 2 * math.sqrt(square) * self._rounding_of_g
+        told = self._world.objects((float(torch.linalg.vector_norm(own_g)), self._rounding_of_g))
+        length, rounding_of_g = (self._shares.mean * sum(each[i] for each in told) for i in (0, 1))
+        rounding = 128 * torch.finfo(dtype).eps * math.sqrt(square) * length
+        rounding += 2 * math.sqrt(square) * rounding_of_g
         if eps > torch.finfo(dtype).eps:
             rounding += 2 * eps * whole
         negligible = size <= rounding
         self.off_output = None if negligible else {name: tensor.reshape(-1) for name, tensor in off_output.items()}
         self.off_output_fraction = 0.0 if negligible else size / max(whole, size)
+
+    def _mean_beside(self, local: Jacobian | None, own_g: Tensor) -> Parts:
+        """The mean over processes of what did not come through x, in the shapes of the parameters."""
+        beside = {name: tensor.double() for name, tensor in self.gradient.items()}
+        if local is not None:
+            for name, part in local.rmv(own_g).items():
+                beside[name] = beside[name] - part.view_as(beside[name])
+        total = self._world.sum(torch.cat([part.reshape(-1) for part in beside.values()])) * self._shares.mean
+        parts = total.split([part.numel() for part in beside.values()])
+        return {name: part.view_as(beside[name]) for name, part in zip(beside, parts, strict=True)}
+
+    def agreed(self, number: float) -> float:
+        """A number that something is decided by, the same in all processes: rounding may differ between machines."""
+        return self._world.same(number)
+
+    def total(self, loss: float) -> float:
+        """What a loss of this process and those of the others are together.
+
+        Terms that criteria tell are C; the rest, as penalties, is there in each process and counts as its mean.
+        """
+        if self._world.size == 1:
+            return loss
+        if self.objective is None:
+            return self._mean_of(loss)
+        return self.loss + self._mean_of(loss - self._own_loss(self._own_outputs))
+
+    def total_change(self, change: float, moved: Tensor | None) -> float:
+        """The same of a change of the loss, where x moved by so much, if that is known."""
+        if self._world.size == 1:
+            return change
+        if self.objective is None or moved is None:
+            return self._mean_of(change)
+        there = self._own_outputs + moved[self._shares.here]
+        beside = change - (self._own_loss(there) - self._own_loss(self._own_outputs))
+        return self.objective.value(self._outputs + moved) - self.loss + self._mean_of(beside)
+
+    def _own_loss(self, x: Tensor) -> float:
+        """The loss of this process by its criteria, as its loss has it."""
+        assert self.objective is not None
+        with torch.no_grad():
+            return float(self.objective.own(x))
+
+    def _mean_of(self, number: float) -> float:
+        return self._shares.mean * math.fsum(self._world.objects(number))
 
     def _check_solved(self) -> None:
         if self.system.factorization.status in ("not_finite", "not_converged"):
@@ -431,8 +509,10 @@ class Linearization:
         return torch.cat([parts[name] for name in self._numels])
 
 
-def _stack(outputs: list[Outputs], values: Callable[[Outputs], dict[int, Tensor]]) -> Tensor:
+def _stack(outputs: list[Outputs], values: Callable[[Outputs], dict[int, Tensor]], device: torch.device) -> Tensor:
     """One vector ``[R]`` in float64 of values of all outputs; zero where there is none."""
+    if not outputs:
+        return torch.zeros(0, dtype=torch.float64, device=device)
     parts = []
     for each in outputs:
         found = values(each)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .closure import Given
 from .losses import HalfSquaredLoss
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
 from .replay import batch_and_outputs
+from .shares import Shares
 from .tracking.terms import Entries, RefusedError, Term
 
 _COLUMNS = 256  # of blocks of a Hessian that are found one after the other, by a double backward pass of the criterion each
@@ -24,16 +26,20 @@ _LANCZOS = 80  # steps that give it where there are more
 
 
 class Objective:
-    """C as a function of x, the stacked outputs that criteria were given entries of.
+    """C as a function of x, the stacked outputs that criteria were given entries of, in all processes.
 
     Args:
-        terms: The calls of the criteria, with what the loss made of their values.
-        stacked: What x is stacked from, in this order.
+        terms: The calls of the criteria in this process, with what the loss made of their values.
+        stacked: What its part of x is stacked from, in this order.
         loss_scale: What a GradScaler multiplied the loss by.
+        shares: What the other processes have; None if there are none.
     """
 
-    def __init__(self, terms: list[Term], stacked: list[Outputs], loss_scale: float) -> None:
+    def __init__(self, terms: list[Term], stacked: list[Outputs], loss_scale: float, shares: Shares | None = None) -> None:
         self._terms, self._loss_scale = terms, loss_scale
+        self._shares = shares or Shares.alone()
+        self._world = self._shares.world
+        self._weights = self._shares.weights or [1.0] * len(terms)
         self._rows: dict[tuple[int, int], Tensor] = {}
         start = 0
         self.sizes = [batch_and_outputs(outputs) for outputs in stacked]
@@ -46,7 +52,7 @@ class Objective:
                 self._rows[id(outputs), place] = numbers[:, column : column + entries].reshape(-1)
                 column += entries
             start += n * q
-        self.size = start
+        self.size = start  # of this process's part
         self._in_order = [
             len(stacked) == 1 and len(stacked[0].places) == 1 and len(term.parts) == 1 and term.parts[0].index is None
             for term in terms
@@ -57,14 +63,24 @@ class Objective:
         rows = self._rows[id(part.of), part.place]
         return rows if part.index is None else rows[part.index]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """C(x) for x ``[R]`` in float64; differentiable."""
+    def own(self, x: Tensor) -> Tensor:
+        """The loss of this process as its loss has it, of its own part of x, in float64; differentiable."""
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for number in range(len(self._terms)):
+            total = total + self._unweighted(number, x)
+        return total
+
+    def _part(self, x: Tensor) -> Tensor:
+        """What this process's part of x contributes to C."""
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         for number in range(len(self._terms)):
             total = total + self._term(number, x)
         return total
 
     def _term(self, number: int, x: Tensor) -> Tensor:
+        return self._unweighted(number, x) * self._weights[number]
+
+    def _unweighted(self, number: int, x: Tensor) -> Tensor:
         term = self._terms[number]
         arguments: dict[int, Tensor] = {}
         for leaf, parts in term.entries.items():
@@ -82,12 +98,12 @@ class Objective:
         return term.called(arguments) / self._loss_scale
 
     def outputs_in(self, given: Given, before: int, x: Tensor) -> Tensor | None:
-        """X as criteria were given it when they were called again; None if they were not called alike.
+        """X of this process as criteria were given it when they were called again; None if they were not called alike.
 
         Args:
             given: Their calls.
             before: How many calls there had been before those of the training step.
-            x: As it was then.
+            x: As it was then, of this process.
         """
         found = x.clone()
         for term in self._terms:
@@ -110,21 +126,27 @@ class Objective:
 
     @torch.no_grad()
     def value(self, x: Tensor) -> float:
-        """C(x); inf where a criterion refuses that x."""
+        """C(x) for x ``[R]`` in float64; inf where a criterion refuses that x."""
+        part = x[self._shares.here]
         try:
-            return float(self(x))
+            total = self._part(part)
         except RefusedError:
-            return math.inf
+            total = part.new_tensor(math.inf)
+        return float(self._world.sum(total))
 
     def gradient(self, x: Tensor) -> Tensor:
         """∇ₓC, ``[R]``."""
-        return _gradient(self, x)
+        return self._shares.gathered(_gradient(self._part, x[self._shares.here]))
+
+    def own_gradient(self, x: Tensor) -> Tensor:
+        """That of `own`."""
+        return _gradient(self.own, x)
 
     @property
     def eps(self) -> float:
         """Machine epsilon of what criteria were given, the coarsest."""
         given = [term.arguments[leaf] for term in self._terms for leaf in term.entries]
-        return max(torch.finfo(argument.dtype).eps for argument in given)
+        return max((torch.finfo(argument.dtype).eps for argument in given), default=0.0)
 
     @property
     def is_sum(self) -> bool:
@@ -148,45 +170,69 @@ class Objective:
         Raises:
             RuntimeError: The loss bends downwards in all directions, as when it is multiplied by −1.
         """
-        total = torch.zeros_like(x)
-        for number, term in enumerate(self._terms):
-            closed = _closed_form(term)
-            if closed is not None:
-                leaf, c = closed
-                for part in term.entries[leaf]:
-                    found = c.reshape(-1)
-                    total.index_add_(0, self.rows(part), (found if part.at is None else found[part.at]) / self._loss_scale)
-            else:
-                total += self._of_any(functools.partial(self._term, number), term, x)
-        dead = (g == 0) & ~torch.isfinite(x)
-        total = torch.where(dead, 0.0, total)
+        part, own = x[self._shares.here], g[self._shares.here]
+        total, others = self._known_curvatures(part)
+        everywhere = self._world.objects({key: each.told for key, each in others.items()})
+        for key, each in others.items():
+            total += each.shared([told[key] for told in everywhere if key in told])
+        total = torch.where((own == 0) & ~torch.isfinite(part), 0.0, total)  # dead
         if total.numel() and float(total.min()) < 0:
             raise RuntimeError(
                 "The loss has a negative multiple of `criterion` in it, so that it is to be maximized there, and nothing was "
                 "changed. AdaptedGD minimizes: leave the sign out, or give it a loss that is to be minimized."
             )
+        return self._shares.gathered(total)
+
+    def own_curvatures(self, x: Tensor) -> Tensor:
+        """About those of the entries of this process's part, which is x."""
+        total, others = self._known_curvatures(x)
+        for each in others.values():
+            total += each.shared([each.told])
         return total
 
-    def _of_any(self, function: Callable[[Tensor], Tensor], term: Term, x: Tensor) -> Tensor:
+    def _known_curvatures(self, x: Tensor) -> tuple[Tensor, dict[Any, _Curvature]]:
+        """Those of this process's part by closed forms, and what is known of those of other terms."""
+        total = torch.zeros_like(x)
+        others: dict[Any, _Curvature] = {}
+        for number, term in enumerate(self._terms):
+            closed = _closed_form(term)
+            if closed is None:
+                others[self._shares.key(number)] = self._of_any(functools.partial(self._term, number), term, x)
+                continue
+            leaf, c = closed
+            scale = self._weights[number] / self._loss_scale
+            for part in term.entries[leaf]:
+                found = c.reshape(-1)
+                total.index_add_(0, self.rows(part), (found if part.at is None else found[part.at]) * scale)
+        return total, others
+
+    def _of_any(self, function: Callable[[Tensor], Tensor], term: Term, x: Tensor) -> _Curvature:
         touched = torch.cat([self.rows(part) for part in term.parts]).unique()
         hessian = Hessian(function, x, touched, self.owners)
         used = torch.zeros_like(x, dtype=torch.bool)
         used[touched] = True
         g = _gradient(function, x)
+        squares: Tensor | None = None
         if hessian.diagonal is not None:
             h = hessian.diagonal
             largest = float(h.max()) if h.numel() else 0.0
             if largest > 0 and float(h.min()) >= 0 and bool(((h > 0) | (g == 0)).all()):
                 other = torch.where(used & torch.isfinite(x), x - g / largest, x)
-                if math.isfinite(self.value(other)):
+                if self._takes(other):
                     again = Hessian(function, other, touched, self.owners).diagonal
                     if again is not None and float((again - h).norm()) <= 1e-10 * float(h.norm()):
-                        return h  # squares
-        largest = hessian.largest
-        value = float(function(x).detach())
-        if largest <= 0:
-            largest = float(g.square().sum()) / (2 * value) if value > 0 else float(g.norm())
-        return (used & ((g != 0) | hessian.touches)) * x.new_tensor(largest)
+                        squares = h
+        largest = math.nan if squares is not None and self._world.size == 1 else hessian.largest
+        told = (squares is not None, largest, float(g.square().sum()), float(function(x).detach()))
+        return _Curvature(squares, used & ((g != 0) | hessian.touches), told)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the loss of this process is finite there."""
+        try:
+            with torch.no_grad():
+                return math.isfinite(float(self._part(x)))
+        except RefusedError:
+            return False
 
     @functools.cached_property
     def owners(self) -> Tensor:
@@ -197,7 +243,7 @@ class Objective:
             numbers.append(first + torch.arange(n).repeat_interleave(q))
             first += 0 if alike else n
         device = next(iter(self._rows.values())).device
-        return torch.cat(numbers).to(device)
+        return torch.cat(numbers).to(device)  # only asked for where there are rows
 
     def hessian_metric(self, x: Tensor, g: Tensor) -> Metric:
         """H = SSᵀ at x, where it bends downwards cut off.
@@ -205,27 +251,102 @@ class Objective:
         Raises:
             RuntimeError: It is zero, or samples are coupled in it and too many.
         """
-        everything = torch.arange(self.size, device=x.device)
-        hessian = Hessian(self, x, everything, self.owners)
-        keep = ((g != 0) | hessian.touches) & torch.isfinite(x)
+        part, own = x[self._shares.here], g[self._shares.here]
+        kept, diagonal, blocks = self._curved(part, own)
+        keep = self._shares.gathered(kept)
         if not bool(keep.any()):  # a stationary point
             return DiagonalMetric(torch.ones_like(x), torch.ones_like(keep))
-        if hessian.diagonal is not None:
-            h = hessian.diagonal.clamp(min=0.0)
+        if not self._world.any(blocks is not None):
+            assert diagonal is not None
+            h = self._shares.gathered(diagonal).clamp(min=0.0)
             if not bool((h > 0).any()):
                 raise RuntimeError(
                     'The loss has no curvature at these outputs, which metric="ggn" is, so nothing was changed. '
                     'Use metric="euclidean" for losses that are linear in what they are given, such as NLLLoss and L1Loss.'
                 )
             return DiagonalMetric(torch.where(g != 0, h.clamp(min=LEAST * float(h.max())), h).sqrt(), keep)
+        if blocks is None:  # other processes have them
+            assert diagonal is not None
+            blocks = _Blocks(torch.arange(self.size, device=x.device)[:, None], diagonal[:, None, None], True)
+        calls_apart = len({n for n, _ in self.sizes}) == len(self.sizes) or len(self.sizes) <= 1
+        noise = 64 * torch.finfo(x.dtype).eps * self.curvatures(x, g) * torch.where(keep, x.abs(), 0.0).clamp(min=1.0)
+        told = self._world.objects((blocks, calls_apart and blocks.by_sample))
+        whole = _Blocks.stacked([each for each, _ in told], self._shares.lengths or [self.size])
+        return BlockMetric(whole.index, whole.values, g, noise, keep, local=all(apart for _, apart in told))
+
+    def _curved(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None, _Blocks | None]:
+        """Of this process's part: which rows the loss looks at, and its Hessian, a diagonal or blocks.
+
+        Raises:
+            RuntimeError: Samples are coupled in it and too many.
+        """
+        if not self.size:
+            return torch.zeros(0, dtype=torch.bool, device=x.device), torch.zeros_like(x), None
+        hessian = Hessian(self._part, x, torch.arange(self.size, device=x.device), self.owners)
+        keep = ((g != 0) | hessian.touches) & torch.isfinite(x)
+        if hessian.diagonal is not None:
+            return keep, hessian.diagonal, None
+        if not bool(keep.any()):
+            return keep, torch.zeros_like(x), None
         if hessian.blocks is None:
             raise RuntimeError(
                 f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and "
                 'nothing was changed. Use metric="euclidean", or fewer samples at a time.'
             )
-        calls_apart = len({n for n, _ in self.sizes}) == len(self.sizes) or len(self.sizes) == 1
-        noise = 64 * torch.finfo(x.dtype).eps * self.curvatures(x, g) * torch.where(keep, x.abs(), 0.0).clamp(min=1.0)
-        return BlockMetric(*hessian.blocks, g, noise, keep, local=calls_apart and hessian.by_sample)
+        return keep, None, _Blocks(*hessian.blocks, hessian.by_sample)
+
+
+@dataclass(frozen=True)
+class _Curvature:
+    """What is known of the curvature of one call of a criterion without a closed form.
+
+    Attributes:
+        squares: H, if this is a square.
+        touched: The rows that it looks at.
+        told: What all processes have to know of it: whether it is one, the largest eigenvalue, |g|² and the value.
+    """
+
+    squares: Tensor | None
+    touched: Tensor
+    told: tuple[bool, float, float, float]
+
+    def shared(self, told: list[tuple[bool, float, float, float]]) -> Tensor:
+        """The curvature of each row, given what all processes know."""
+        if self.squares is not None and all(square for square, *_ in told):
+            return self.squares
+        largest = max(eigenvalue for _, eigenvalue, *_ in told)
+        if largest <= 0:
+            size, value = sum(each[2] for each in told), sum(each[3] for each in told)
+            largest = size / (2 * value) if value > 0 else math.sqrt(size)
+        return self.touched * torch.tensor(largest, dtype=torch.float64, device=self.touched.device)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of a Hessian.
+
+    Attributes:
+        index: The rows of each ``[G, m]``, −1 for none.
+        values: ``[G, m, m]``.
+        by_sample: Whether there is one for each sample.
+    """
+
+    index: Tensor
+    values: Tensor
+    by_sample: bool
+
+    @classmethod
+    def stacked(cls, parts: list[_Blocks], lengths: list[int]) -> _Blocks:
+        """Those of all processes, which have so many rows each."""
+        most, start = max(part.index.shape[1] for part in parts), 0
+        index, values = [], []
+        for part, length in zip(parts, lengths, strict=True):
+            wider = most - part.index.shape[1]
+            moved = torch.where(part.index >= 0, part.index + start, part.index)
+            index.append(torch.nn.functional.pad(moved, (0, wider), value=-1))
+            values.append(torch.nn.functional.pad(part.values, (0, wider, 0, wider)))
+            start += length
+        return cls(torch.cat(index), torch.cat(values), all(part.by_sample for part in parts))
 
 
 class Hessian:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import options
 from .calls import Call, Outputs, underlying
-from .checks import all_finite, one_of
+from .checks import all_finite, checksum, one_of
 from .closure import Closure
 from .decision import Outcome, Step
 from .full_batch import full_loss
@@ -18,17 +19,41 @@ from .linearization import METRICS, Linearization
 from .losses import check_criteria
 from .objective import Objective
 from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
-from .recorder import CallRecorder, checksum
+from .recorder import CallRecorder
 from .remembered import SamePoints
+from .replay import batch_and_outputs
 from .report import StepReport
+from .shares import Shares, Told, TotalLoss, check_alike, divisor, keys_of, weights_of
 from .solve import ConjugateGradients
 from .system import Dense, for_undamped
 from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .watching import WatchingOptimizer
+from .world import World
 
 _LEAST_UNDAMPED = 1e-4  # steps on equations that go on to the solution were longer than that
 # What is remembered of a step that the next loss is to judge.
 _OF_NEXT = ("previous", "previous_momentum", "predicted", "before", "job", "undone", "left")
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Where a step leads.
+
+    Attributes:
+        values: The parameters, by name.
+        momentum: φ, likewise; empty without momentum.
+        psi: ψ, if it is to be kept.
+        remembered: What the policy remembers.
+    """
+
+    values: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    psi: Tensor | None
+    remembered: dict[str, float]
+
+
+def _nothing() -> None:
+    pass
 
 
 class AdaptedGD(WatchingOptimizer):
@@ -92,6 +117,8 @@ class AdaptedGD(WatchingOptimizer):
             ψ = S(SᵀΘS + λ1)⁻¹S⁺g, Newton's but for the network's curvature. For squared losses they are the same.
         solver: `Dense`, `ConjugateGradients`, or ``"auto"`` (default): Dense() up to 8,192 outputs or parameters, and while
             memory suffices, then ConjugateGradients().
+        process_group: The processes that train together, each with its share of the batch (docs/distributed.md). By default
+            those of a model in DistributedDataParallel, else all that torch.distributed knows of.
 
     Attributes:
         last_step: The `StepReport` of the last step, or None.
@@ -128,6 +155,7 @@ class AdaptedGD(WatchingOptimizer):
         weight_decay: float = 0.0,
         metric: str = "euclidean",
         solver: str | Dense | ConjugateGradients = "auto",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -147,6 +175,7 @@ class AdaptedGD(WatchingOptimizer):
             raise ValueError('`criterion` should be given for metric="ggn", which is the Hessian of that loss, but got None.')
         self._solver = options.check_solver(solver)
         self._recorder = CallRecorder(model, self._criteria)
+        self._process_group = process_group
         self._said: set[str] = set()
         self._rejected = 0
         self.last_step: StepReport | None = None
@@ -225,41 +254,48 @@ class AdaptedGD(WatchingOptimizer):
 
     def _step(self, function: Callable[[], float] | None) -> float | None:
         recorder = self._recorder
+        world = self._world()
         closure = None if function is None else Closure(function, self._model, recorder.criterion_calls)
         earlier = [*recorder.calls, *recorder.terms]
         loss = None if closure is None else closure()
         recorder.notice_cleared()
-        if not recorder.calls and not recorder.gradients and closure is not None and loss is None:
-            return None  # the closure chose to skip this batch, as Lightning's does when training_step returns None
-        if float(getattr(self, "found_inf", 0.0)):
-            self.last_step = StepReport.skipped(len(recorder.calls))
-            recorder.drop("step")
-            return loss
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and (processes := torch.distributed.get_world_size()) > 1:
-            raise RuntimeError(
-                f"AdaptedGD solves one system over the whole batch in one process, but {processes} processes are training "
-                "together, and their parameters would drift apart. Train in a single process."
-            )
-        if not recorder.gradients and self._asked_for_state():
-            return loss
+        with world.together():
+            carry_out = self._decided(world, closure, loss, earlier)
+            world.agree()
+        carry_out()  # in all processes or in none
+        return loss
+
+    def _decided(self, world: World, closure: Closure | None, loss: float | None, earlier: list[Any]) -> Callable[[], None]:
+        """What a step comes to: a function that carries it out, until which nothing is changed."""
+        recorder = self._recorder
+        empty = not recorder.gradients
+        idle = not recorder.calls and empty and closure is not None and loss is None
+        told = world.objects((idle, float(getattr(self, "found_inf", 0.0)) > 0, empty))
+        if all(each[0] for each in told):
+            return _nothing  # the closure chose to skip this batch, as Lightning's does when training_step returns None
+        if any(each[1] for each in told):
+            return self._skip
+        if all(each[2] for each in told) and self._asked_for_state():
+            return _nothing
         scale = self._loss_scale()
         stacked_from: list[Outputs] = list(recorder.calls)
         if self._criteria:
             parts = {id(part.of): part.of for term in recorder.terms for part in term.parts}
             stacked_from = sorted(parts.values(), key=lambda each: each.number if isinstance(each, Call) else math.inf)
-        if not stacked_from:
+        if not world.any(bool(stacked_from)):
             options.check_membership(self._model, self.param_groups)
             raise RuntimeError(recorder.why_no_call())
-        trained = self._trained()
-        arrived = {name: recorder.gradients[id(p)] for name, p in trained.items()}
-        kept, bad = self._looked_back(scale)
+        shares, trained = self._shared(world, stacked_from, closure is not None)
+        arrived = {}
+        for name, p in trained.items():
+            known = recorder.gradients.get(id(p))
+            arrived[name] = torch.zeros_like(p) if known is None else known
+        total = TotalLoss(recorder, shares, scale)
+        kept, bad = self._looked_back(total)
         if bad:
-            self._undo(kept)
-            self._note_rejection(rejected=True)
-            return loss
-        objective = Objective(recorder.terms, stacked_from, scale) if self._criteria else None
-        if closure is not None and any(each in earlier for each in (*recorder.calls, *recorder.terms)):
+            return lambda: self._undo(kept)
+        objective = Objective(recorder.terms, stacked_from, scale, shares) if self._criteria else None
+        if closure is not None and world.any(any(each in earlier for each in (*recorder.calls, *recorder.terms))):
             closure = None  # gradients accumulate: it tells the last loss alone
             if self._policy is None and not self._criteria:
                 self._warn_once(
@@ -268,10 +304,10 @@ class AdaptedGD(WatchingOptimizer):
                     "that no policy can judge it: it is the paper's step, `lr` times the gradient. Give AdaptedGD the loss as "
                     "`criterion`, or a number for `damping`.",
                 )
-        policy, solver, points = self._chosen(closure, stacked_from, kept, scale)
+        policy, solver, points = self._chosen(closure, stacked_from, trained, kept, total, shares)
         unit = 1.0
         if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):
-            unit = kept.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value)
+            unit = kept.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value, world)
         linearization = Linearization(
             self._model,
             stacked_from,
@@ -284,6 +320,7 @@ class AdaptedGD(WatchingOptimizer):
             unit=unit,
             start=self._kept_psi(),
             damping=policy.first_damping(kept),
+            shares=shares,
         )
         propose = TrialMaker(linearization, self._groups())
         decay = options.shared_option(self.param_groups, "momentum")
@@ -299,41 +336,103 @@ class AdaptedGD(WatchingOptimizer):
         outcome = policy.search(Step(linearization, propose, judge, momentum, decay, kept))
         if points is not None and outcome.trial:
             outcome.state.update(dataclasses.asdict(points))
-        report = StepReport.of(linearization, outcome)
-        values = propose.finished(outcome.trial) if outcome.trial else {}
-        for name, value in values.items():
-            if not all_finite(value):
-                raise RuntimeError(
-                    f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
-                )
-        self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
-        if points is not None and points.undamped and not outcome.trial:
-            self.state[self.param_groups[0]["params"][0]]["slow"] = 1.0
+        later = isinstance(judge, ByNext)
+        move = None
         if outcome.trial:
-            if isinstance(judge, ByNext):
+            values = propose.finished(outcome.trial)
+            for name, value in values.items():
+                if not all_finite(value):
+                    raise RuntimeError(
+                        f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise "
+                        "`damping`."
+                    )
+            if later:
                 expected = linearization.expected({name: value - trained[name] for name, value in values.items()})
-                outcome.state.update(predicted=expected, job=recorder.job(scale), noisy=kept.get("noisy", 0.0))
-                outcome.state.update({f"factor{i}": f for i, f in enumerate(recorder.factors(scale))})
-            self._take(linearization, outcome, values, keep=isinstance(judge, ByNext))
-        if not isinstance(judge, ByNext) or "predicted" in kept:  # a step that nobody has judged yet is none
-            self._note_rejection(rejected=outcome.trial is None and not outcome.hidden)
-        recorder.drop("step", spent=True)
-        self.last_step = report
-        return loss
+                outcome.state.update(predicted=expected, job=total.job, noisy=kept.get("noisy", 0.0))
+                outcome.state.update({f"factor{i}": f for i, f in enumerate(total.factors)})
+            move = self._move(linearization, outcome, values)
+        report, move = world.same((StepReport.of(linearization, outcome), move))
+        self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
+        judged = not later or "predicted" in kept  # a step that nobody has judged yet is none
+        hidden = outcome.hidden
+
+        def carry_out() -> None:
+            if move is not None:
+                self._take(trained, move, keep=later)
+            elif points is not None and points.undamped:
+                self.state[self.param_groups[0]["params"][0]]["slow"] = 1.0
+            if judged:
+                self._note_rejection(rejected=move is None and not hidden)
+            recorder.drop("step", spent=True)
+            self.last_step = report
+
+        return carry_out
+
+    def _skip(self) -> None:
+        self.last_step = StepReport.skipped(len(self._recorder.calls))
+        self._recorder.drop("step")
+
+    def _shared(self, world: World, stacked_from: list[Outputs], with_closure: bool) -> tuple[Shares, dict[str, nn.Parameter]]:
+        """What each process has of a step, and the parameters that it moves: those that received a gradient in any.
+
+        Raises:
+            RuntimeError: The processes do not train the same.
+            ValueError: A layer normalizes over all of them.
+        """
+        if world.size == 1:
+            return Shares.alone(), self._trained(set())
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.SyncBatchNorm) and module.training:
+                raise ValueError(
+                    f"`model` should have no SyncBatchNorm in training mode for AdaptedGD, but '{name}' is one: outputs of "
+                    "one process would depend on the samples of others. Call eval() on it, or use GroupNorm or LayerNorm."
+                )
+        terms = self._recorder.terms if self._criteria else []
+        keys = keys_of(terms, self._criteria)
+        named = {name: id(p) for name, p in underlying(self._model).named_parameters()}
+        told = world.objects(
+            Told(
+                rows=sum(n * q for n, q in map(batch_and_outputs, stacked_from)),
+                divisors={key: divisor(term) for key, term in zip(keys, terms, strict=True)},
+                trained={name for name, key in named.items() if key in self._recorder.gradients},
+                alike=self._alike(with_closure),
+            )
+        )
+        check_alike([each.alike for each in told])
+        weights = weights_of(keys, [each.divisors for each in told], world.rank)
+        shares = Shares(world, [each.rows for each in told], keys, weights)
+        return shares, self._trained(set().union(*(each.trained for each in told)))
+
+    def _alike(self, with_closure: bool) -> dict[str, Any]:
+        """What has to be the same in all processes."""
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        return {
+            "options": repr((groups, self._policy, self._metric, self._solver)),
+            "number of criteria": len(self._criteria),
+            "use of a closure": with_closure,
+            "shapes of parameters": [tuple(p.shape) for p in self._groups_parameters()],
+            "parameters": checksum(self._groups_parameters()),
+        }
 
     def _chosen(
-        self, closure: Closure | None, stacked_from: list[Outputs], kept: dict[str, float], scale: float
+        self,
+        closure: Closure | None,
+        stacked_from: list[Outputs],
+        trained: dict[str, nn.Parameter],
+        kept: dict[str, float],
+        total: TotalLoss,
+        shares: Shares,
     ) -> tuple[Policy, Dense | ConjugateGradients | None, SamePoints | None]:
         """The policy and the solver: what was given, or by default what suits the loss; and what is known of an equation's."""
         if isinstance(self._policy, Fixed) or (self._policy is None and not self._criteria and closure is None):
             return Fixed(options.shared_option(self.param_groups, "damping")), self._solver, None
         derived = any(tape.derived for each in stacked_from for tape in each.tapes)
         judged = closure is not None or all(isinstance(each, Call) and not each.nested for each in stacked_from)
-        if self._policy or not (derived and judged and self._criteria):
+        told = shares.world.objects((derived, judged, sum(n * q for n, q in map(batch_and_outputs, stacked_from))))
+        if self._policy or not (any(each[0] for each in told) and all(each[1] for each in told) and self._criteria):
             return self._policy or LevenbergMarquardt(), self._solver, None
-        loss = self._recorder.loss(self._recorder.factors(scale), scale)
-        points = SamePoints.read(kept).met(self._recorder.job(scale), loss)
-        solver = self._solver or for_undamped(stacked_from, list(self._trained().values()))
+        points = SamePoints.read(kept).met(total.job, total.value())
+        solver = self._solver or for_undamped(sum(each[2] for each in told), list(trained.values()), shares.world)
         if not points.undamped or solver is None:
             return LevenbergMarquardt(), self._solver, points
         return Backtracking(smallest=_LEAST_UNDAMPED), solver, points
@@ -344,28 +443,35 @@ class AdaptedGD(WatchingOptimizer):
         first = self.param_groups[0]["params"][0]
         return {name: value for name, value in self.state.get(first, {}).items() if isinstance(value, float)}
 
-    def _take(self, linearization: Linearization, outcome: Outcome, values: dict[str, Tensor], *, keep: bool) -> None:
-        """Move the parameters, and keep what the next step builds on."""
-        decay = options.shared_option(self.param_groups, "momentum")
+    def _move(self, linearization: Linearization, outcome: Outcome, values: dict[str, Tensor]) -> Move:
+        """Where the parameters go, and what the next step builds on."""
         trial = outcome.trial
         assert trial is not None
+        momentum: dict[str, Tensor] = {}
+        if options.shared_option(self.param_groups, "momentum"):
+            for name, p in linearization.trained.items():
+                momentum[name] = (trial.direction.adapted[name] / linearization.curvature).reshape(p.shape).to(p.dtype)
+        psi = trial.direction.weights if linearization.warm_start else None
+        return Move(values, momentum, psi, dict(outcome.state))
+
+    def _take(self, trained: dict[str, nn.Parameter], move: Move, *, keep: bool) -> None:
+        """Move the parameters, and keep what the next step builds on."""
         for p in self._groups_parameters():
             state = self.state[p]  # of each, as tools that save states expect it
             for name in [name for name in state if name in _OF_NEXT or name.startswith("factor")]:
                 del state[name]
-        for name, p in linearization.trained.items():
+        for name, p in trained.items():
             if keep:
                 self.state[p]["previous"] = p.detach().clone()
                 if "momentum" in self.state[p]:
                     self.state[p]["previous_momentum"] = self.state[p]["momentum"].clone()
-            p.copy_(values[name])
-            if decay:
-                momentum = trial.direction.adapted[name] / linearization.curvature
-                self.state[p]["momentum"] = momentum.reshape(p.shape).to(p.dtype)
+            p.copy_(move.values[name])
+            if name in move.momentum:
+                self.state[p]["momentum"] = move.momentum[name]
         first = self.param_groups[0]["params"][0]
-        if linearization.warm_start and (psi := trial.direction.weights) is not None:
-            self.state[first]["psi"] = psi.to(first.dtype)  # loading a state casts it to that
-        remembered = dict(outcome.state)
+        if move.psi is not None:
+            self.state[first]["psi"] = move.psi.to(first.dtype)  # loading a state casts it to that
+        remembered = dict(move.remembered)
         if keep:
             remembered["left"] = checksum(underlying(self._model).parameters())
         if (damping := remembered.pop("damping", None)) is not None:
@@ -374,17 +480,17 @@ class AdaptedGD(WatchingOptimizer):
         if remembered:
             self.state[first].update(remembered)
 
-    def _looked_back(self, scale: float) -> tuple[dict[str, float], bool]:
+    def _looked_back(self, total: TotalLoss) -> tuple[dict[str, float], bool]:
         """What the policy remembers, once the loss has told what the last step did; and whether that is to be undone."""
         kept = {**self._kept, "damping": options.shared_option(self.param_groups, "damping")}
-        policy, terms = self._policy or LevenbergMarquardt(), self._recorder.terms
+        policy = self._policy or LevenbergMarquardt()
         if not ({"predicted", "undone"} & kept.keys()) or not isinstance(policy, LevenbergMarquardt):
             return kept, False
         # By the weights that terms had then.
         factors = [kept[f"factor{i}"] for i in range(len(kept)) if f"factor{i}" in kept]
-        comparable = len(factors) == len(self._recorder.factors(scale))
-        now = self._recorder.loss(factors if comparable else self._recorder.factors(scale), scale)
-        same = comparable and kept["job"] == self._recorder.job(scale)
+        comparable = len(factors) == len(total.factors)
+        now = total.value(factors if comparable else None)
+        same = comparable and kept["job"] == total.job
         if (undone := kept.pop("undone", None)) is not None:
             if same and abs(now - undone) > 1e-3 * abs(undone):
                 kept["noisy"] = 1.0  # the same parameters have another loss than before
@@ -392,8 +498,7 @@ class AdaptedGD(WatchingOptimizer):
         if kept["left"] != checksum(underlying(self._model).parameters()):
             del kept["predicted"]  # they are not where the last step had left them
             return kept, False
-        lost = any(not all_finite(part.of.outputs[part.place]) for term in terms for part in term.parts)
-        return policy.looked_back(kept, now, same=same and not kept.get("noisy"), lost=lost)
+        return policy.looked_back(kept, now, same=same and not kept.get("noisy"), lost=total.lost)
 
     def _undo(self, kept: dict[str, float]) -> None:
         """Take the last step back."""
@@ -422,7 +527,8 @@ class AdaptedGD(WatchingOptimizer):
     ) -> None:
         for about, text in linearization.remarks():
             self._warn_once(about, text)
-        for name, p in trained.items():
+        # DistributedDataParallel averages `.grad`.
+        for name, p in trained.items() if self._world().size == 1 else ():
             if p.grad is None or torch.equal(p.grad.to_dense(), arrived[name]):
                 continue
             if scale == 1 or not torch.equal(p.grad.to_dense(), arrived[name] / scale):  # which a GradScaler does

@@ -86,12 +86,12 @@ class Backtracking:
         damping, fraction = self.first_damping(step.state), min(1.0, _LONGER_AGAIN * step.state.get("fraction", 1.0))
         while True:
             direction = step.direction(damping)
-            if step.momentum is not None and step.linear.slope(step.propose(direction).change) >= 0:
+            if step.momentum is not None and step.slope(step.propose(direction)) >= 0:
                 direction = step.direction(damping, with_momentum=False)  # the momentum leads uphill here
             while fraction >= self.smallest:
                 trial = step.propose(direction, fraction)
                 straight = step.linear.linear(trial.change)  # Dδ
-                predicted, slope = step.predicted(trial, straight), step.linear.slope(trial.change)
+                predicted, slope = step.predicted(trial, straight), step.slope(trial)
                 trial, change = step.best(trial, straight, self.second_order)
                 trials += 1
                 ratio = change / predicted if predicted < 0 else None
@@ -102,7 +102,7 @@ class Backtracking:
                 if judge.by_outputs and abs(predicted) <= step.linear.rounding:
                     return Outcome(direction, None, trials, ratio, hidden=True)
                 fraction /= 2
-            if damping >= 1 or judge.before + step.linear.slope(step.propose(direction).change) == judge.before:
+            if damping >= 1 or judge.before + step.slope(step.propose(direction)) == judge.before:
                 return Outcome(direction, None, trials, ratio)
             damping, fraction = max(_FIRST_RAISED, _RAISE * damping), 1.0
 
@@ -181,7 +181,7 @@ class StraightLine:
         root = math.sqrt(max(1, step.linear.num_outputs))
         distance = step.state.get("distance", 0.0)
         if not distance and step.propose.largest_lr:
-            distance = float(straight.norm()) / root / step.propose.largest_lr
+            distance = step.linear.agreed(float(straight.norm())) / root / step.propose.largest_lr
         fraction, trials = step.state.get("fraction", 1.0), 0
         while fraction >= self.smallest:
             trial = whole if fraction == 1 else step.propose(direction, fraction)
@@ -189,7 +189,7 @@ class StraightLine:
             trials += 1
             error = math.inf
             if moved is not None:
-                apart = float((moved - fraction * straight).norm())
+                apart = step.linear.agreed(float((moved - fraction * straight).norm()))
                 error = max(0.0, apart - step.linear.output_rounding) / root / distance if distance else 0.0
             following = self.next_fraction(fraction, error)
             if error <= self.tolerance:

@@ -8,7 +8,7 @@ autograd graph, so calls that never reach a loss leave nothing behind.
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying
+from .checks import checksum
 from .live import linearized_live
 from .tracking import private
 from .tracking.criteria import Argument, CriterionWatch
@@ -179,13 +180,14 @@ class CallRecorder:
         found = (factor for term in self.terms for factor in term.factors.values())
         return [float(factor) / loss_scale for factor in found if factor.numel() == 1]
 
-    def loss(self, factors: Sequence[float], loss_scale: float) -> float:
-        """The loss, for these factors of the terms that are numbers."""
+    def loss(self, factors: Sequence[float], loss_scale: float, weights: Sequence[float] | None = None) -> float:
+        """The loss, for these factors of the terms that are numbers, and weights of all terms."""
         total, given = 0.0, iter(factors)
-        for term in self.terms:
+        for term, weight in zip(self.terms, weights or [1.0] * len(self.terms), strict=True):
             for number, factor in term.factors.items():
                 value = term.values[number].double()
-                total += next(given) * float(value) if factor.numel() == 1 else float((factor * value).sum()) / loss_scale
+                part = next(given) * float(value) if factor.numel() == 1 else float((factor * value).sum()) / loss_scale
+                total += weight * part
         return total
 
     def why_no_call(self) -> str:
@@ -400,20 +402,6 @@ class CallRecorder:
     def _forget_pending(self) -> None:
         self._pending.clear()
         self._incoming.clear()
-
-
-def checksum(values: Iterable[Any]) -> float:
-    """A number that is the same for the same numbers and tensors, and hardly for others."""
-    total = 0.0
-    for number, value in enumerate(values, start=1):
-        if isinstance(value, Tensor) and value.numel():
-            flat = value.detach().reshape(-1).nan_to_num().double() if not value.is_complex() else torch.view_as_real(value)
-            flat = flat.double().reshape(-1)
-            places = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
-            total += number * (float(flat @ torch.cos(places)) + 1e-3 * len(flat))
-        elif isinstance(value, int | float) and math.isfinite(value):
-            total += number * math.cos(number) * float(value)
-    return total
 
 
 def _behind_own_loss(leaves: dict[int, Tensor]) -> set[int]:

@@ -14,8 +14,8 @@ from .iterative import KernelOperator
 from .jacobian import METHODS, Jacobian, tangent_jacobian, written, written_if_small
 from .memory import available_bytes, require_memory
 from .output_metric import Metric
-from .replay import batch_and_outputs
 from .solve import ConjugateGradients, Factorization, SingularValueFactorization, by_singular_values, equilibrated, factorize
+from .world import ALONE, World
 
 SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh", "svd")
@@ -121,6 +121,7 @@ class Problem:
         solver: How to solve.
         damping: The least λ that will be asked for, relative to the mean of diag Θ: if it is large enough, the Cholesky factor
             of Θ + λ1 does, and the rank is an estimate.
+        world: The processes that have other rows.
     """
 
     model: nn.Module
@@ -130,6 +131,7 @@ class Problem:
     metric: Metric | None
     solver: Dense | ConjugateGradients
     damping: float = 0.0
+    world: World = ALONE
 
     def in_sample_space(self, solving: dict[str, Any]) -> tuple[System, float]:
         """The system with Θ̃, and |D|²."""
@@ -188,7 +190,7 @@ class Problem:
         jacobian = self._jacobian()
         jacobian.check_products()
         seconds = time.perf_counter() - started
-        operator = KernelOperator(jacobian, self.metric, options, start)
+        operator = KernelOperator(jacobian, self.metric, options, start, self.world)
         operator.seconds["factors"] = seconds
         return self._system(jacobian, operator, operator, operator.scale, seconds=operator.seconds), operator.square
 
@@ -210,24 +212,37 @@ class Problem:
 
     def _jacobian(self) -> Jacobian:
         given = self.solver if isinstance(self.solver, Dense) else Dense()
-        return tangent_jacobian(self.model, self.stacked_from, self.names, method=given.kernel, chunk_size=given.chunk_size)
+        return tangent_jacobian(
+            self.model,
+            self.stacked_from,
+            self.names,
+            method=given.kernel,
+            chunk_size=given.chunk_size,
+            world=self.world,
+        )
 
     def _right(self) -> Tensor:
         return self.g if self.metric is None else self.metric.root_inverse(self.g)
 
 
-def for_undamped(stacked_from: list[Outputs], trained: list[nn.Parameter]) -> Dense | None:
-    """How to solve without damping where D's spectrum has no gap; None where D is too large for that."""
-    rows = sum(n * q for n, q in map(batch_and_outputs, stacked_from))
+def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE) -> Dense | None:
+    """How to solve without damping where D's spectrum has no gap; None where D, of so many rows, is too large for that."""
     params = sum(p.numel() for p in trained)
     size = _COPIES * 8 * rows * params
-    if min(rows, params) > _DENSE or (size > 2**26 and size > (available_bytes(trained[0].device) or size) // 2):
+    too_large = size > 2**26 and size > (available_bytes(trained[0].device) or size) // 2
+    if min(rows, params) > _DENSE or world.any(too_large):
         return None
     return Dense(factorization="svd")
 
 
 def choose_solver(
-    solver: Dense | ConjugateGradients | None, params: int, rows: int, device: torch.device, *, local: bool
+    solver: Dense | ConjugateGradients | None,
+    params: int,
+    rows: int,
+    device: torch.device,
+    world: World = ALONE,
+    *,
+    local: bool,
 ) -> tuple[str, Dense | ConjugateGradients]:
     """The space to solve in, and how.
 
@@ -236,6 +251,7 @@ def choose_solver(
         params: K.
         rows: The rows of x that the loss looks at.
         device: Where.
+        world: The processes that have to choose alike.
         local: Whether the metric does not couple samples; where it does, blocks of samples cannot be added up one by one.
 
     Raises:
@@ -250,6 +266,6 @@ def choose_solver(
     if solver is None:
         size = params if space == "parameter" else rows
         free = available_bytes(device) if _MATRICES * 8 * size**2 > 2**26 else None
-        if size > _DENSE or (free is not None and _MATRICES * 8 * size**2 > free):
+        if size > _DENSE or world.any(free is not None and _MATRICES * 8 * size**2 > free):
             return "sample", ConjugateGradients()
     return space, given

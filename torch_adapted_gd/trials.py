@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .calls import Outputs
 from .closure import Closure
 from .linearization import Direction, Linearization, Parts
+from .world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,16 @@ class ByClosure:
         self._closure, self._linear = closure, linearization
         self._criteria = [] if linearization.objective is None else linearization.objective.criteria
         self.curvature = linearization.curvature if linearization.objective is None else None
-        self.before = closure.value
-        if not math.isfinite(self.before):
-            raise RuntimeError(f"`closure` should return a finite loss, but returned {self.before}. Nothing was changed.")
+        self._before = closure.value
+        if not math.isfinite(self._before):
+            raise RuntimeError(f"`closure` should return a finite loss, but returned {self._before}. Nothing was changed.")
+        self.before = linearization.total(self._before)
 
     def look(self, trial: Trial) -> tuple[float, Tensor | None]:
         """See `Judge`; the outputs are those that criteria are given there."""
         loss, given = self._closure.at(trial.values, self._criteria)
-        return loss - self.before, self._linear.outputs_moved_in(given, self._closure.criterion_calls)
+        moved = self._linear.outputs_moved_in(given, self._closure.criterion_calls)
+        return self._linear.total_change(loss - self._before, moved), moved
 
 
 class ByNext:
@@ -224,12 +227,17 @@ def choose_judge(wanted: str, linearization: Linearization, closure: Closure | N
     return ByOutputs(linearization) if wanted == "outputs" else ByNext(linearization)
 
 
-def learned_curvature(stacked_from: list[Outputs], loss_scale: float, loss: float) -> float:
+def learned_curvature(stacked_from: list[Outputs], loss_scale: float, loss: float, world: World = ALONE) -> float:
     """The output curvature to begin with where no criterion tells: |g|²/2C, that of a square with minimum 0."""
-    g = torch.cat([(each.gradients[place] / loss_scale).reshape(-1) for each in stacked_from for place in each.places])
-    x = torch.cat([each.outputs[place].double().reshape(-1) for each in stacked_from for place in each.places])
-    square = float(g.square().sum())
+    places = [(each, place) for each in stacked_from for place in each.places]
+    none = [] if places else [torch.zeros(0, dtype=torch.float64)]
+    g = torch.cat([*none, *((each.gradients[place] / loss_scale).reshape(-1) for each, place in places)])
+    x = torch.cat([*none, *(each.outputs[place].double().reshape(-1) for each, place in places)])
+    told = world.objects((float(g.square().sum()), float(x.norm()), loss))
+    squares, sizes, losses = zip(*told, strict=True)
+    # As DistributedDataParallel averages: C is the mean of the processes' losses.
+    square, loss = math.fsum(squares) / world.size**2, math.fsum(losses) / world.size
     if square > 0 and loss > 0 and math.isfinite(square) and math.isfinite(loss):
         return square / (2 * loss)
-    size = math.sqrt(square) / max(1.0, float(x.norm()))  # move outputs by as much as they are
+    size = math.sqrt(square) / max(1.0, math.hypot(*sizes))  # move outputs by as much as they are
     return size if size > 0 and math.isfinite(size) else 1.0

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from . import options
 from .calls import underlying
 from .recorder import CallRecorder
 from .report import StepReport
+from .world import World, world_of
 
 _OPTIONS = ("lr", "alpha", "damping", "momentum", "weight_decay")
 _PATIENCE = 10  # steps that are rejected one after the other before it is said
@@ -35,6 +37,7 @@ class WatchingOptimizer(Optimizer):
     _criteria: tuple[nn.Module, ...]
     _said: set[str]
     _rejected: int
+    _process_group: Any
     last_step: StepReport | None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -105,6 +108,7 @@ class WatchingOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_process_group", None)  # none can be saved
         if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
             self._recorder = CallRecorder(self._model, self._criteria)
             for group in self.param_groups:
@@ -113,7 +117,7 @@ class WatchingOptimizer(Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy is told of the loss by the same criterion, unless that is a part of what is copied along.
-        state = self.__getstate__()
+        state = {**self.__getstate__(), "_process_group": self._process_group}
         for name in ("_model", "state", "param_groups", "defaults"):
             state[name] = copy.deepcopy(state[name], memo)
         state["_criteria"] = tuple(memo.get(id(criterion), criterion) for criterion in self._criteria)
@@ -173,20 +177,28 @@ class WatchingOptimizer(Optimizer):
             "outputs' gradient still carries. Leave unscale_ and clipping out: scaler.step(optimizer) hands the scale over."
         )
 
+    def _world(self) -> World:
+        """The processes that train together."""
+        return world_of(self._model, self._process_group, self.param_groups[0]["params"][0].device)
+
     def _groups_parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         return {id(p): group for group in self.param_groups for p in group["params"]}
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        """The parameters to step, by name, in the order of the model: those that received a gradient, as in torch."""
+    def _trained(self, elsewhere: Collection[str] = ()) -> dict[str, nn.Parameter]:
+        """The parameters to step, by name, in the order of the model: those that received a gradient, as in torch.
+
+        Args:
+            elsewhere: The names of those that received one in other processes.
+        """
         groups = self._groups()
         named = underlying(self._model).named_parameters()
         ours = {name: p for name, p in named if id(p) in groups and p.requires_grad}
         for name, p in ours.items():
             options.check_parameter(name, p)  # it may have been cast since
-        trained = {name: p for name, p in ours.items() if id(p) in self._recorder.gradients}
+        trained = {name: p for name, p in ours.items() if id(p) in self._recorder.gradients or name in elsewhere}
         if not trained:
             options.check_membership(self._model, self.param_groups)
             raise RuntimeError("No parameter of this optimizer requires a gradient any more. Unfreeze some, or do not step.")
@@ -194,7 +206,7 @@ class WatchingOptimizer(Optimizer):
 
     def _warn_once(self, about: str, text: str) -> None:
         """Warn of something, pointing at the line of the user's that called for the step."""
-        if about in self._said:
+        if about in self._said or self._world().rank:
             return
         self._said.add(about)
         level, frame = 2, sys._getframe(1)

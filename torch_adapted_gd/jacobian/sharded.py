@@ -27,16 +27,14 @@ class ShardedJacobian(Jacobian):
         world: The processes.
         numels: Entries of each parameter, by name.
         device: Where they are.
-        size: The largest N and Q of all calls.
     """
 
-    def __init__(
-        self, local: Jacobian | None, world: World, numels: dict[str, int], device: torch.device, size: tuple[int, int]
-    ) -> None:
-        self.local, self._world, self.numels, self.device, self._size = local, world, numels, device, size
+    def __init__(self, local: Jacobian | None, world: World, numels: dict[str, int], device: torch.device) -> None:
+        self.local, self._world, self.numels, self.device = local, world, numels, device
         said = world.objects(([], "", None) if local is None else (local.shapes, local.description, local.remark))
         self._shapes_of = [shapes for shapes, _, _ in said]
         self.shapes = [shape for shapes in self._shapes_of for shape in shapes]
+        self._size = max(n for n, _ in self.shapes), max(q for _, q in self.shapes)
         self.lengths = [sum(n * q for n, q in shapes) for shapes in self._shapes_of]
         self._spans = spans(self.lengths)
         self.here = self._spans[world.rank]

@@ -13,13 +13,16 @@ from ..checks import one_of, positive_integer
 from ..memory import keep_pages
 from ..replay import Replay, State, batch_and_outputs, precision
 from ..tracking.tape import Tape, constants_of
+from ..world import ALONE, World
 from .backward import allows_vmap
+from .chunks import agreed
 from .definition import call_jacobian, dtype_and_device, recorded
 from .dense import DenseJacobian
 from .factored import FactoredJacobian, Piece
 from .gram import ROWS_ELEMENTS
 from .linearized import Linearized
 from .operator import Jacobian
+from .sharded import ShardedJacobian
 
 METHODS = ("auto", "structured", "jacobian")
 
@@ -87,7 +90,13 @@ def ntk(
 
 
 def tangent_jacobian(
-    model: nn.Module, calls: Sequence[Outputs], names: list[str], *, method: str = "auto", chunk_size: int | None = None
+    model: nn.Module,
+    calls: Sequence[Outputs],
+    names: list[str],
+    *,
+    method: str = "auto",
+    chunk_size: int | None = None,
+    world: World = ALONE,
 ) -> Jacobian:
     """D of recorded calls.
 
@@ -97,6 +106,7 @@ def tangent_jacobian(
         names: The parameters θ.
         method: One of `METHODS`.
         chunk_size: See `ntk`.
+        world: The processes that have other rows of D; these calls may then be none.
 
     Raises:
         RuntimeError: A call cannot be repeated, or ``method="structured"`` is not right for the model.
@@ -106,19 +116,27 @@ def tangent_jacobian(
     keep_pages()
     parameters = {name: p for name, p in underlying(model).named_parameters() if name in set(names)}
     parameters = {name: parameters[name] for name in names}
-    dtype, _ = dtype_and_device(list(parameters.values()))
+    dtype, device = dtype_and_device(list(parameters.values()))
     shapes = [batch_and_outputs(call) for call in calls]
+    numels = {name: p.numel() for name, p in parameters.items()}
+    if not calls:
+        agreed(world, {}, numels, [])
+        return ShardedJacobian(None, world, numels, device)
+    jacobian: Jacobian
     if method != "jacobian" and not any(0 in shape for shape in shapes):
         pieces = [call.pieces() or _traced(model, call, names, dtype) for call in calls]
-        factored = FactoredJacobian(pieces, parameters, dtype=dtype, chunk_size=chunk_size)
+        factored = FactoredJacobian(pieces, parameters, dtype=dtype, chunk_size=chunk_size, world=world)
         if method == "structured" and factored.remarks:
             raise RuntimeError(
                 f'The structured kernel is not right for this model: {"; ".join(factored.remarks[:3])}. Use "auto" or '
                 '"jacobian" for the kernel.'
             )
-        return factored
-    parts = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
-    return DenseJacobian.of(parts, shapes, {name: p.numel() for name, p in parameters.items()})
+        jacobian = factored
+    else:
+        parts = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
+        agreed(world, {name: {"written"} for name in numels}, numels, shapes)  # others may have factors
+        jacobian = DenseJacobian.of(parts, shapes, numels)
+    return jacobian if world.size == 1 else ShardedJacobian(jacobian, world, numels, device)
 
 
 def _repeatable(outputs: Outputs) -> Call:

@@ -91,6 +91,7 @@ class Iterate:
 
 
 Product = Callable[[Tensor], Tensor]
+Agreed = Callable[[float], float]
 
 
 def solve_by_cg(
@@ -102,6 +103,7 @@ def solve_by_cg(
     precondition: Callable[[float], Product],
     options: ConjugateGradients,
     start: Tensor | None = None,
+    agreed: Agreed = float,
 ) -> Iterate:
     """ψ = (Θ + λ1)⁻¹g; for λ = 0 a ψ with Dᵀψ = D⁺g.
 
@@ -113,6 +115,7 @@ def solve_by_cg(
         precondition: Makes an approximation r ↦ (Θ + μ1)⁻¹r for a μ.
         options: When to stop.
         start: A ψ to begin with a multiple of.
+        agreed: Gives processes that solve together the same number, where they decide by it.
     """
     size = float(torch.linalg.vector_norm(g))
     begin = _zero(g, 0)
@@ -125,10 +128,10 @@ def solve_by_cg(
             factor = float(start @ g) / energy
             begin = Iterate(factor * start, factor * image, 1.0, 1, False)
     inverse = precondition(max(shift, _LEAST * scale))
-    found = _iterate(product, g, shift, inverse, options.rtol * size, options.max_iter, begin)
+    found = _iterate(product, g, shift, inverse, options.rtol * size, options.max_iter, begin, agreed)
     if found.converged or shift > 0 or found.iterations >= options.max_iter:
         return replace(found, residual=found.residual / size)
-    return _in_rounds(product, g, _ZERO * scale, precondition, options, found.iterations)
+    return _in_rounds(product, g, _ZERO * scale, precondition, options, found.iterations, agreed)
 
 
 def _zero(g: Tensor, spent: int) -> Iterate:
@@ -142,6 +145,7 @@ def _in_rounds(
     precondition: Callable[[float], Product],
     options: ConjugateGradients,
     spent: int,
+    agreed: Agreed,
 ) -> Iterate:
     """Iterated Tikhonov regularization: ψ ← ψ + (Θ + μ1)⁻¹(g − Θψ), so that Dᵀψ → D⁺g with Pg, and no more, reached.
 
@@ -151,10 +155,11 @@ def _in_rounds(
     inverse, goal = precondition(shift), _INNER * options.rtol * size
     psi, image = torch.zeros_like(g), torch.zeros_like(g)
     for number in range(_ROUNDS):
-        part = _iterate(product, g - image, shift, inverse, goal, options.max_iter, _zero(g, spent))
+        part = _iterate(product, g - image, shift, inverse, goal, options.max_iter, _zero(g, spent), agreed)
         spent = part.iterations
         psi, image = psi + part.psi, image + part.image
-        left = float(torch.linalg.vector_norm(part.image)) if number else part.residual  # what the first moved is the step
+        # What the first moved is the step.
+        left = agreed(float(torch.linalg.vector_norm(part.image))) if number else part.residual
         settled = number > 0 and left <= options.rtol * size
         if settled or not part.converged:
             break
@@ -162,45 +167,62 @@ def _in_rounds(
     return Iterate(psi, image, left / size, spent, settled and part.converged, singular=True)
 
 
-def _iterate(product: Product, g: Tensor, shift: float, inverse: Product, goal: float, limit: int, begin: Iterate) -> Iterate:
+def _iterate(
+    product: Product,
+    g: Tensor,
+    shift: float,
+    inverse: Product,
+    goal: float,
+    limit: int,
+    begin: Iterate,
+    agreed: Agreed,
+) -> Iterate:
     """Preconditioned conjugate gradients on (Θ + λ1)ψ = g, until the residual, not over |g| here, is at most ``goal``.
 
     What counts is the residual itself and not that of the recurrence, which rounding takes away from it.
     """
     psi, image, spent = begin.psi, begin.image, begin.iterations
     residual = g - image - shift * psi
-    left, aim, exhausted = float(torch.linalg.vector_norm(residual)), goal, False
+    left, aim, exhausted = agreed(float(torch.linalg.vector_norm(residual))), goal, False
     for _ in range(_AGAIN):
         if left <= goal or exhausted:
             break
-        psi, spent, exhausted = _recur(product, psi, residual, shift, inverse, aim, spent, limit)
+        psi, spent, exhausted = _recur(product, psi, residual, shift, inverse, aim, spent, limit, agreed)
         image = product(psi)
         residual = g - image - shift * psi
-        left, aim = float(torch.linalg.vector_norm(residual)), 0.5 * goal
+        left, aim = agreed(float(torch.linalg.vector_norm(residual))), 0.5 * goal
     return Iterate(psi, image, left, spent, left <= goal)
 
 
 def _recur(
-    product: Product, psi: Tensor, residual: Tensor, shift: float, inverse: Product, goal: float, spent: int, limit: int
+    product: Product,
+    psi: Tensor,
+    residual: Tensor,
+    shift: float,
+    inverse: Product,
+    goal: float,
+    spent: int,
+    limit: int,
+    agreed: Agreed,
 ) -> tuple[Tensor, int, bool]:
     """The recurrence from a ψ and its residual; returns the best ψ, iterations spent, and whether there is no use in more."""
     descent = inverse(residual)
     direction = descent.clone()
-    energy = float(residual @ descent)
+    energy = agreed(float(residual @ descent))
     best, best_size = psi, float(torch.linalg.vector_norm(residual))
     lowest, since = math.inf, 0  # residuals grow at first
     while spent < limit:
         image = product(direction)
         if shift:
             image.add_(direction, alpha=shift)
-        curvature = float(direction @ image)
+        curvature = agreed(float(direction @ image))
         if not (curvature > 0 and energy > 0 and math.isfinite(curvature)):  # singular, as far as rounding lets it be seen
             return best, spent, True
         step = energy / curvature
         psi = psi + step * direction
         residual = residual - step * image
         spent += 1
-        size = float(torch.linalg.vector_norm(residual))
+        size = agreed(float(torch.linalg.vector_norm(residual)))
         since = 0 if size < 0.99 * lowest else since + 1
         lowest = min(lowest, size)
         if size < best_size:
@@ -210,6 +232,6 @@ def _recur(
         if shift == 0 and since > _PATIENCE:
             return best, spent, True
         descent = inverse(residual)
-        before, energy = energy, float(residual @ descent)
+        before, energy = energy, agreed(float(residual @ descent))
         direction = descent.add_(direction, alpha=energy / before)
     return best, spent, True

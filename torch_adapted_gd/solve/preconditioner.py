@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..world import ALONE, World
+
 _JITTER = 4e-7  # of the mean of a block's diagonal: what is added at first where rounding in float32 made it indefinite
 
 
@@ -19,19 +21,20 @@ class OutputBlockInverse:
         rotation: V, ``[Q, Q]``, orthogonal, in float64.
         owner: Which block each of the Q columns uses.
         scales: s, ``[Q]``.
+        world: The processes that the blocks are dealt to, as cards are: these are those of this one.
     """
 
     name = "output blocks"
 
-    def __init__(self, blocks: Tensor, rotation: Tensor, owner: Sequence[int], scales: Tensor) -> None:
-        self._blocks, self._rotation = blocks, rotation
+    def __init__(self, blocks: Tensor, rotation: Tensor, owner: Sequence[int], scales: Tensor, world: World = ALONE) -> None:
+        self._blocks, self._rotation, self._world = blocks, rotation, world
         self._owner, self._scales = list(owner), scales
         self._diagonals = blocks.diagonal(dim1=1, dim2=2).clone()  # [G, N]: factors are written over them
 
     def factor(self, shift: float) -> None:
         """Make the factors for a μ."""
         for g, block in enumerate(self._blocks):
-            members = [c for c, owner in enumerate(self._owner) if owner == g]
+            members = self._members(g)
             part = shift / float(self._scales[members].mean())
             diagonal = self._diagonals[g]
             extra = 0.0
@@ -45,17 +48,22 @@ class OutputBlockInverse:
                     raise RuntimeError("A block of the preconditioner has no factor: Θ is not finite, or not that of a D.")
             _keep_below(block, factor.mT)
 
+    def _members(self, g: int) -> list[int]:
+        """The columns that use one of the blocks of this process."""
+        number = self._world.rank + g * self._world.size
+        return [c for c, owner in enumerate(self._owner) if owner == number]
+
     def __call__(self, r: Tensor) -> Tensor:
         """The approximation applied to r ``[N·Q]``, in float64."""
         turned = r.view(-1, len(self._owner)) @ self._rotation
         columns = (turned / self._scales).to(self._blocks.dtype).T.contiguous()  # [Q, N]
-        solved = torch.empty_like(columns)
+        solved = torch.zeros_like(columns)
         for g, block in enumerate(self._blocks):
-            members = [c for c, owner in enumerate(self._owner) if owner == g]
+            members = self._members(g)
             right = columns[members].T
             half = torch.linalg.solve_triangular(block, right, upper=False)
             solved[members] = torch.linalg.solve_triangular(block.mT, half, upper=True).T
-        return (solved.T.to(r.dtype) @ self._rotation.T).reshape(-1)
+        return (self._world.sum(solved).T.to(r.dtype) @ self._rotation.T).reshape(-1)
 
 
 class SampleBlockInverse:
