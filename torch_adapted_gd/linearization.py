@@ -12,8 +12,7 @@ from .calls import Call, Outputs, stacked, underlying
 from .checks import all_finite
 from .closure import Given
 from .iterative import KernelOperator
-from .jacobian import Jacobian, norm
-from .jacobian.sharded import ShardedJacobian
+from .jacobian import norm
 from .objective import Objective
 from .output_metric import DiagonalMetric, Metric
 from .replay import Replay, batch_and_outputs, precision
@@ -162,7 +161,8 @@ class Linearization:
         largest = float(c.max())
         if not largest > 0:
             return None, 1.0  # nothing that the loss would look at
-        if bool((c == largest).all()):
+        rounding = 1e-14 if self._world.size > 1 else 0.0  # of the processes' weights
+        if float(c.min()) >= (1 - rounding) * largest:
             return None, largest
         return DiagonalMetric((c / largest).sqrt(), c > 0), largest
 
@@ -408,8 +408,8 @@ class Linearization:
                 )
         # Zero by (2.16) for a loss of the outputs alone.
         plain = self.system.jacobian.rmv(self._g)
-        if isinstance(self.system.jacobian, ShardedJacobian):
-            off_output = self._mean_beside(self.system.jacobian.local, own_g)
+        if self._world.size > 1:
+            off_output = self._mean_beside(own_g)
             self.gradient = {name: plain[name].view_as(part) + part for name, part in off_output.items()}
         else:
             off_output = {name: tensor.double() - plain[name].reshape(tensor.shape) for name, tensor in self.gradient.items()}
@@ -426,15 +426,13 @@ class Linearization:
         self.off_output = None if negligible else {name: tensor.reshape(-1) for name, tensor in off_output.items()}
         self.off_output_fraction = 0.0 if negligible else size / max(whole, size)
 
-    def _mean_beside(self, local: Jacobian | None, own_g: Tensor) -> Parts:
+    def _mean_beside(self, own_g: Tensor) -> Parts:
         """The mean over processes of what did not come through x, in the shapes of the parameters."""
-        beside = {name: tensor.double() for name, tensor in self.gradient.items()}
-        if local is not None:
-            for name, part in local.rmv(own_g).items():
-                beside[name] = beside[name] - part.view_as(beside[name])
-        total = self._world.sum(torch.cat([part.reshape(-1) for part in beside.values()])) * self._shares.mean
-        parts = total.split([part.numel() for part in beside.values()])
-        return {name: part.view_as(beside[name]) for name, part in zip(beside, parts, strict=True)}
+        through = self.system.jacobian.rmv(self._shares.gathered(own_g))  # Σ over processes of theirs
+        arrived = self._world.sum(torch.cat([self.gradient[name].double().reshape(-1) for name in self._numels]))
+        beside = (arrived - self._flat(through)) * self._shares.mean
+        parts = zip(self._numels, beside.split(list(self._numels.values())), strict=True)
+        return {name: part.view(self.gradient[name].shape) for name, part in parts}
 
     def agreed(self, number: float) -> float:
         """A number that something is decided by, the same in all processes: rounding may differ between machines."""

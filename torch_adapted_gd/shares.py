@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,12 @@ def keys_of(terms: Sequence[Term], criteria: Sequence[nn.Module]) -> list[Key]:
     """Which call of which criterion each term is."""
     numbers = {id(criterion): number for number, criterion in enumerate(criteria)}
     counts: dict[int, int] = {}
-    keys = []
-    for term in terms:
+    keys = {}
+    for term in sorted(terms, key=lambda term: term.number):  # as they were called; backward passes come by in other orders
         number = numbers[id(term.criterion)]
         counts[number] = counts.get(number, 0) + 1
-        keys.append((number, counts[number]))
-    return keys
+        keys[id(term)] = (number, counts[number])
+    return [keys[id(term)] for term in terms]
 
 
 @torch.no_grad()
@@ -99,26 +100,26 @@ def divisor(term: Term) -> float | None:
         return rows
     if reduction != "mean":
         return rows
+    attributes = [
+        (module, {**own, "reduction": "sum"} if module is term.criterion else own) for module, own in term.state.attributes
+    ]
+    other = dataclasses.replace(term, state=dataclasses.replace(term.state, attributes=attributes), doubles=True)
     arguments = {number: term.arguments[number].double() for number in term.entries}
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
-        means = term.called(arguments)
         try:
-            cast(Any, term.criterion).reduction = "sum"
-            sums = term.called(arguments)
-        except (RefusedError, RuntimeError, ValueError):
+            mean, total = float(term.called(arguments)), float(other.called(arguments))
+        except RefusedError:
             return rows
-        finally:
-            cast(Any, term.criterion).reduction = "mean"
-        mean, total = float(means), float(sums)
         if mean and math.isfinite(mean) and math.isfinite(total):
-            return total / mean
+            found = total / mean
+            return float(round(found)) if abs(found - round(found)) <= 1e-9 * found else found
         # It is zero there: look beside it.
         arguments = {
             number: x.nan_to_num() + torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
             for number, x in arguments.items()
         }
-    return 0.0 if not float(sums) else rows
+    return 0.0 if not total else rows
 
 
 def weights_of(keys: Sequence[Key], divisors: Sequence[dict[Key, float | None]], rank: int) -> list[float]:
