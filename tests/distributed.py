@@ -7,17 +7,22 @@ import contextlib
 import copy
 import datetime
 import os
+import re
 import signal
 import sys
 import tempfile
+import time
+import traceback
 import warnings
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as Wrapped
 
-import torch_adapted_gd as tag
 from torch_adapted_gd import AdaptedGD, Backtracking, ConjugateGradients, Dense, LevenbergMarquardt, LossFunction, StraightLine
 
 SIZE = 3
@@ -86,7 +91,7 @@ def unequal_shards(rank, size):
 
 @case
 def undamped(rank, size):
-    yield from trained(rank, size, mlp(torch.float64), nn.MSELoss(), (2, 9, 5), damping=0.0, lr=0.5)
+    yield from trained(rank, size, mlp(), nn.MSELoss(), (2, 9, 5), damping=0.0, lr=0.5)
 
 
 @case
@@ -110,9 +115,7 @@ def an_empty_shard(rank, size):
 
 @case
 def momentum_and_decay(rank, size):
-    yield from trained(
-        rank, size, mlp(), nn.MSELoss(), (2, 9, 5), lr=0.5, damping=1e-2, momentum=0.6, weight_decay=1e-2
-    )
+    yield from trained(rank, size, mlp(), nn.MSELoss(), (2, 9, 5), lr=0.5, damping=1e-2, momentum=0.6, weight_decay=1e-2)
 
 
 def classes():
@@ -375,15 +378,254 @@ def several_groups(rank, size):
     yield from trained(rank, size, model, nn.MSELoss(), (2, 9, 5), params=groups)
 
 
+@case
+def join(rank, size):
+    """Processes that run out of batches one after the other."""
+    model, criterion = mlp(torch.float64), nn.MSELoss()
+    batches = [data(5, dtype=torch.float64)] * 4
+    counts = (2, 4, 3)
+    net = wrapped(model, size)
+    optimizer = AdaptedGD(net, criterion=criterion)
+    seen = []
+    if size == 1:
+        for step in range(4):
+            optimizer.zero_grad()
+            parts = [batches[step][0][r : r + 3] for r in range(3) if step < counts[r]]
+            targets = [batches[step][1][r : r + 3] for r in range(3) if step < counts[r]]
+            criterion(net(torch.cat(parts)), torch.cat(targets)).backward()
+            optimizer.step()
+        yield model, optimizer
+        return
+    with Join([net, optimizer]):
+        for x, y in batches[: counts[rank]]:
+            optimizer.zero_grad()
+            criterion(net(x[rank : rank + 3]), y[rank : rank + 3]).backward()
+            optimizer.step()
+            seen.append(optimizer.last_step)
+    yield model, optimizer
+
+
+def raises(kind, text):
+    return pytest.raises(kind, match=re.escape(text))
+
+
+CHECKS = {}
+
+
+def check(function):
+    """Register a check: a function of (rank, size), run in all processes, that raises where something is wrong."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def snapshot(model, optimizer):
+    return [p.detach().clone() for p in model.parameters()], repr(optimizer.state_dict()), torch.get_rng_state()
+
+
+def unchanged(before, after):
+    equal = all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    return equal and before[1] == after[1] and torch.equal(before[2], after[2])
+
+
+def alike(tensors, size):
+    """Whether all processes have the same bits."""
+    found = [None] * size
+    dist.all_gather_object(found, [t.tolist() for t in tensors])
+    return all(each == found[0] for each in found)
+
+
+FAILURES = {
+    "parameters": "torch_adapted_gd.optimizer.AdaptedGD._alike",
+    "loss": "torch_adapted_gd.optimizer.Objective",
+    "uses": "torch_adapted_gd.system.tangent_jacobian",
+    "kernel": "torch_adapted_gd.jacobian.factored.FactoredJacobian.gram",
+    "factors": "torch_adapted_gd.jacobian.factored.FactoredJacobian.factors",
+    "solution": "torch_adapted_gd.system.factorize",
+    "direction": "torch_adapted_gd.linearization.Linearization.direction",
+    "trial": "torch_adapted_gd.replay.Replay.outputs_with",
+    "move": "torch_adapted_gd.optimizer.AdaptedGD._move",
+    "report": "torch_adapted_gd.report.StepReport.of",
+    "warnings": "torch_adapted_gd.optimizer.AdaptedGD._warn",
+}
+
+
+def failing(stage):
+    def run(rank, size):
+        model, criterion = mlp(), nn.MSELoss()
+        x, y = (shared(t, rank, size) for t in data())
+        net = wrapped(model, size)
+        optimizer = AdaptedGD(net, criterion=criterion)
+
+        def backward():
+            optimizer.zero_grad()
+            criterion(net(x), y).backward()
+
+        with mock.patch("torch_adapted_gd.system._SMALL", 0):
+            for _ in range(2):
+                backward()
+                optimizer.step()
+            backward()
+            before, started = snapshot(model, optimizer), time.perf_counter()
+            broken = mock.patch(FAILURES[stage], side_effect=OSError("no space left"))
+            with broken if rank == 1 else contextlib.nullcontext():
+                if rank == 1:
+                    with raises(OSError, "no space left"):
+                        optimizer.step()
+                else:
+                    with raises(
+                        RuntimeError, "Process 1 of 3 could not take the step, so no process changed anything. OSE"
+                    ):
+                        optimizer.step()
+            assert time.perf_counter() - started < 2
+            assert unchanged(before, snapshot(model, optimizer))
+            backward()
+            optimizer.step()
+        assert optimizer.last_step.status == "full_rank"
+        assert not unchanged(before, snapshot(model, optimizer))
+        assert alike(model.parameters(), size)
+
+    return run
+
+
+CHECKS.update({f"failure_in_{stage}": failing(stage) for stage in FAILURES})
+
+
+def stepped(model, rank, size, **options):
+    optimizer = AdaptedGD(model, **options)
+    x, y = (shared(t, rank, size) for t in data())
+    options["criterion"](model(x), y).backward()
+    before = snapshot(model, optimizer)
+    try:
+        optimizer.step()
+    finally:
+        assert unchanged(before, snapshot(model, optimizer))
+
+
+@check
+def other_options(rank, size):
+    with raises(RuntimeError, "The options should be the same in all processes, but differ between process 0 and process 1"):
+        stepped(mlp(), rank, size, criterion=nn.MSELoss(), lr=0.5 if rank == 1 else 1.0)
+
+
+@check
+def other_parameters(rank, size):
+    with raises(RuntimeError, "The parameters should be the same in all processes, but differ between process 0 and process 2"):
+        stepped(mlp(seed=int(rank == 2)), rank, size, criterion=nn.MSELoss())
+
+
+@check
+def synchronized_batch_norm(rank, size):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = mlp(), nn.SyncBatchNorm(2)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    with raises(ValueError, "`model` should have no SyncBatchNorm in training mode for AdaptedGD, but 'norm' is one"):
+        stepped(Net(), rank, size, criterion=nn.MSELoss())
+
+
+@check
+def sharded_parameters(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    model = distribute_module(mlp(), init_device_mesh("cpu", (size,)))
+    with raises(ValueError, "Parameter '0.weight' should be whole in each process, but is sharded"):
+        AdaptedGD(model, criterion=nn.MSELoss())
+
+
+@check
+def warnings_come_from_one(rank, size):
+    model, criterion = mlp(), nn.MSELoss()
+    optimizer = AdaptedGD(model, criterion=criterion)
+    x, y = (shared(t, rank, size) for t in data())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            (criterion(model(x), y) + model[0].weight.square().sum()).backward()
+            optimizer.step()
+    assert len([w for w in caught if "did not come through" in str(w.message)]) == int(rank == 0)
+
+
+@check
+def a_group_of_its_own(rank, size):
+    """A process that trains by itself exchanges nothing."""
+    groups = [dist.new_group([r]) for r in range(size)]
+    model = mlp(seed=rank)
+    criterion = nn.MSELoss()
+    optimizer = AdaptedGD(model, criterion=criterion, process_group=groups[rank])
+    x, y = data(4 + rank)
+    for _ in range(rank + 1):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.last_step.num_outputs == 2 * (4 + rank)
+
+
+@check
+def a_checkpoint_of_one_resumes_all(rank, size):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    options = {"criterion": nn.MSELoss(), "lr": 0.5, "momentum": 0.5}
+    model = mlp()
+    x, y = (shared(t, rank, size) for t in data())
+
+    def run(net, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            options["criterion"](net(x), y).backward()
+            optimizer.step()
+
+    net = wrapped(model, size)
+    optimizer = AdaptedGD(net, **options)
+    run(net, optimizer, 2)
+    saved = [(copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()))] if rank == 0 else [None]
+    dist.broadcast_object_list(saved, 0)
+    folder = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(folder, 0)
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder[0])
+    run(net, optimizer, 2)
+
+    again = mlp(seed=5)
+    again_net = wrapped(again, size)
+    again_optimizer = AdaptedGD(again_net, **options)
+    again.load_state_dict(saved[0][0])
+    again_optimizer.load_state_dict(saved[0][1])
+    run(again_net, again_optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+    third = mlp(seed=6)
+    third_net = wrapped(third, size)
+    third_optimizer = AdaptedGD(third_net, **options)
+    model_state, optimizer_state = get_state_dict(third_net, third_optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder[0])
+    set_state_dict(third_net, third_optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    run(third_net, third_optimizer, 2)
+    apart = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), third.parameters(), strict=True))
+    assert apart <= 1e-6, apart
+
+
 def outcome_of(name, rank, size):
     """θ after each step, what the reports said, and the state."""
-    thetas, reports, optimizer = [], [], None
+    thetas, reports, model, optimizer = [], [], None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for model, optimizer in CASES[name](rank, size):
             thetas.append(torch.cat([p.detach().double().reshape(-1) for p in model.parameters()]))
             reports.append({field: getattr(optimizer.last_step, field) for field in FIELDS})
-    return {"theta": torch.stack(thetas), "reports": reports, "state": copy.deepcopy(optimizer.state_dict())}
+    return {
+        "theta": torch.stack(thetas),
+        "reports": reports,
+        "state": copy.deepcopy(optimizer.state_dict()),
+        "double": next(model.parameters()).dtype == torch.float64,
+    }
 
 
 def in_processes(work, size, timeout=60):
@@ -407,8 +649,6 @@ def in_processes(work, size, timeout=60):
                     dist.destroy_process_group()
                     os._exit(0)
                 except BaseException:
-                    import traceback
-
                     traceback.print_exc()
                     sys.stderr.flush()
                     os._exit(1)
@@ -425,22 +665,33 @@ def in_processes(work, size, timeout=60):
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
 
 
+def checked(name, rank, size):
+    """What a check found to be wrong; nothing if all is well."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            CHECKS[name](rank, size)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
 def main():
+    """Run all cases and checks, or some, and write what they came to."""
     torch.set_num_threads(1)
-    names = sys.argv[2:] or list(CASES)
+    names = sys.argv[2:] or [*CASES, *CHECKS]
 
     def work(rank, size):
         found = {}
         for name in names:
-            found[name] = outcome_of(name, rank, size)
+            found[name] = outcome_of(name, rank, size) if name in CASES else checked(name, rank, size)
             dist.barrier()
         return found
 
     together = in_processes(work, SIZE)
-    alone = {name: outcome_of(name, 0, 1) for name in names}
+    alone = {name: outcome_of(name, 0, 1) for name in names if name in CASES}
     torch.save({"alone": alone, "together": together}, sys.argv[1])
 
 
 if __name__ == "__main__":
     main()
-    print(tag.__name__)

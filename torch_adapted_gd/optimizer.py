@@ -8,6 +8,7 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable
 
 from . import options
 from .calls import Call, Outputs, underlying
@@ -187,6 +188,7 @@ class AdaptedGD(WatchingOptimizer):
         first = start.initial if isinstance(start, LevenbergMarquardt) else start.damping
         defaults = {"lr": lr, "alpha": alpha, "damping": first, "momentum": momentum, "weight_decay": weight_decay}
         options.check_options(defaults)
+        Joinable.__init__(self)
         super().__init__(params, defaults)
 
     def full_batch(self, loader: Iterable[Any]) -> float:
@@ -255,6 +257,8 @@ class AdaptedGD(WatchingOptimizer):
     def _step(self, function: Callable[[], float] | None) -> float | None:
         recorder = self._recorder
         world = self._world()
+        if world.size > 1:
+            Join.notify_join_context(self)
         closure = None if function is None else Closure(function, self._model, recorder.criterion_calls)
         earlier = [*recorder.calls, *recorder.terms]
         loss = None if closure is None else closure()
@@ -285,7 +289,10 @@ class AdaptedGD(WatchingOptimizer):
         if not world.any(bool(stacked_from)):
             options.check_membership(self._model, self.param_groups)
             raise RuntimeError(recorder.why_no_call())
-        shares, trained = self._shared(world, stacked_from, closure is not None)
+        shares, trained, with_closure = self._shared(world, stacked_from, closure is not None)
+        if with_closure and closure is None:  # a process without samples, which has nothing to evaluate
+            closure = Closure(lambda: 0.0, self._model, recorder.criterion_calls)
+            closure()
         arrived = {}
         for name, p in trained.items():
             known = recorder.gradients.get(id(p))
@@ -372,15 +379,17 @@ class AdaptedGD(WatchingOptimizer):
         self.last_step = StepReport.skipped(len(self._recorder.calls))
         self._recorder.drop("step")
 
-    def _shared(self, world: World, stacked_from: list[Outputs], with_closure: bool) -> tuple[Shares, dict[str, nn.Parameter]]:
-        """What each process has of a step, and the parameters that it moves: those that received a gradient in any.
+    def _shared(
+        self, world: World, stacked_from: list[Outputs], with_closure: bool
+    ) -> tuple[Shares, dict[str, nn.Parameter], bool]:
+        """What each process has of a step; the parameters that it moves: those that received a gradient in any; with a closure?
 
         Raises:
             RuntimeError: The processes do not train the same.
             ValueError: A layer normalizes over all of them.
         """
         if world.size == 1:
-            return Shares.alone(), self._trained(set())
+            return Shares.alone(), self._trained(), with_closure
         for name, module in self._model.named_modules():
             if isinstance(module, nn.SyncBatchNorm) and module.training:
                 raise ValueError(
@@ -395,21 +404,26 @@ class AdaptedGD(WatchingOptimizer):
                 rows=sum(n * q for n, q in map(batch_and_outputs, stacked_from)),
                 divisors={key: divisor(term) for key, term in zip(keys, terms, strict=True)},
                 trained={name for name, key in named.items() if key in self._recorder.gradients},
-                alike=self._alike(with_closure),
+                alike=self._alike(),
+                with_closure=with_closure,
             )
         )
         check_alike([each.alike for each in told])
+        if len({each.with_closure for each in told if each.rows}) > 1:
+            raise RuntimeError(
+                "`step` should get a closure in all processes or in none, but some got one. Nothing was changed."
+            )
         weights = weights_of(keys, [each.divisors for each in told], world.rank)
         shares = Shares(world, [each.rows for each in told], keys, weights)
-        return shares, self._trained(set().union(*(each.trained for each in told)))
+        trained = self._trained(set().union(*(each.trained for each in told)))
+        return shares, trained, any(each.with_closure for each in told)
 
-    def _alike(self, with_closure: bool) -> dict[str, Any]:
+    def _alike(self) -> dict[str, Any]:
         """What has to be the same in all processes."""
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return {
             "options": repr((groups, self._policy, self._metric, self._solver)),
             "number of criteria": len(self._criteria),
-            "use of a closure": with_closure,
             "shapes of parameters": [tuple(p.shape) for p in self._groups_parameters()],
             "parameters": checksum(self._groups_parameters()),
         }

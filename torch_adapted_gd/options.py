@@ -76,6 +76,11 @@ def check_parameter(name: str | None, p: Tensor) -> None:
             f"`params` should belong to `model`, but a parameter of shape {list(p.shape)} does not. Pass the module that "
             "owns it and whose outputs enter the loss."
         )
+    if hasattr(p, "device_mesh") or "FlatParameter" in type(p).__name__:
+        raise ValueError(
+            f"Parameter '{name}' should be whole in each process, but is sharded (a DTensor, as fully_shard makes them). Use "
+            "DistributedDataParallel; what AdaptedGD itself needs is shared out among the processes (docs/distributed.md)."
+        )
     if nn.parameter.is_lazy(p):
         raise ValueError(f"Parameter '{name}' is not initialized yet. Call the model on a batch first.")
     if p.dtype not in (torch.float32, torch.float64):

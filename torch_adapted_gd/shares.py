@@ -147,12 +147,14 @@ class Told:
         divisors: What the mean of each term divides by, see `divisor`.
         trained: The parameters that received a gradient.
         alike: What has to be the same in all, by what it is called.
+        with_closure: Whether `step` got a closure.
     """
 
     rows: int
     divisors: dict[Key, float | None]
     trained: set[str]
     alike: dict[str, Any]
+    with_closure: bool
 
 
 def check_alike(told: Sequence[dict[str, Any]]) -> None:

@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from . import options
 from .calls import underlying
 from .recorder import CallRecorder
 from .report import StepReport
-from .world import World, world_of
+from .world import World, group_of, world_of
 
 _OPTIONS = ("lr", "alpha", "damping", "momentum", "weight_decay")
 _PATIENCE = 10  # steps that are rejected one after the other before it is said
@@ -25,7 +27,18 @@ class AdaptedWarning(UserWarning):
     """What `AdaptedGD` warns of; each thing once for an optimizer."""
 
 
-class WatchingOptimizer(Optimizer):
+class _WithoutSamples(JoinHook):
+    """The steps of a process that has run out of batches."""
+
+    def __init__(self, optimizer: "WatchingOptimizer") -> None:
+        self._optimizer = optimizer
+
+    def main_hook(self) -> None:
+        self._optimizer.zero_grad()
+        self._optimizer.step()
+
+
+class WatchingOptimizer(Optimizer, Joinable):
     """A torch optimizer that watches the calls of a model.
 
     Attributes:
@@ -109,6 +122,7 @@ class WatchingOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)  # none can be saved
+        Joinable.__init__(self)
         if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
             self._recorder = CallRecorder(self._model, self._criteria)
             for group in self.param_groups:
@@ -126,6 +140,21 @@ class WatchingOptimizer(Optimizer):
         memo[id(self)] = same
         same.__setstate__(state)
         return same
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:  # noqa: ARG002
+        """For `torch.distributed.algorithms.join.Join`: a process that has no more batches takes part without samples."""
+        return _WithoutSamples(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """For the same."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """For the same."""
+        return self._group()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -179,7 +208,11 @@ class WatchingOptimizer(Optimizer):
 
     def _world(self) -> World:
         """The processes that train together."""
-        return world_of(self._model, self._process_group, self.param_groups[0]["params"][0].device)
+        return world_of(self._group(), self.param_groups[0]["params"][0].device)
+
+    def _group(self) -> Any:
+        """Their group; None where torch.distributed is not used."""
+        return self._process_group or group_of(self._model)
 
     def _groups_parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]

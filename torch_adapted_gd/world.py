@@ -227,19 +227,22 @@ class Processes(World):
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, World] = weakref.WeakKeyDictionary()
 
 
-def world_of(model: nn.Module, group: dist.ProcessGroup | None, device: torch.device) -> World:
-    """The processes that a step is shared by.
+def group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that train a model: those that DistributedDataParallel has it in, or else all."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.process_group  # type: ignore[no-any-return, unused-ignore]
+    return dist.group.WORLD
+
+
+def world_of(group: dist.ProcessGroup | None, device: torch.device) -> World:
+    """What a step is shared by.
 
     Args:
-        model: What is trained.
-        group: Their group; by default that of a model in DistributedDataParallel, or else all processes.
-        device: Where its parameters are.
+        group: The processes; None for one.
+        device: Where parameters are.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return ALONE
-    if group is None:
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        group = cast(dist.ProcessGroup, model.process_group) if wrapped else dist.group.WORLD
     if group is None or dist.get_world_size(group) <= 1:
         return ALONE
     if group not in _known:
