@@ -1,4 +1,4 @@
-"""What `AdaptedGD` does with nothing but a criterion, beside settings by hand: the table in docs/defaults.md.
+"""What `AdaptedGD` does with nothing but a criterion, beside settings by hand: the table in docs/choosing.md.
 
 Seven small jobs, whole data and mini-batches, regression and digits, three seeds each. A cell has the median of the training
 loss at the end (and of the best test accuracy where there is a test set); "diverged" if the loss ended above where it began in

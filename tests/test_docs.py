@@ -26,7 +26,7 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
 
 
 def test_pages_with_examples_are_found():
-    assert {"quickstart.md", "theory.md", "flows.md", "collapse.md", "options.md"} <= set(filter(blocks_of, PAGES))
+    assert {"quickstart.md", "theory.md", "flows.md", "collapse.md", "choosing.md"} <= set(filter(blocks_of, PAGES))
 
 
 def test_the_reference_has_each_public_name_once():

@@ -30,9 +30,9 @@ def test_all_is_there_and_documented():
 @pytest.mark.filterwarnings("default")  # Lightning's own
 def test_the_readmes_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 2
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["report"].rank == 120
-    assert names["solution"].status == "full_rank"
+    assert "loss" in capsys.readouterr().out

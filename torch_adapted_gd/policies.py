@@ -232,7 +232,7 @@ class LevenbergMarquardt:
     ``second_order`` adds to each trial what the bending of the outputs asks for, −D⁺(x(θ + δ) − x(θ) − Dδ) with the same λ,
     where it is at most ⅜ of δ in length and lowers the loss further; known as geodesic acceleration (Transtrum & Sethna,
     arXiv:1201.5885, there from a finite difference). It costs one more forward pass and one more solve with the factors at
-    hand, and pays where valleys are narrow and curved: docs/defaults.md has figures.
+    hand, and pays where valleys are narrow and curved: docs/choosing.md has figures.
 
     Args:
         initial: λ to begin with, relative to the mean of diag Θ, like every damping.
