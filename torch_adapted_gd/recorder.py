@@ -28,6 +28,9 @@ from .tracking.terms import MARK, Term
 _KEPT = 256  # calls under which derivatives may be taken that are kept for a criterion to be given these
 
 
+_REDIRECTED = object()  # in place of a forward pass, where the call of a model runs another method
+
+
 class _Running:
     """A forward pass under way: what it started from, and the tape that notes its uses of parameters."""
 
@@ -88,7 +91,7 @@ class CallRecorder:
         self.dropped_by: str | None = None
         self.unusable_output: str | None = None
         self.unusable_criterion = False
-        self._threads: dict[int, list[_Running | None]] = {}
+        self._threads: dict[int, list[_Running | object | None]] = {}
         self._count = 0
         self._pending: list[Callable[[], None]] = []
         self._pass = -1
@@ -105,7 +108,7 @@ class CallRecorder:
         weakref.finalize(self, _end_all, self._threads)
 
     @property
-    def _running(self) -> "list[_Running | None]":
+    def _running(self) -> "list[_Running | object | None]":
         """The forward passes under way in this thread, the outermost first."""
         return self._threads.setdefault(threading.get_ident(), [])
 
@@ -234,7 +237,10 @@ class CallRecorder:
             self.watch(parameter)
         if self._running and not private.passes(model) > 1:
             _end(self._running)  # left over from a pass that was interrupted, which no hook is told of
-        inner = bool(self._running)  # a model that calls itself: the outermost call counts
+        if _is_redirected(model):
+            self._running.append(_REDIRECTED)
+            return
+        inner = any(each is not _REDIRECTED for each in self._running)  # a model that calls itself: the outermost call counts
         if inner or not torch.is_grad_enabled():
             self._running.append(None)
             return
@@ -260,7 +266,7 @@ class CallRecorder:
     @property
     def tapes_under_way(self) -> list[Tape]:
         """Those of forward passes that have not ended."""
-        return [running.tape for running in self._running if running is not None and running.tape is not None]
+        return [running.tape for running in self._running if isinstance(running, _Running) and running.tape is not None]
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters to be stepped, by name."""
@@ -270,7 +276,7 @@ class CallRecorder:
     def _after(self, model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Any:
         """Take the call down and wait for gradients of its outputs."""
         running = self._running.pop() if self._running else None
-        if running is None:
+        if not isinstance(running, _Running):
             return None
         running.end()
         leaves = output_leaves(output)
@@ -421,13 +427,19 @@ def _behind_own_loss(leaves: dict[int, Tensor]) -> set[int]:
     return found
 
 
-def _end_all(threads: "dict[int, list[_Running | None]]") -> None:
+def _is_redirected(model: nn.Module) -> bool:
+    """Whether another method is run in a module's call, as Lightning's strategies run ``training_step``."""
+    forward = model.__dict__.get("forward")
+    return "edirection" in getattr(forward, "__qualname__", "")
+
+
+def _end_all(threads: "dict[int, list[_Running | object | None]]") -> None:
     for running in list(threads.values()):
         _end(running)
 
 
-def _end(running: "list[_Running | None]") -> None:
+def _end(running: "list[_Running | object | None]") -> None:
     for each in running:
-        if each is not None:
+        if isinstance(each, _Running):
             each.end()
     running.clear()
