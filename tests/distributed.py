@@ -472,9 +472,7 @@ def failing(stage):
                     with raises(OSError, "no space left"):
                         optimizer.step()
                 else:
-                    with raises(
-                        RuntimeError, "Process 1 of 3 could not take the step, so no process changed anything. OSE"
-                    ):
+                    with raises(RuntimeError, "Process 1 of 3 could not take the step, so no process changed anything. OSE"):
                         optimizer.step()
             assert time.perf_counter() - started < 2
             assert unchanged(before, snapshot(model, optimizer))
@@ -552,6 +550,36 @@ def warnings_come_from_one(rank, size):
 
 
 @check
+def padded_samplers(rank, size):
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+    model, samples = mlp(), TensorDataset(*data(16))
+    sampler = DistributedSampler(samples, size, rank)
+    optimizer = AdaptedGD(model, criterion=nn.MSELoss(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = [optimizer.full_batch(DataLoader(samples, batch_size=3, sampler=sampler)) for _ in range(2)]
+    assert [str(w.message).startswith("DistributedSampler gives 2 of 16 samples twice") for w in caught] == [True] * (rank == 0)
+    assert alike([torch.tensor(losses)], size)
+    assert losses[1] < losses[0]
+
+
+@check
+def a_loader_that_fails(rank, size):
+    model = mlp()
+    optimizer = AdaptedGD(wrapped(model, size), criterion=nn.MSELoss())
+    before = snapshot(model, optimizer)
+    batches = [data(4)] if rank != 2 else []
+    kind, text = (
+        (ValueError, "`loader` should give at least one batch") if rank == 2 else (RuntimeError, "Process 2 of 3 could")
+    )
+    with raises(kind, text):
+        optimizer.full_batch(batches)
+    assert unchanged(before, snapshot(model, optimizer))
+    optimizer.full_batch([data(4)])
+
+
+@check
 def a_group_of_its_own(rank, size):
     """A process that trains by itself exchanges nothing."""
     groups = [dist.new_group([r]) for r in range(size)]
@@ -612,14 +640,59 @@ def a_checkpoint_of_one_resumes_all(rank, size):
     assert apart <= 1e-6, apart
 
 
+def as_launched(rank, size):
+    """The environment that torchrun sets."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "TORCHELASTIC_RUN_ID": "none"}
+    numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    return mock.patch.dict(os.environ, {**address, **{name: str(number) for name, number in numbers.items()}})
+
+
+@case
+def under_accelerate(rank, size):
+    accelerate = pytest.importorskip("accelerate")
+    model, criterion = mlp(), nn.MSELoss()
+    x, y = (shared(t, rank, size) for t in data())
+    with as_launched(rank, size) if size > 1 else contextlib.nullcontext():
+        accelerator = accelerate.Accelerator(cpu=True)
+        assert accelerator.num_processes == size
+        net = accelerator.prepare(model)
+        optimizer = accelerator.prepare(AdaptedGD(net, criterion=criterion))
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            accelerator.backward(criterion(net(x), y))
+            optimizer.step()
+            yield model, optimizer.optimizer
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@case
+def under_fabric(rank, size):
+    fabrics = pytest.importorskip("lightning.fabric")
+    model, criterion = mlp(), nn.MSELoss()
+    x, y = (shared(t, rank, size) for t in data())
+    with as_launched(rank, size) if size > 1 else contextlib.nullcontext():
+        fabric = fabrics.Fabric(accelerator="cpu", strategy="ddp" if size > 1 else "auto", devices=size)
+        fabric.launch()
+        assert fabric.world_size == size
+        net, optimizer = fabric.setup(model, AdaptedGD(model, criterion=criterion))
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            fabric.backward(criterion(net(x), y))
+            optimizer.step()
+            yield model, optimizer.optimizer
+
+
 def outcome_of(name, rank, size):
     """θ after each step, what the reports said, and the state."""
     thetas, reports, model, optimizer = [], [], None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for model, optimizer in CASES[name](rank, size):
-            thetas.append(torch.cat([p.detach().double().reshape(-1) for p in model.parameters()]))
-            reports.append({field: getattr(optimizer.last_step, field) for field in FIELDS})
+        try:
+            for model, optimizer in CASES[name](rank, size):
+                thetas.append(torch.cat([p.detach().double().reshape(-1) for p in model.parameters()]))
+                reports.append({field: getattr(optimizer.last_step, field) for field in FIELDS})
+        except pytest.skip.Exception:  # something is not installed
+            return None
     return {
         "theta": torch.stack(thetas),
         "reports": reports,

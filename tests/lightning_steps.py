@@ -37,7 +37,8 @@ class Classifier(pl.LightningModule):
     def __init__(self, whole, told):
         super().__init__()
         torch.manual_seed(5)
-        self.net = nn.Sequential(nn.Linear(INPUTS, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+        # In float64 from the start: Lightning loads checkpoints before it converts modules.
+        self.net = nn.Sequential(nn.Linear(INPUTS, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
         self.criterion = nn.CrossEntropyLoss()
         self.whole, self.told = whole, told
 
@@ -53,55 +54,41 @@ class Classifier(pl.LightningModule):
         return AdaptedGD(self if self.whole else self.net, criterion=self.criterion if self.told else None)
 
 
-class Order(torch.utils.data.Sampler):
-    """Gives each of two processes its half of each batch of the one that trains alone."""
-
-    def __init__(self, processes, rank, accumulated):
-        self.indices = [
-            i for start in range(0, 24, 6) for i in range(start, start + 6)[slice(rank * 3, rank * 3 + 3) if processes == 2 else slice(None)]
-        ]
-
-    def __iter__(self):
-        return iter(self.indices)
-
-    def __len__(self):
-        return len(self.indices)
-
-
 class Data(pl.LightningDataModule):
-    def __init__(self, accumulated):
-        super().__init__()
-        self.accumulated = accumulated
+    """Gives each of two processes its half of each batch of the one that trains alone."""
 
     def train_dataloader(self):
         processes, rank = self.trainer.world_size, self.trainer.global_rank
-        return DataLoader(dataset(), batch_size=6 // processes, sampler=Order(processes, rank, self.accumulated))
+        size = 6 // processes
+        indices = [i for start in range(0, 24, 6) for i in range(start + rank * size, start + (rank + 1) * size)]
+        return DataLoader(torch.utils.data.Subset(dataset(), indices), batch_size=size)
+
+
+def fit(folder, case, epochs, name="", *, save=False, resume=None):
+    whole, told, accumulated, processes = CASES[case]
+    monitor = CollapseMonitor(CLASSES, head="net.2", reference=DataLoader(dataset(), batch_size=5))
+    callbacks = [monitor, AdaptedStepMonitor(), Notes(monitor, folder / f"{case}{name}")]
+    if save:
+        callbacks.append(pl.callbacks.ModelCheckpoint(folder / case, save_last=True))
+    options = {
+        "strategy": "ddp_fork" if processes > 1 else "auto",
+        "devices": processes,
+        "precision": "64-true",
+        "accumulate_grad_batches": accumulated,
+        "use_distributed_sampler": False,
+        "enable_checkpointing": save,
+        "max_epochs": epochs,
+    }
+    new_trainer(pl, folder, callbacks, **options).fit(Classifier(whole, told), datamodule=Data(), ckpt_path=resume)
 
 
 def main(folder):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for case, (whole, told, accumulated, processes) in CASES.items():
-        module, monitor = Classifier(whole, told), CollapseMonitor(CLASSES, head="net.2", reference=DataLoader(dataset(), batch_size=5))
-        options = {
-            "strategy": "ddp_fork" if processes > 1 else "auto",
-            "devices": processes,
-            "precision": "64-true",
-            "accumulate_grad_batches": accumulated,
-            "use_distributed_sampler": False,
-            "enable_checkpointing": True,
-        }
-        checkpoint = pl.callbacks.ModelCheckpoint(folder / case, save_last=True)
-        callbacks = [monitor, AdaptedStepMonitor(), checkpoint, Notes(monitor, folder / case)]
-        new_trainer(pl, folder, callbacks, **{**options, "max_epochs": 2}).fit(module, datamodule=Data(accumulated))
-        again = Classifier(whole, told)
-        callbacks = [CollapseMonitor(CLASSES, head="net.2", reference=DataLoader(dataset(), batch_size=5)), Notes(None, folder / f"{case}, resumed")]
-        trainer = new_trainer(pl, folder, callbacks, **{**options, "max_epochs": 3, "enable_checkpointing": False})
-        trainer.fit(again, datamodule=Data(accumulated), ckpt_path=folder / case / "last.ckpt")
-        straight = Classifier(whole, told)
-        callbacks = [Notes(None, folder / f"{case}, straight")]
-        trainer = new_trainer(pl, folder, callbacks, **{**options, "max_epochs": 3, "enable_checkpointing": False})
-        trainer.fit(straight, datamodule=Data(accumulated))
+    for case in CASES:
+        fit(folder, case, 3)
+    fit(folder, "the module, two", 2, ", begun", save=True)
+    fit(folder, "the module, two", 3, ", resumed", resume=folder / "the module, two" / "last.ckpt")
 
 
 class Notes(pl.Callback):
@@ -110,7 +97,7 @@ class Notes(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         notes = {
-            "history": [] if self.monitor is None else self.monitor.history,
+            "history": self.monitor.history,
             "theta": torch.cat([p.detach().reshape(-1) for p in pl_module.parameters()]).tolist(),
             "trials": trainer.optimizers[0].last_step.num_trials,
             "logged": {key: float(value) for key, value in trainer.callback_metrics.items()},

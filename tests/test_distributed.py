@@ -26,6 +26,8 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_as_one_process(name, results):
     alone, together = results["alone"][name], [found[name] for found in results["together"]]
+    if alone is None:
+        pytest.skip("not installed")
     theta = together[0]["theta"]
     bound = BOUNDS.get(name, 1e-12 if alone["double"] else 1e-5)
     for ours, expected in zip(theta, alone["theta"], strict=True):

@@ -1,11 +1,12 @@
 """One loss over all batches of a loader."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.data.distributed import DistributedSampler
 
 
 def full_loss(model: nn.Module, criterion: nn.Module, loader: Iterable[Any], device: torch.device) -> Tensor:
@@ -47,3 +48,24 @@ def full_loss(model: nn.Module, criterion: nn.Module, loader: Iterable[Any], dev
         )
     loss: Tensor = criterion(torch.cat(outputs), torch.cat(targets))
     return loss
+
+
+def repeated_samples(loader: Any) -> str | None:
+    """What to say of a loader that gives some samples to several processes; None if it does not.
+
+    Args:
+        loader: Anything that gives batches.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    samples = len(cast(Sized, sampler.dataset))
+    if sampler.total_size == samples:
+        return None
+    repeated = sampler.total_size - samples
+    return (
+        f"DistributedSampler gives {repeated} of {samples} samples twice, so that all {sampler.num_replicas} processes have as "
+        "many. Outputs that are there twice make the kernel singular, and count twice in the loss. Use drop_last=True, or give "
+        "each process a share of its own, which need not be as large as others: Subset(dataset, range(rank, len(dataset), "
+        "processes))."
+    )

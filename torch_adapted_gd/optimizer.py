@@ -1,5 +1,6 @@
 """AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from .calls import Call, Outputs, underlying
 from .checks import all_finite, checksum, one_of
 from .closure import Closure
 from .decision import Outcome, Step
-from .full_batch import full_loss
+from .full_batch import full_loss, repeated_samples
 from .linearization import METRICS, Linearization
 from .losses import check_criteria
 from .objective import Objective
@@ -24,7 +25,7 @@ from .recorder import CallRecorder
 from .remembered import SamePoints
 from .replay import batch_and_outputs
 from .report import StepReport
-from .shares import Shares, Told, TotalLoss, check_alike, divisor, keys_of, weights_of
+from .shares import Shares, Told, TotalLoss, check_alike, divisor, keys_of, mean_or_sum, weights_of
 from .solve import ConjugateGradients
 from .system import Dense, for_undamped
 from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
@@ -204,6 +205,8 @@ class AdaptedGD(WatchingOptimizer):
                 a dict of keyword inputs. Its order may change from step to step (with it, conjugate gradients have no use for
                 the last step's ψ).
 
+        Where several processes train together, each gives its own share of the samples, and the loss is that of all.
+
         Returns:
             The loss before the step.
 
@@ -216,12 +219,18 @@ class AdaptedGD(WatchingOptimizer):
             given = f"{len(self._criteria)} of them" if len(self._criteria) != 1 else 'reduction="none"'
             raise ValueError(f"`criterion` should be one loss that returns a number for `full_batch`, but got {given}.")
         self.zero_grad()
-        with torch.enable_grad():
+        if repeats := repeated_samples(loader):
+            self._warn_once("padded", repeats)
+        world = self._world()
+        # DistributedDataParallel need not exchange gradients that nobody reads.
+        no_sync = getattr(self._model, "no_sync", None) if world.size > 1 else None
+        with world.together(), torch.enable_grad(), no_sync() if no_sync else contextlib.nullcontext():
             device = self.param_groups[0]["params"][0].device
             loss = full_loss(self._model, self._criteria[0], loader, device)
             loss.backward()
+            value = loss.item() if world.size == 1 else mean_or_sum(world, self._recorder.terms[0], loss.item())
         self.step()
-        return loss.item()
+        return value
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -122,6 +122,15 @@ def divisor(term: Term) -> float | None:
     return 0.0 if not total else rows
 
 
+def mean_or_sum(world: World, term: Term, loss: float) -> float:
+    """The loss of all processes, each of which has one term."""
+    told = world.objects((divisor(term), loss))
+    if told[0][0] is None:
+        return math.fsum(loss for _, loss in told)
+    total = math.fsum(d for d, _ in told if d is not None)
+    return math.fsum(d * loss for d, loss in told if d is not None) / total if total else math.nan
+
+
 def weights_of(keys: Sequence[Key], divisors: Sequence[dict[Key, float | None]], rank: int) -> list[float]:
     """The weight of each term of a process.
 

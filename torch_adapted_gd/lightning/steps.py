@@ -7,9 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from ..full_batch import repeated_samples
 from ..optimizer import AdaptedGD
 from ..report import StepReport
+from ..watching import AdaptedWarning
 from .frameworks import Callback, LightningModule, Trainer
 
 _NUMBERS = (
@@ -46,8 +49,11 @@ class AdaptedStepMonitor(Callback):
         self._seen: dict[int, StepReport | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for AdaptedGD."""
+        """Look for AdaptedGD, and for samples that several processes have."""
         del pl_module
+        for loader in tree_leaves(trainer.train_dataloader) if trainer.is_global_zero else ():
+            if text := repeated_samples(loader):
+                warnings.warn(text, AdaptedWarning, stacklevel=2)
         self._seen = {i: opt.last_step for i, opt in enumerate(trainer.optimizers) if isinstance(opt, AdaptedGD)}
         if not self._seen:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
