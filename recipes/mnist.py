@@ -7,9 +7,12 @@ The table says how nearly, and what the rank of the Jacobian was.
 
 Beyond 8,192 outputs (QN), where the kernel is too large to be held, the steps are solved by conjugate gradients and are as long
 as the outputs follow the line (StraightLine), all images in each; the table says what they took.
+
+Several processes share the images, ``torchrun --nproc-per-node 2 recipes/mnist.py``, and take the same steps as one.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -47,7 +50,7 @@ def run_adapted(job: Job, steps: int, damping: float) -> tuple[Run, nn.Module]:
     print(run.observe(job, model, 0, 0.0))
     for step in run.times(steps):
         optimizer.zero_grad()
-        loss = job.criterion(model(job.images), job.targets)
+        loss = job.criterion(model(job.images[job.mine]), job.targets[job.mine])
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -275,8 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = race.parse(parser, arguments, {"samples": 20, "width": 32, "steps": 10})
     if options.lr is not None and options.optimizer == "adapted":
         parser.error("argument --lr: is for torch's optimizers: add --optimizer sgd, adam or lbfgs")
-    with race.errors_in_one_line(parser):
-        job = prepare(options)
+    with race.errors_in_one_line(parser), race.launched() as mine:
+        job = dataclasses.replace(prepare(options), mine=mine)
         race.make_folder(options.out)
         start = job.build()
         num_params, num_outputs = sum(p.numel() for p in start.parameters()), CLASSES * len(job.images)
@@ -295,18 +298,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = {"sgd": "SGD", "adam": "Adam", "lbfgs": "LBFGS"}[options.optimizer]
             runs.append(run_torch(job, name, adapted.rows[-1]["seconds"], options.lr)[0])
         spectra = kernel_spectra(job, {"at the start": start, "at the end": trained}, options.seed)
+        if mine.start:  # the first process writes
+            return 0
         write(job, runs, options, num_params, rtol, options.out)
         figures = draw(job, runs, spectra, default_rtol(CLASSES * spectra[1], eps), options.out)
-    print()
-    for run in runs:
-        first, last = run.rows[0], run.rows[-1]
-        test = "- (no images are left to test)" if math.isnan(run.accuracy[1]) else f"{run.accuracy[1]:.3f}"
-        print(
-            f"{run.name}: loss {first['loss']:.3g} → {last['loss']:.3g} (ratio {last['loss'] / first['loss']:.2g}) in "
-            f"{last['step']:.0f} steps, {last['seconds']:.1f} s; at most {max(run.column('distance')):.2%} off the line, all "
-            f"outputs together {max(run.column('distance_all')):.2%}; accuracy: train {run.accuracy[0]:.3f}, test {test}"
-        )
-    print(f"wrote {', '.join(str(path) for path in (options.out / 'metrics.csv', options.out / 'summary.json', *figures))}")
+        print()
+        for run in runs:
+            first, last = run.rows[0], run.rows[-1]
+            test = "- (no images are left to test)" if math.isnan(run.accuracy[1]) else f"{run.accuracy[1]:.3f}"
+            print(
+                f"{run.name}: loss {first['loss']:.3g} → {last['loss']:.3g} (ratio {last['loss'] / first['loss']:.2g}) in "
+                f"{last['step']:.0f} steps, {last['seconds']:.1f} s; at most {max(run.column('distance')):.2%} off the line, "
+                f"all outputs together {max(run.column('distance_all')):.2%}; accuracy: train {run.accuracy[0]:.3f}, "
+                f"test {test}"
+            )
+        print(f"wrote {', '.join(str(path) for path in (options.out / 'metrics.csv', options.out / 'summary.json', *figures))}")
     return 0
 
 

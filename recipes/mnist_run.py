@@ -26,6 +26,7 @@ class Job:
     test_labels: Tensor
     build: Callable[[], nn.Module]
     solver: str = "dense"  # or "cg"
+    mine: slice = field(default_factory=lambda: slice(None))  # the images that this process trains on, of several
     criterion: nn.Module = field(default_factory=HalfSquaredLoss)
 
     def batches(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -33,8 +34,8 @@ class Job:
         return images.split(BATCH) if self.solver == "cg" else (images,)
 
     def loader(self) -> list[tuple[Tensor, Tensor]]:
-        """The batches with their targets, for `AdaptedGD.full_batch`."""
-        return list(zip(self.batches(self.images), self.batches(self.targets), strict=True))
+        """The batches of this process with their targets, for `AdaptedGD.full_batch`."""
+        return list(zip(self.batches(self.images[self.mine]), self.batches(self.targets[self.mine]), strict=True))
 
     def outputs(self, model: nn.Module, images: Tensor) -> Tensor:
         """What the network gives for images, on its own device."""

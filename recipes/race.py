@@ -3,14 +3,16 @@
 import argparse
 import csv
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,7 +61,7 @@ class Run:
 
     def times(self, count: int, unit: str = "step") -> Iterator[int]:
         """Count from 1 to ``count``, with a progress bar."""
-        with tqdm(range(1, count + 1), desc=self.name, unit=unit, leave=False, disable=None) as bar:
+        with tqdm(range(1, count + 1), desc=self.name, unit=unit, leave=False, disable=_not_first()) as bar:
             for k in bar:
                 yield k
                 bar.set_postfix(loss=f"{self.rows[-1]['loss']:.1e}")
@@ -67,7 +69,7 @@ class Run:
     def until(self, seconds: float) -> Iterator[int]:
         """Count from 1 until the clock shows ``seconds``, with a progress bar."""
         k = 0
-        with tqdm(total=round(seconds, 1), desc=self.name, unit="s", leave=False, disable=None) as bar:
+        with tqdm(total=round(seconds, 1), desc=self.name, unit="s", leave=False, disable=_not_first()) as bar:
             while self.seconds < seconds:
                 k += 1
                 yield k
@@ -295,6 +297,29 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, smok
         parser.set_defaults(**smoke)
         options = parser.parse_args(arguments)
     return options
+
+
+def _not_first() -> bool | None:
+    """Whether this is one of several processes, but the first; else None, which has bars drawn on terminals alone."""
+    return True if int(os.environ.get("RANK", "0")) else None
+
+
+@contextmanager
+def launched() -> Iterator[slice]:
+    """Start torch.distributed where torchrun has started several processes; the first one alone prints.
+
+    Yields:
+        Which of the samples are those of this process.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with ExitStack() as stack:
+        if size > 1:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            stack.callback(dist.destroy_process_group)
+            stack.callback(dist.barrier)
+        if rank:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield slice(rank, None, size)
 
 
 @contextmanager

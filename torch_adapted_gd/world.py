@@ -125,10 +125,7 @@ class Processes(World):
     def same(self, value: T) -> T:
         """See `World`."""
         if isinstance(value, float):
-            self._meet()
-            number = torch.tensor(value, dtype=torch.float64)
-            dist.broadcast(number, self._ranks[0], group=self._control)
-            return float(number)  # type: ignore[return-value]
+            return self._meet(value if self.rank == 0 else 0.0)  # type: ignore[return-value]
         return self.from_rank(value, 0)
 
     def any(self, flag: bool) -> bool:
@@ -187,19 +184,21 @@ class Processes(World):
         """See `World`."""
         self._meet()
 
-    def _meet(self) -> None:
-        """Make sure that all processes are well.
+    def _meet(self, number: float = 0.0) -> float:
+        """Make sure that all processes are well; returns the sum of a number of each.
 
         Raises:
             PeerError: One is not.
         """
-        failed = torch.zeros(1, dtype=torch.int32)
-        dist.all_reduce(failed, group=self._control)
-        if int(failed):
+        flag = torch.tensor([0.0, number], dtype=torch.float64)
+        dist.all_reduce(flag, group=self._control)
+        failed, total = flag.tolist()
+        if failed:
             self._raise(self._failures(None))
+        return float(total)
 
     def _exchange_failure(self, error: BaseException) -> None:
-        dist.all_reduce(torch.ones(1, dtype=torch.int32), group=self._control)
+        dist.all_reduce(torch.tensor([1.0, 0.0], dtype=torch.float64), group=self._control)
         self._failures(f"{type(error).__name__}: {error}")
 
     def _failures(self, mine: str | None) -> list[str | None]:

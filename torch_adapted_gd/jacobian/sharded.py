@@ -136,9 +136,11 @@ class ShardedJacobian(Jacobian):
                 with torch.no_grad():
                     made = {place: self.combined(numbers[place], wanted[place][:, :, some]) for place in own}
                     parts = {place: part for each in self._world.collected(made, asking) for place, part in each.items()}
+                    del made
                     for i, rows in parts.items():
                         for j in range(i, len(rotations)):
                             add_output_blocks(out[some, places[i], places[j]], rows, None if i == j else parts[j])
+                    del parts
 
     def _combinations_at_once(self, count: int) -> int:
         at_once = getattr(self.local, "combinations_at_once", None)

@@ -208,14 +208,14 @@ def _recur(
     """The recurrence from a ψ and its residual; returns the best ψ, iterations spent, and whether there is no use in more."""
     descent = inverse(residual)
     direction = descent.clone()
-    energy = agreed(float(residual @ descent))
+    energy = float(residual @ descent)
     best, best_size = psi, float(torch.linalg.vector_norm(residual))
     lowest, since = math.inf, 0  # residuals grow at first
     while spent < limit:
         image = product(direction)
         if shift:
             image.add_(direction, alpha=shift)
-        curvature = agreed(float(direction @ image))
+        curvature = float(direction @ image)
         if not (curvature > 0 and energy > 0 and math.isfinite(curvature)):  # singular, as far as rounding lets it be seen
             return best, spent, True
         step = energy / curvature
@@ -232,6 +232,6 @@ def _recur(
         if shift == 0 and since > _PATIENCE:
             return best, spent, True
         descent = inverse(residual)
-        before, energy = energy, agreed(float(residual @ descent))
+        before, energy = energy, float(residual @ descent)
         direction = descent.add_(direction, alpha=energy / before)
     return best, spent, True
