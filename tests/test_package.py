@@ -50,7 +50,7 @@ def test_the_version_is_the_same_everywhere(setup):
     version = setup["metadata"]["version"]
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
     headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert [heading for heading in headings if heading != "Unreleased"][0] == version
+    assert next(heading for heading in headings if heading != "Unreleased") == version
 
 
 def test_the_oldest_versions_are_those_that_setup_allows(setup):

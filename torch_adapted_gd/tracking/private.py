@@ -42,8 +42,8 @@ def is_batched(gradient: Tensor) -> bool:
 def owner_of(node: Any, tensor: Tensor) -> Any:
     """What has to be kept beside an edge to the node that a tensor came from, or None.
 
-    A node of a Python function is owned by the graph: the object that an edge holds does not keep it, and asking for its gradient
-    after the graph is gone crashes. Edges of newer torch hold a token for that; those of torch 2.6 do not.
+    A node of a Python function is owned by the graph. The object that an edge holds does not keep it alive, and asking for its
+    gradient after the graph is gone crashes. Edges of newer torch hold a token for that; those of torch 2.6 do not.
     """
     if "ownership_token" in GradientEdge._fields or not isinstance(node, torch._C._FunctionBase):
         return None
