@@ -139,7 +139,7 @@ def test_what_changes_beside_the_parameters_is_no_reason_either():
             if kind == "others":
                 with torch.no_grad():
                     frozen.add_(0.1)
-        assert optimizer.param_groups[0]["damping"] < 10
+        assert optimizer.param_groups[0]["damping"] <= 10  # the most that chance can raise it to
     assert rejected.pop("weights") < 12  # judged by the weights of its time
     assert rejected == {"dropout": 0, "noise": 1, "others": 0}
 

@@ -1,3 +1,4 @@
+import configparser
 import re
 import subprocess
 import sys
@@ -8,6 +9,13 @@ import pytest
 import torch_adapted_gd
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def setup():
+    parser = configparser.ConfigParser()
+    parser.read_string((ROOT / "setup.cfg").read_text())
+    return parser
 
 
 def test_import_is_light():
@@ -36,3 +44,23 @@ def test_the_readmes_examples_run(capsys):
         exec(block, names)
     assert names["report"].rank == 120
     assert "loss" in capsys.readouterr().out
+
+
+def test_the_version_is_the_same_everywhere(setup):
+    version = setup["metadata"]["version"]
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert next(heading for heading in headings if heading != "Unreleased") == version
+
+
+def test_the_oldest_versions_are_those_that_setup_allows(setup):
+    """`.ci/oldest` tests them. What is pinned beside them has no lower bound to hold to."""
+    bounds = "\n".join([setup["options"]["install_requires"], *setup["options.extras_require"].values()])
+    lowest = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)$", bounds, re.MULTILINE))
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    assert lowest["torch"] == "2.6"
+    for name in set(lowest) & set(pins):
+        assert f"{pins[name]}.".startswith(f"{lowest[name]}."), name
+    extras = ("plot", "lightning", "cli", "flow", "recipes", "peers", "test")
+    needed = "\n".join([setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)])
+    assert set(re.findall(r"^([\w-]+)", needed, re.MULTILINE)) - {"torch_adapted_gd"} <= set(pins)

@@ -1,12 +1,13 @@
 """The forward pass is repeated as it was, and leaves nothing changed."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, Dense
+from torch_adapted_gd import AdaptedGD, AdaptedWarning, Dense
 
 from .cases import (
     COUPLED,
@@ -197,10 +198,13 @@ def test_compiled_models(way):
     MSE(model(x), y).backward()
     count = len(compiled_calls)
     assert count > 0 or way in ("module", "in place")  # torch 2.6 compiles no module with hooks of its own
-    optimizer.step()
+    # torch 2.6 compiles the parts between the hooks of a module that is not known to be compiled: nothing is seen in there.
+    unseen = way == "module" and torch.__version__ < "2.7"
+    with pytest.warns(AdaptedWarning, match="used out of sight") if unseen else contextlib.nullcontext():
+        optimizer.step()
     assert len(compiled_calls) == count  # torch.func differentiates the eager module
     assert optimizer.last_step.num_calls == 1
-    assert optimizer.last_step.kernel == "structured"
+    assert optimizer.last_step.kernel == ("jacobian (rows)" if unseen else "structured")
     assert_at(plain, expected)
     torch.compiler.reset()
 

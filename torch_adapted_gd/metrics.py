@@ -102,7 +102,8 @@ class _ClassMomentsMetric(Float64Metric):
         # A MetricCollection shares states that have the same names and are close, as all are near collapse.
         self._state = f"moments_{targets.digest(width, pooled, ignore_index, nan_strategy)}"
         merge = partial(merge_packed, num_classes=targets.num_classes, width=width)
-        nothing = ClassMoments.zeros(targets.num_classes, width, pooled=pooled, device=torch.get_default_device())
+        device = torch.empty(0).device  # torch.get_default_device() of torch 2.6 knows nothing of `with torch.device(…)`
+        nothing = ClassMoments.zeros(targets.num_classes, width, pooled=pooled, device=device)
         self.add_state(self._state, nothing.packed(), dist_reduce_fx=merge)
 
     @property

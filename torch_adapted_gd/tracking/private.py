@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 
@@ -36,6 +37,18 @@ def is_batched(gradient: Tensor) -> bool:
     """Whether this is many backward passes at once, as `torch.autograd.functional.jacobian(vectorize=True)` makes them."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(gradient) or functorch.is_functorch_wrapped_tensor(gradient)
+
+
+def owner_of(node: Any, tensor: Tensor) -> Any:
+    """What has to be kept beside an edge to the node that a tensor came from, or None.
+
+    A node of a Python function is owned by the graph. The object that an edge holds does not keep it alive, and asking for its
+    gradient after the graph is gone crashes. Edges of newer torch hold a token for that; those of torch 2.6 do not.
+    """
+    if "ownership_token" in GradientEdge._fields or not isinstance(node, torch._C._FunctionBase):
+        return None
+    with torch.enable_grad():
+        return tensor.view_as(tensor).grad_fn
 
 
 def backward_pass() -> int:

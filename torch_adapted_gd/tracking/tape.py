@@ -72,6 +72,7 @@ class Note:
         mixed: Whether there were others that may depend on the samples.
         edges: Where its outputs are in the graph, by place.
         shapes: Their shapes.
+        owners: What keeps the edges' nodes alive.
     """
 
     function: Callable[..., Any]
@@ -81,6 +82,7 @@ class Note:
     mixed: bool
     edges: dict[int, GradientEdge] = field(default_factory=dict)
     shapes: dict[int, torch.Size] = field(default_factory=dict)
+    owners: list[Any] = field(default_factory=list)
 
 
 class Tape(TorchFunctionMode):
@@ -227,7 +229,8 @@ class Tape(TorchFunctionMode):
                 if not note.mixed:
                     self._constants[id(tensor)] = tensor
                 continue
-            note.edges[place] = get_gradient_edge(tensor)
+            note.edges[place] = edge = get_gradient_edge(tensor)
+            note.owners.append(private.owner_of(edge.node, tensor))
             note.shapes[place] = tensor.shape
             if not note.mixed:
                 self._sources[id(tensor)] = Source(tensor, None, self._view(tensor), note, place)
