@@ -45,15 +45,6 @@ def available_bytes(device: torch.device) -> int | None:
     return (free_bytes if headroom is None else min(free_bytes, headroom)) // processes_on_this_machine()
 
 
-def keep_pages() -> None:
-    """Keep the C library from giving pages back to the system whenever a few megabytes have become free.
-
-    glibc does so by default, and to fault them in again took a third of a small step's time. It learns from what is freed
-    up to 32 MiB: one such block, which is never touched, has it keep up to twice as much. Elsewhere this does nothing.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
-
-
 def require_memory(needed: int, device: torch.device, what: str, advice: str) -> None:
     """Refuse an allocation that cannot fit, before it is tried.
 

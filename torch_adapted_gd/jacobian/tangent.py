@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..calls import Call, Outputs, underlying
 from ..checks import one_of, positive_integer
-from ..memory import keep_pages
 from ..replay import Replay, State, batch_and_outputs, precision
 from ..tracking.tape import Tape, constants_of
 from ..world import ALONE, World
@@ -113,7 +112,6 @@ def tangent_jacobian(
         ValueError: The outputs do not have the batch first.
         MemoryError: It would not fit.
     """
-    keep_pages()
     parameters = {name: p for name, p in underlying(model).named_parameters() if name in set(names)}
     parameters = {name: parameters[name] for name in names}
     dtype, device = dtype_and_device(list(parameters.values()))

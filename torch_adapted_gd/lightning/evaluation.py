@@ -15,7 +15,6 @@ from ..collapse.features import FeatureOptions, Head, Means, collapse_of_feature
 from ..collapse.labels import ClassTargets
 from ..collapse.moments import ClassMoments
 from ..collapse.outputs import of_classes
-from ..memory import keep_pages
 from ..metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
 from .scatter import WithinScatterAlong
 
@@ -190,7 +189,6 @@ class Evaluation:
             ValueError: Outputs and targets do not fit.
         """
         self.reset(device)
-        keep_pages()
         kept: list[Seen] | None = []
         size = 0
         for outputs, seen in _joined(self._pass(batches(), step)):
