@@ -11,7 +11,8 @@ take the same loop from the same weights, with the same points:
 - torch-levenberg-marquardt cannot run these: its model takes derivatives of outputs alone.
 
 Seconds are those of the process's CPU time: with one thread, what the steps take where nobody else is at work, and more than
-that with several threads. Evaluations of the error are not timed. Published values are the best of 50 to 100 tuned runs on a GPU.
+that with several threads. Evaluations of the error are not timed. Published values are the best of 50 to 100 tuned runs on
+a GPU.
 """
 
 import argparse
