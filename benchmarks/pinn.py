@@ -100,9 +100,9 @@ METHODS: dict[str, list[Build]] = {
         )
     ],
     "damped": [lambda model: AdaptedGD(model, criterion=CRITERION, damping=LevenbergMarquardt())],
-    "first order": [partial(undamped, Backtracking(smallest=1e-4, second_order=False), Dense(factorization="svd"))],
-    "cut at 1e-10": [partial(undamped, Backtracking(smallest=1e-4), Dense(factorization="svd", rtol=1e-10))],
-    "eigenvalues": [partial(undamped, Backtracking(smallest=1e-4), Dense(factorization="eigh"))],
+    "first order": [partial(undamped, Backtracking(smallest=1e-3, second_order=False), Dense(factorization="svd"))],
+    "cut at 1e-10": [partial(undamped, Backtracking(smallest=1e-3), Dense(factorization="svd", rtol=1e-10))],
+    "eigenvalues": [partial(undamped, Backtracking(smallest=1e-3), Dense(factorization="eigh"))],
     "LBFGS": [lambda model: torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")],
     "Adam": [lambda model: torch.optim.Adam(model.parameters(), lr=1e-3)],
 }
