@@ -298,13 +298,28 @@ def test_a_closure_that_calls_criteria_otherwise_has_no_second_order_part():
 
 
 def test_where_no_length_helps_damping_rises_and_falls_again():
-    loop = Loop(damping=Backtracking(smallest=0.2), solver=Dense(factorization="svd"))
+    loop = Loop(damping=Backtracking(smallest=0.02), solver=Dense(factorization="svd"))
     damping = []
     for _ in range(40):
         loop.optimizer.step(loop.closure)
         damping.append(loop.optimizer.last_step.damping)
     assert damping[-1] < 1e-9 * max(damping)
     assert loop.loss() < 1e-12
+
+
+@pytest.mark.parametrize(("far", "gained"), [(0.1, 1e-12), (1.0, 0.5)])  # where the part fits, and where λ has to be raised
+@pytest.mark.parametrize("second_order", [True, False])
+def test_one_solution_of_the_system_mends_the_bend_again_and_again(far, gained, second_order):
+    torch.manual_seed(0)
+    model = network(5, 50, 1)
+    x = torch.randn(10, 5, dtype=torch.float64)
+    y = model(x).detach() + far * torch.randn(10, 1, dtype=torch.float64)
+    optimizer = AdaptedGD(model, criterion=CRITERION, damping=Backtracking(second_order=second_order))
+    loss = CRITERION(model(x), y)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.last_step.num_trials == 1
+    assert bool(CRITERION(model(x), y) < gained * loss) == second_order
 
 
 def test_damped_steps_do_not_ask_for_eigenvalues():

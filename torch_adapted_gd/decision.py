@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .linearization import Direction, Linearization, Parts
     from .trials import Judge, Trial, TrialMaker
 
+FIRST_RAISED, RAISE = 1e-18, 1e3  # relative λ where undamped steps are of no use, and what raises it again
 _BENDING = 0.375  # largest second-order part of a step, relative to it
 _LEARNING = 3.0  # most that a learned curvature changes by in a step
 _LEGIBLE = 32.0  # rounding errors of the loss that its curvature has to stand out from
@@ -87,23 +88,46 @@ class Step:
         change, moved = self.known().look(trial)
         return self.linear.agreed(change) if math.isfinite(change) else math.inf, moved
 
-    def best(self, trial: Trial, straight: Tensor, second_order: bool) -> tuple[Trial, float]:
+    def best(self, trial: Trial, straight: Tensor, second_order: bool, *, again: bool = False) -> tuple[Trial, float]:
         """A trial or the same with its second-order part, whichever is better, and what it does to the loss.
 
         Args:
             trial: The trial.
             straight: Dδ of it.
             second_order: Whether to look at that part.
+            again: Whether to go on from that part c with c ← c − D⁺(x(θ + δ + c) − x(θ) − Dδ) while each halves the loss; and
+                to raise λ of D⁺ where c would be too long.
         """
         change, moved = self.look(trial)
-        if not second_order or moved is None:
-            return trial, change
-        part = self.linear.correction(moved - straight, trial.direction)
-        bent = self.propose(trial.direction, trial.fraction, part)
-        if not self.linear.agreed(_distance(bent.change, trial.change)) <= _BENDING * norm(trial.change):
-            return trial, change
-        with_part, _ = self.look(bent)
-        return (bent, with_part) if with_part < change else (trial, change)
+        plain, direction = trial, trial.direction
+        while second_order and moved is not None:
+            bent, direction = self._bent(plain, trial.part, moved - straight, direction, raised=again)
+            if bent is None:
+                break
+            with_part, moved = self.look(bent)
+            if not with_part < change:
+                break
+            halved = self.known().before + with_part <= 0.5 * (self.known().before + change)
+            trial, change = bent, with_part
+            if not (again and halved):
+                break
+        return trial, change
+
+    def _bent(
+        self, plain: Trial, part: Parts | None, bend: Tensor, direction: Direction, *, raised: bool
+    ) -> tuple[Trial | None, Direction]:
+        """The trial with what mends a bend added to its part, if all of that is short enough; and with which λ."""
+        while True:
+            mended = self.linear.correction(bend, direction)
+            if part is not None:
+                mended = {name: each + mended[name] for name, each in part.items()}
+            bent = self.propose(plain.direction, plain.fraction, mended)
+            if self.linear.agreed(_distance(bent.change, plain.change)) <= _BENDING * norm(plain.change):
+                return bent, direction
+            scale = self.linear.system.scale
+            if not raised or not direction.damping < scale:
+                return None, direction
+            direction = dataclasses.replace(direction, damping=max(FIRST_RAISED * scale, RAISE * direction.damping))
 
     def shown(self, trial: Trial, change: float) -> float | None:
         """The curvature of the loss along a trial; None where a criterion tells it, or rounding hides it."""

@@ -32,7 +32,7 @@ from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, lear
 from .watching import WatchingOptimizer
 from .world import World
 
-_LEAST_UNDAMPED = 1e-4  # steps on equations that go on to the solution were longer than that
+_LEAST_UNDAMPED = 1e-3  # shorter undamped steps than that did not lead to the solution sooner
 # What is remembered of a step that the next loss is to judge.
 _OF_NEXT = ("previous", "previous_momentum", "predicted", "before", "job", "undone", "left")
 

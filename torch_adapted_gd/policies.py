@@ -7,13 +7,12 @@ import math
 from dataclasses import dataclass
 
 from .checks import one_of, positive_integer, real_number, true_or_false
-from .decision import Outcome, Step
+from .decision import FIRST_RAISED, RAISE, Outcome, Step
 from .remembered import CarryOver, State
 
 JUDGES = ("auto", "outputs", "closure", "next")
 
 _DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Armijo)
-_FIRST_RAISED, _RAISE = 1e-18, 1e3  # λ where undamped steps of no length are of use, and what raises it again
 _LONGER_AGAIN = 8.0  # times the last step's fraction is what the next one begins with
 _BY_CHANCE = 10.0  # most that λ is raised to by losses on other inputs than those of the step
 _LOSING = -1.0  # share of the gain below which damping is raised: more than twice the gain is missing on the next batch
@@ -40,7 +39,9 @@ class Backtracking:
     """Shorten steps until the loss decreases: the longest of η, η/2, … that gives 10⁻⁴ of what its slope promises (Armijo).
 
     A step begins with eight times the fraction of ``lr`` that the last one went, at most with all of it. Each trial is also
-    looked at with its second-order part, as by `LevenbergMarquardt`, and the better of the two is taken.
+    looked at with its second-order part, as by `LevenbergMarquardt`, and the better of the two is taken. The same D⁺ then mends
+    what is left of the bend (a chord method), again and again while each time halves the loss: near a solution one solution of
+    the system does what several would. Where such a part is too long, a larger λ makes it shorter.
 
     If all lengths down to ``smallest`` are in vain, λ is raised a thousandfold, from 1e-18 on, for this step and the next ones,
     and lowered as much again after each step of full length. Where the solver is ``Dense(factorization="svd")`` this costs
@@ -92,19 +93,19 @@ class Backtracking:
                 trial = step.propose(direction, fraction)
                 straight = step.linear.linear(trial.change)  # Dδ
                 predicted, slope = step.predicted(trial, straight), step.slope(trial)
-                trial, change = step.best(trial, straight, self.second_order)
+                trial, change = step.best(trial, straight, self.second_order, again=True)
                 trials += 1
                 ratio = change / predicted if predicted < 0 else None
                 if change <= _DECREASE * slope:
-                    raised = damping / _RAISE if fraction == 1 else damping
-                    state = {"fraction": fraction, "raised": raised if raised >= _FIRST_RAISED else 0.0}
+                    raised = damping / RAISE if fraction == 1 else damping
+                    state = {"fraction": fraction, "raised": raised if raised >= FIRST_RAISED else 0.0}
                     return Outcome(direction, trial, trials, ratio, state | step.learned(trial, change))
                 if judge.by_outputs and abs(predicted) <= step.linear.rounding:
                     return Outcome(direction, None, trials, ratio, hidden=True)
                 fraction /= 2
             if damping >= 1 or judge.before + step.slope(step.propose(direction)) == judge.before:
                 return Outcome(direction, None, trials, ratio)
-            damping, fraction = max(_FIRST_RAISED, _RAISE * damping), 1.0
+            damping, fraction = max(FIRST_RAISED, RAISE * damping), 1.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .factorization import Factorization, Status
 from .spectrum import EPS
 
 _FEW = 192  # rows or columns up to which a short rank saves nothing
-_FIRST = 128  # columns of the first sketch
+_FIRST, _THIRD = 128, 3  # columns of the first sketch: as many, or a third of the rows
 _SHORT = 0.75  # share of the rows from which all of them take no longer
 _WATCHED = 16  # its last columns, which tell whether anything is left
 
@@ -52,7 +52,7 @@ class SingularValueFactorization(Factorization):
 class Factors:
     """Singular vectors, the columns of a matrix with orthonormal columns: ``basis @ within``, which is not multiplied out."""
 
-    basis: Tensor | None
+    basis: "Tensor | Reflections | None"
     within: Tensor
 
     def components(self, v: Tensor) -> Tensor:
@@ -65,11 +65,35 @@ class Factors:
         return inner if self.basis is None else self.basis @ inner
 
 
+@dataclass(frozen=True)
+class Reflections:
+    """Q ``[k, r]`` of a QR decomposition as a product of reflections: to write it out takes longer than the decomposition."""
+
+    packed: Tensor
+    scales: Tensor
+    transposed: bool = False
+
+    @property
+    def T(self) -> "Reflections":  # noqa: N802
+        """Qᵀ."""
+        return Reflections(self.packed, self.scales, not self.transposed)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Q or Qᵀ times a vector, or columns."""
+        columns = v.reshape(len(v), -1)
+        if self.transposed:
+            found = torch.ormqr(self.packed, self.scales, columns, transpose=True)[: len(self.scales)]
+        else:
+            padding = columns.new_zeros(len(self.packed) - len(columns), columns.shape[1])
+            found = torch.ormqr(self.packed, self.scales, torch.cat([columns, padding]))
+        return found.reshape(-1, *v.shape[1:])
+
+
 @torch.no_grad()
 def by_singular_values(matrix: Tensor, rtol: float) -> SingularValueFactorization:
     """D by its singular values above ``rtol``·σ_max.
 
-    Where these are few, a basis of their range is found from products with random vectors (Halko, Martinsson & Tropp,
+    Where these are few, a basis of their range is found from products with vectors of random signs (Halko, Martinsson & Tropp,
     arXiv:0909.4061), which costs 2RKr operations in place of 2RK·min(R, K). The last of these products tell what is left.
 
     Args:
@@ -87,12 +111,12 @@ def by_singular_values(matrix: Tensor, rtol: float) -> SingularValueFactorizatio
     try:
         basis = _range(short, rtol) if len(short) > _FEW else None  # [m, r]
         inner = short if basis is None else basis.T @ short
-        orthogonal, triangle = torch.linalg.qr(inner.T)  # short.T = (orthogonal)(triangle)(basis.T)
-        first, values, second = torch.linalg.svd(triangle.T, full_matrices=False)
+        packed, scales = torch.geqrf(inner.T)  # short.T = (reflections)(triangle)(basis.T)
+        first, values, second = torch.linalg.svd(packed[: len(inner)].triu().T, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return _none(matrix, "not_converged")
     kept = values > rtol * values[0] if len(values) and values[0] > 0 else values > 0
-    left, right = Factors(basis, first[:, kept]), Factors(orthogonal, second.T[:, kept])
+    left, right = Factors(basis, first[:, kept]), Factors(Reflections(packed, scales), second.T[:, kept])
     return SingularValueFactorization(rows, *((left, values[kept], right) if wide else (right, values[kept], left)))
 
 
@@ -116,10 +140,10 @@ def _range(matrix: Tensor, rtol: float) -> Tensor | None:
     m, k = matrix.shape
     generator = torch.Generator("cpu").manual_seed(0)
     basis = matrix.new_empty(m, 0)
-    width, largest = _FIRST, 0.0
+    width, largest = max(_FIRST, m // _THIRD), 0.0
     while basis.shape[1] + width <= _SHORT * m:
-        probe = torch.randn(k, width, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
-        image = matrix @ probe
+        signs = torch.randint(2, (k, width), generator=generator, dtype=torch.int8, device="cpu")  # faster than others to draw
+        image = matrix @ signs.to(matrix).mul_(2).sub_(1)
         for _ in range(2 if basis.shape[1] else 0):  # twice is enough
             image = image - basis @ (basis.T @ image)
         found, triangle = torch.linalg.qr(image)
@@ -134,5 +158,5 @@ def _range(matrix: Tensor, rtol: float) -> Tensor | None:
         basis = torch.cat([basis, found], 1)
         if done:
             return basis
-        width = max(_FIRST, basis.shape[1] // 2)
+        width = max(_FIRST, basis.shape[1] // 4)
     return None
