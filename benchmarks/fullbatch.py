@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, HalfSquaredLoss, StraightLine
-from torch_adapted_gd.iterative import KernelOperator
 from torch_adapted_gd.jacobian import Jacobian, tangent_jacobian
 from torch_adapted_gd.jacobian.definition import recorded
 from torch_adapted_gd.solve.krylov import Iterate, solve_by_cg
 from torch_adapted_gd.solve.preconditioner import Identity, OutputBlockInverse, SampleBlockInverse
+from torch_adapted_gd.step.iterative import KernelOperator
 
 from .classify import data
 from .memory import peak

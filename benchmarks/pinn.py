@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD, AdaptedWarning, Backtracking, Dense, LevenbergMarquardt
-from torch_adapted_gd.decision import Outcome, Step
-from torch_adapted_gd.remembered import State
+from torch_adapted_gd.step.decision import Outcome, Step
+from torch_adapted_gd.step.remembered import State
 
 from .equations import EQUATIONS, Equation
 from .options import parse

@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "in backward(): two plain backward passes, layouts, check": (Linearized, "__init__"),
     "in backward(): Q backward passes to the uses": (Linearized, "at"),
     "contraction to the kernel, and its check": (FactoredJacobian, "gram"),
-    "solve": (None, "torch_adapted_gd.system.factorize"),
+    "solve": (None, "torch_adapted_gd.step.system.factorize"),
     "Dᵀψ and Dᵀg": (FactoredJacobian, "rmv"),
 }
 

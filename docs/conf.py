@@ -10,7 +10,8 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 import torch_adapted_gd
-from torch_adapted_gd import functional, lightning, metrics, plotting
+from torch_adapted_gd import collapse, lightning, plotting
+from torch_adapted_gd.collapse import metrics
 from torch_adapted_gd.lightning import cli
 
 project = "torch_adapted_gd"
@@ -40,7 +41,7 @@ napoleon_custom_sections = ["Shape"]
 
 PUBLIC = {
     text: f"{module.__name__}.{name}"
-    for module in (torch_adapted_gd, functional, metrics, lightning, cli)
+    for module in (torch_adapted_gd, collapse, metrics, lightning, cli)
     for name in module.__all__
     for text in (name, f"{module.__name__.removeprefix('torch_adapted_gd.')}.{name}")
 } | {

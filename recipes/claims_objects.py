@@ -38,7 +38,7 @@ from torch_adapted_gd import (
     rank_revealing_lstsq,
     solve_kernel,
 )
-from torch_adapted_gd.functional import output_collapse
+from torch_adapted_gd.collapse import output_collapse
 
 CLASSES = 10
 PACE = 3e-4  # steps of flows that derivatives are taken of, in units of their fastest time

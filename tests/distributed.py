@@ -437,12 +437,12 @@ def alike(tensors, size):
 FAILURES = {
     "parameters": "torch_adapted_gd.optimizer.AdaptedGD._alike",
     "loss": "torch_adapted_gd.optimizer.Objective",
-    "uses": "torch_adapted_gd.system.tangent_jacobian",
+    "uses": "torch_adapted_gd.step.system.tangent_jacobian",
     "kernel": "torch_adapted_gd.jacobian.factored.FactoredJacobian.gram",
     "factors": "torch_adapted_gd.jacobian.factored.FactoredJacobian.factors",
-    "solution": "torch_adapted_gd.system.factorize",
-    "direction": "torch_adapted_gd.linearization.Linearization.direction",
-    "trial": "torch_adapted_gd.replay.Replay.outputs_with",
+    "solution": "torch_adapted_gd.step.system.factorize",
+    "direction": "torch_adapted_gd.step.linearization.Linearization.direction",
+    "trial": "torch_adapted_gd.tracking.replay.Replay.outputs_with",
     "move": "torch_adapted_gd.optimizer.AdaptedGD._move",
     "report": "torch_adapted_gd.report.StepReport.of",
     "warnings": "torch_adapted_gd.optimizer.AdaptedGD._warn",
@@ -460,7 +460,7 @@ def failing(stage):
             optimizer.zero_grad()
             criterion(net(x), y).backward()
 
-        with mock.patch("torch_adapted_gd.system._SMALL", 0):
+        with mock.patch("torch_adapted_gd.step.system._SMALL", 0):
             for _ in range(2):
                 backward()
                 optimizer.step()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
-from torch_adapted_gd.functional import neural_collapse, output_collapse
+from torch_adapted_gd.collapse import neural_collapse, output_collapse
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 CLASSES, INPUTS, WIDTH = 3, 5, 6

@@ -11,7 +11,7 @@ import torch
 
 pl = pytest.importorskip("pytorch_lightning")
 
-from torch_adapted_gd.functional import output_collapse  # noqa: E402
+from torch_adapted_gd.collapse import output_collapse  # noqa: E402
 from torch_adapted_gd.lightning import CollapseMonitor  # noqa: E402
 
 from . import lightning_ddp  # noqa: E402

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from torch_adapted_gd.collapse import neural_collapse, output_collapse
 from torch_adapted_gd.collapse.features import Means, nearest_mean
 from torch_adapted_gd.collapse.moments import ClassMoments
-from torch_adapted_gd.functional import neural_collapse, output_collapse
 
 from .collapsed import grid, published, simplex
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from torch_adapted_gd.collapse import neural_collapse, output_collapse
 from torch_adapted_gd.collapse.labels import ClassTargets
-from torch_adapted_gd.functional import neural_collapse, output_collapse
 
 LABELS = torch.tensor([2, 0, 1, 1, 2])
 ROWS = torch.tensor([[0.1, -3.0], [0.7, 2.0], [5.0, 0.3]], dtype=torch.float64)

@@ -6,19 +6,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from torch_adapted_gd.functional import neural_collapse, output_collapse
+from torch_adapted_gd.collapse import neural_collapse, output_collapse
 
 from .collapsed import apart, exact_split, grid, near_targets
 from .test_collapse_outputs import REGIMES, UNIT, assert_exact
 
 torchmetrics = pytest.importorskip("torchmetrics")
 
-from torch_adapted_gd.collapse.outputs import OUTPUT_KEYS  # noqa: E402
-from torch_adapted_gd.metrics import (  # noqa: E402
+from torch_adapted_gd.collapse.metrics import (  # noqa: E402
     FinalLayerCollapse,
     NearestClassMeanAgreement,
     NeuralCollapse,
 )
+from torch_adapted_gd.collapse.outputs import OUTPUT_KEYS  # noqa: E402
 
 EPS = torch.finfo(torch.float64).eps
 COUNTS = [19, 4, 18]

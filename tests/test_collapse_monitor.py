@@ -25,7 +25,7 @@ from .lightning_cases import (
 )
 
 pytest.importorskip("pytorch_lightning")
-from torch_adapted_gd.functional import output_collapse
+from torch_adapted_gd.collapse import output_collapse
 from torch_adapted_gd.lightning import AdaptedStepMonitor, CollapseConfigError, CollapseMonitor
 
 pytestmark = pytest.mark.filterwarnings("default")

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from torch_adapted_gd.collapse import output_collapse
 from torch_adapted_gd.collapse.moments import ClassMoments, merge_packed
-from torch_adapted_gd.functional import output_collapse
 
 from .collapsed import apart, exact_split, grid, near_targets
 

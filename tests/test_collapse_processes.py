@@ -12,7 +12,7 @@ from .test_collapse_outputs import UNIT
 
 pytest.importorskip("torchmetrics")
 
-from torch_adapted_gd.metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
+from torch_adapted_gd.collapse.metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 WEIGHT = torch.tensor([[1.0, -0.5, 0.25], [0.0, 1.0, 0.5], [-1.0, 0.125, 1.0]])

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd.functional import output_collapse
+from torch_adapted_gd.collapse import output_collapse
 
 from .collapsed import near_targets
 from .test_collapse_outputs import UNIT
 
 torchmetrics = pytest.importorskip("torchmetrics")
 
-from torch_adapted_gd.metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse  # noqa: E402
+from torch_adapted_gd.collapse.metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse  # noqa: E402
 
 
 def make(name):

@@ -23,7 +23,7 @@ from .lightning_cases import (
 )
 
 pl = pytest.importorskip("pytorch_lightning")
-from torch_adapted_gd.functional import neural_collapse, output_collapse  # noqa: E402
+from torch_adapted_gd.collapse import neural_collapse, output_collapse  # noqa: E402
 from torch_adapted_gd.lightning import CollapseMonitor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt
-from torch_adapted_gd.remembered import CarryOver
+from torch_adapted_gd.step.remembered import CarryOver
 
 from .cases import MSE, flat, mlp
 from .trials import closure_of, wave

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_adapted_gd import adapted_flow, flow, follow_path, interpolation_deviation
+from torch_adapted_gd import adapted_flow, follow_path, interpolation_deviation
+from torch_adapted_gd.theory import flow
 
 from .cases import flat, mlp, move
 from .tangents import NETWORKS, Dense, assert_close, random, taken_down

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torch_adapted_gd.integrate import integrate
+from torch_adapted_gd.theory.integrate import integrate
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "euler"])

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import memory, output_jacobian
-from torch_adapted_gd.calls import record
 from torch_adapted_gd.jacobian.definition import METHODS, call_jacobian
+from torch_adapted_gd.tracking.calls import record
 
 from .cases import CASES, MaskedMean, cnn, dense_jacobian, make, mlp
 

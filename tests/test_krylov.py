@@ -10,7 +10,7 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, HalfSquaredLoss
 from torch_adapted_gd.solve.krylov import solve_by_cg
 from torch_adapted_gd.solve.preconditioner import OutputBlockInverse
-from torch_adapted_gd.system import choose_solver
+from torch_adapted_gd.step.system import choose_solver
 
 from .cases import cnn, dense_jacobian, flat, mlp
 from .layers import LAYERS
@@ -152,15 +152,17 @@ def test_blocks_are_shared_where_memory_is_short(monkeypatch):
         seen.append(len(blocks))
         return OutputBlockInverse(blocks, *args)
 
-    monkeypatch.setattr("torch_adapted_gd.iterative.OutputBlockInverse", inverse)
+    monkeypatch.setattr("torch_adapted_gd.step.iterative.OutputBlockInverse", inverse)
     for room, blocks in ((6, [3]), (5.1, [2]), (4.1, [1])):
         seen.clear()
-        monkeypatch.setattr("torch_adapted_gd.iterative.available_bytes", lambda device, room=room: room * 4 * 20**2 / 0.6 + 1)
+        monkeypatch.setattr(
+            "torch_adapted_gd.step.iterative.available_bytes", lambda device, room=room: room * 4 * 20**2 / 0.6 + 1
+        )
         assert assert_like_dense(model, [(x, y)]).solver == "cg (output blocks)"
         assert seen == blocks
-    monkeypatch.setattr("torch_adapted_gd.iterative.available_bytes", lambda device: 3.5 * 4 * 20**2 / 0.6)
+    monkeypatch.setattr("torch_adapted_gd.step.iterative.available_bytes", lambda device: 3.5 * 4 * 20**2 / 0.6)
     assert assert_like_dense(model, [(x, y)]).solver == "cg (sample blocks)"
-    monkeypatch.setattr("torch_adapted_gd.iterative.available_bytes", lambda device: None)
+    monkeypatch.setattr("torch_adapted_gd.step.iterative.available_bytes", lambda device: None)
     seen.clear()
     assert assert_like_dense(model, [(x, y)]).solver == "cg (output blocks)"
     assert seen == [3]
@@ -307,18 +309,18 @@ CPU = torch.device("cpu")
     ],
 )
 def test_who_solves(solver, params, rows, free, expected, monkeypatch):
-    monkeypatch.setattr("torch_adapted_gd.system.available_bytes", lambda device: free)
+    monkeypatch.setattr("torch_adapted_gd.step.system.available_bytes", lambda device: free)
     space, found = choose_solver(solver, params, rows, CPU, local=True)
     assert (space, found) == (("sample", ConjugateGradients()) if expected == "cg" else (expected, solver or Dense()))
 
 
 def test_the_optimizer_turns_to_conjugate_gradients_by_size(monkeypatch):
     model, x, y = of("mlp")
-    monkeypatch.setattr("torch_adapted_gd.system._DENSE", 59)
+    monkeypatch.setattr("torch_adapted_gd.step.system._DENSE", 59)
     assert stepped(model, [(x, y)])[1].last_step.solver == "cg (output blocks)"
     assert stepped(model, [(x, y)], solver=Dense(rtol=1e-9))[1].last_step.solver == "eigh"
     assert stepped(model, [(x, y)], solver=Dense(space="parameter"))[1].last_step.space == "parameter"
-    monkeypatch.setattr("torch_adapted_gd.system._DENSE", 60)
+    monkeypatch.setattr("torch_adapted_gd.step.system._DENSE", 60)
     assert stepped(model, [(x, y)])[1].last_step.solver == "eigh"
 
 

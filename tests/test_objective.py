@@ -7,8 +7,8 @@ from torch.autograd.functional import hessian
 from torch.utils._pytree import tree_flatten
 
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LossFunction
-from torch_adapted_gd.calls import Outputs
-from torch_adapted_gd.objective import Objective
+from torch_adapted_gd.step.objective import Objective
+from torch_adapted_gd.tracking.calls import Outputs
 from torch_adapted_gd.tracking.terms import Entries, State, Term
 
 N = 6

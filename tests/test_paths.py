@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import DetourPath, LinearPath, follow_path
-from torch_adapted_gd.paths import motion
+from torch_adapted_gd.theory.paths import motion
 
 from .cases import flat, mlp, move
 from .tangents import Dense, assert_close, duplicated, random, taken_down

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Backtracking, Dense, LevenbergMarquardt, output_jacobian
-from torch_adapted_gd.remembered import SamePoints
 from torch_adapted_gd.solve import by_singular_values
+from torch_adapted_gd.step.remembered import SamePoints
 
 from .cases import flat
 

@@ -13,7 +13,7 @@ from torch_adapted_gd import (
     is_equilibrium,
     line_losses,
 )
-from torch_adapted_gd.local import OutputMap
+from torch_adapted_gd.theory.local import OutputMap
 
 from .cases import COUPLED, Features, TwoHeads, flat, make, mlp
 from .tangents import NETWORKS, SHORT, Dense, assert_close, narrow, random, randomized, taken_down

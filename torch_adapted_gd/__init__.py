@@ -6,19 +6,19 @@ output space" (2024); equation numbers in this package are the paper's.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .definite import Definiteness, effective_kernel, is_positive_definite, kernel_block
-from .field import Equilibrium, GradientField, gradient_field, is_equilibrium, metric_tensor
-from .flow import FlowResult, InterpolationDeviation, PathResult, adapted_flow, follow_path, interpolation_deviation
 from .jacobian import OuterProducts, Use, ntk, output_jacobian, register_rule
-from .lines import LineLosses, line_losses
 from .losses import HalfSquaredLoss, LossFunction
 from .optimizer import AdaptedGD
-from .paths import DetourPath, LinearPath
 from .policies import Backtracking, LevenbergMarquardt, StraightLine
 from .report import StepReport
 from .schedule import LinearInterpolationLR
 from .solve import ConjugateGradients, KernelSolution, LeastSquares, rank_revealing_lstsq, solve_kernel
-from .system import Dense
+from .step.system import Dense
+from .theory.definite import Definiteness, effective_kernel, is_positive_definite, kernel_block
+from .theory.field import Equilibrium, GradientField, gradient_field, is_equilibrium, metric_tensor
+from .theory.flow import FlowResult, InterpolationDeviation, PathResult, adapted_flow, follow_path, interpolation_deviation
+from .theory.lines import LineLosses, line_losses
+from .theory.paths import DetourPath, LinearPath
 from .watching import AdaptedWarning
 
 try:

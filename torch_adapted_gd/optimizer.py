@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from . import options
-from .calls import Call, Outputs, underlying
 from .checks import all_finite, checksum, one_of
-from .closure import Closure
-from .decision import Outcome, Step
 from .full_batch import full_loss, repeated_samples
-from .linearization import METRICS, Linearization
 from .losses import check_criteria
-from .objective import Objective
 from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
-from .recorder import CallRecorder
-from .remembered import SamePoints
-from .replay import batch_and_outputs
 from .report import StepReport
-from .shares import Shares, Told, TotalLoss, check_alike, divisor, keys_of, mean_or_sum, weights_of
 from .solve import ConjugateGradients
-from .system import Dense, for_undamped
-from .trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
+from .step.decision import Outcome, Step
+from .step.linearization import METRICS, Linearization
+from .step.objective import Objective
+from .step.remembered import SamePoints
+from .step.shares import Shares, Told, TotalLoss, check_alike, divisor, keys_of, mean_or_sum, weights_of
+from .step.system import Dense, for_undamped
+from .step.trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
+from .tracking.calls import Call, Outputs, underlying
+from .tracking.closure import Closure
+from .tracking.recorder import CallRecorder
+from .tracking.replay import batch_and_outputs
 from .watching import WatchingOptimizer
 from .world import World
 

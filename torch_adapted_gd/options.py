@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import underlying
 from .checks import real_number
 from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
 from .solve import ConjugateGradients
-from .system import Dense
+from .step.system import Dense
+from .tracking.calls import underlying
 
 SHARED = ("damping", "momentum")  # of the one system that all parameter groups share
 

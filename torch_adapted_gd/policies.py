@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from .checks import one_of, positive_integer, real_number, true_or_false
-from .decision import FIRST_RAISED, RAISE, Outcome, Step
-from .remembered import CarryOver, State
+from .step.decision import FIRST_RAISED, RAISE, Outcome, Step
+from .step.remembered import CarryOver, State
 
 JUDGES = ("auto", "outputs", "closure", "next")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .decision import Outcome
-    from .linearization import Linearization
+    from .step.decision import Outcome
+    from .step.linearization import Linearization
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from . import options
-from .calls import underlying
-from .recorder import CallRecorder
 from .report import StepReport
+from .tracking.calls import underlying
+from .tracking.recorder import CallRecorder
 from .world import World, group_of, world_of
 
 _OPTIONS = ("lr", "alpha", "damping", "momentum", "weight_decay")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev
 
-from ..calls import Call, record, stacked, underlying
 from ..checks import one_of, positive_integer
 from ..memory import require_memory
-from ..replay import DisagreementError, Replay, State
+from ..tracking.calls import Call, record, stacked, underlying
+from ..tracking.replay import DisagreementError, Replay, State
 from .backward import BackwardPasses, allows_vmap
 
 METHODS = ("rows", "jacrev")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import Call, Outputs, underlying
 from ..checks import one_of, positive_integer
-from ..replay import Replay, State, batch_and_outputs, precision
+from ..tracking.calls import Call, Outputs, underlying
+from ..tracking.replay import Replay, State, batch_and_outputs, precision
 from ..tracking.tape import Tape, constants_of
 from ..world import ALONE, World
 from .backward import allows_vmap

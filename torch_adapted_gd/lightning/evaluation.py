@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..collapse.features import FeatureOptions, Head, Means, collapse_of_features
 from ..collapse.labels import ClassTargets
+from ..collapse.metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
 from ..collapse.moments import ClassMoments
 from ..collapse.outputs import of_classes
-from ..metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
 from .scatter import WithinScatterAlong
 
 Figures = dict[str, Tensor]

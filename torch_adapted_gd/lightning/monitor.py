@@ -39,10 +39,10 @@ class CollapseMonitor(StreamStages):
     Logged as ``{name}/{key}``:
 
     - always: ``loss``, ``within``, ``bias``, ``gap``, ``within_fraction``, ``bias_max``, ``within_max``, ``target_accuracy``,
-      ``num_samples``, ``classes_seen``, ``num_dropped``, see `functional.output_collapse`;
+      ``num_samples``, ``classes_seen``, ``num_dropped``, see `collapse.output_collapse`;
     - from the second time on: ``rate_loss``, ``rate_within``, ``rate_bias`` = −Δ ln(q)/Δs, 2 for x = y + e^(−s) (x₀ − y);
     - with ``per_class``: ``within_class_{j}``, ``bias_class_{j}``;
-    - with ``head``: ``nc1_*``, ``nc2_*``, ``nc3``, ``nc3_etf``, ``nc4_mismatch``, see `functional.neural_collapse`; in stream
+    - with ``head``: ``nc1_*``, ``nc2_*``, ``nc3``, ``nc3_etf``, ``nc4_mismatch``, see `collapse.neural_collapse`; in stream
       mode without ``nc4_mismatch``, which needs a second pass;
     - with ``hpd_lambda``: ``hpd_nc1``, ``hpd_nc23``, ``hpd_perp``.
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..collapse.metrics import Float64Metric
 from ..collapse.moments import ClassMoments
-from ..metrics import Float64Metric
 
 
 class WithinScatterAlong(Float64Metric):

@@ -1,5 +1,6 @@
 """The tangent-kernel system Θψ = Pg (2.22), solved with its rank revealed."""
 
+from .api import solve_kernel, solve_symmetric
 from .choice import factorize
 from .equilibrated import equilibrated
 from .factorization import Factorization, Status
@@ -8,7 +9,6 @@ from .lstsq import LeastSquares, rank_revealing_lstsq
 from .singular import SingularValueFactorization, by_singular_values, default_svd_rtol
 from .solution import METHODS, KernelSolution
 from .spectrum import default_rtol
-from .system import solve_kernel, solve_symmetric
 
 __all__ = [
     "METHODS",

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..calls import Outputs
 from . import private
+from .calls import Outputs
 from .hooks import Hook, remove
 from .terms import MARK, Entries, Graph, State, Term, entries_of
 
 if TYPE_CHECKING:
-    from ..recorder import CallRecorder
+    from .recorder import CallRecorder
 
 
 class CriterionWatch:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..calls import replaying
 from . import private
+from .calls import replaying
 
 
 class Hook:

@@ -14,8 +14,8 @@ from torch.autograd.graph import GradientEdge
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from ..calls import Outputs, unwatched
 from . import private
+from .calls import Outputs, unwatched
 from .tape import Tape
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place

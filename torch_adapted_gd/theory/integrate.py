@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import one_of, real_number
+from ..checks import one_of, real_number
 
 METHODS = ("dopri5", "rk4", "euler")
 

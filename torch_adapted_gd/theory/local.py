@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, underlying
-from .checks import real_number
-from .jacobian import Jacobian, tangent_jacobian
-from .jacobian.definition import recorded
-from .replay import batch_and_outputs
-from .solve.choice import factorize
-from .solve.factorization import Factorization
-from .solve.spectrum import default_rtol
+from ..checks import real_number
+from ..jacobian import Jacobian, tangent_jacobian
+from ..jacobian.definition import recorded
+from ..solve.choice import factorize
+from ..solve.factorization import Factorization
+from ..solve.spectrum import default_rtol
+from ..tracking.calls import Call, underlying
+from ..tracking.replay import batch_and_outputs
 
 
 @dataclass(frozen=True)

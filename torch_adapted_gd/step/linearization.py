@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, Outputs, stacked, underlying
-from .checks import all_finite
-from .closure import Given
+from ..checks import all_finite
+from ..jacobian import norm
+from ..solve import ConjugateGradients, SingularValueFactorization, default_rtol, default_svd_rtol
+from ..tracking.calls import Call, Outputs, stacked, underlying
+from ..tracking.closure import Given
+from ..tracking.replay import Replay, batch_and_outputs, precision
 from .iterative import KernelOperator
-from .jacobian import norm
 from .objective import Objective
 from .output_metric import DiagonalMetric, Metric
-from .replay import Replay, batch_and_outputs, precision
 from .shares import Shares
-from .solve import ConjugateGradients, SingularValueFactorization, default_rtol, default_svd_rtol
 from .system import Dense, Problem, choose_solver
 
 METRICS = ("euclidean", "ggn")

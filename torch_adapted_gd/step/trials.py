@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .calls import Outputs
-from .closure import Closure
+from ..tracking.calls import Outputs
+from ..tracking.closure import Closure
+from ..world import ALONE, World
 from .linearization import Direction, Linearization, Parts
-from .world import ALONE, World
 
 
 @dataclass(frozen=True)

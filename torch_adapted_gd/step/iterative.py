@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import all_finite
-from .jacobian import Jacobian
-from .jacobian.gram import spans
-from .memory import available_bytes, require_memory
+from ..checks import all_finite
+from ..jacobian import Jacobian
+from ..jacobian.gram import spans
+from ..memory import available_bytes, require_memory
+from ..solve.krylov import ConjugateGradients, Iterate, solve_by_cg
+from ..solve.preconditioner import Identity, Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
+from ..world import ALONE, World
 from .output_metric import Metric
-from .solve.krylov import ConjugateGradients, Iterate, solve_by_cg
-from .solve.preconditioner import Identity, Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
-from .world import ALONE, World
 
 _SHARE = 0.6  # of the memory that is available, for blocks between all samples
 _WORKSPACE = 3  # blocks that are needed beside those that stay

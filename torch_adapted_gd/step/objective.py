@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Outputs
-from .closure import Given
-from .losses import HalfSquaredLoss
+from ..losses import HalfSquaredLoss
+from ..tracking.calls import Outputs
+from ..tracking.closure import Given
+from ..tracking.replay import batch_and_outputs
+from ..tracking.terms import Entries, RefusedError, Term
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
-from .replay import batch_and_outputs
 from .shares import Shares
-from .tracking.terms import Entries, RefusedError, Term
 
 _COLUMNS = 256  # of blocks of a Hessian that are found one after the other, by a double backward pass of the criterion each
 _ENTRIES = 2**24  # of all blocks

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checks import all_finite, checksum
-from .tracking.terms import RefusedError, Term
-from .world import ALONE, World
+from ..checks import all_finite, checksum
+from ..tracking.terms import RefusedError, Term
+from ..world import ALONE, World
 
 if TYPE_CHECKING:
-    from .recorder import CallRecorder
+    from ..tracking.recorder import CallRecorder
 
 Key = tuple[int, int]  # of a term: its criterion's number, and which of its calls
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import one_of, positive_integer, real_number
+from ..checks import one_of, positive_integer, real_number
 from .field import Loss, Objective, field_of_parameters
 from .integrate import integrate
 from .local import OutputMap
@@ -329,7 +329,7 @@ def follow_path(
         RuntimeError: The flow diverges, or the model's calls cannot be repeated.
 
     Example:
-        >>> from torch_adapted_gd.paths import DetourPath
+        >>> from torch_adapted_gd.theory.paths import DetourPath
         >>> model = torch.nn.Linear(5, 1).double()
         >>> x, y = torch.randn(3, 5).double(), torch.randn(3, 1).double()
         >>> led = follow_path(model, x, DetourPath(model(x), y, bend=torch.ones(3, 1)), steps=2)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..checks import checksum
+from . import private
 from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying
-from .checks import checksum
+from .criteria import Argument, CriterionWatch
+from .hooks import Hook, remove
 from .live import linearized_live
-from .tracking import private
-from .tracking.criteria import Argument, CriterionWatch
-from .tracking.hooks import Hook, remove
-from .tracking.tape import Tape, constants_of
-from .tracking.terms import MARK, Term
+from .tape import Tape, constants_of
+from .terms import MARK, Term
 
 _KEPT = 256  # calls under which derivatives may be taken that are kept for a criterion to be given these
 

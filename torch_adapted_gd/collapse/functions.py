@@ -1,6 +1,6 @@
 """Collapse of classes in tensors that are at hand: exact, in two passes, with torch alone.
 
-For data that come in batches, or in several processes, `metrics` has the same figures as torchmetrics.
+For data that come in batches, or in several processes, `collapse.metrics` has the same figures as torchmetrics.
 """
 
 import math
@@ -9,11 +9,11 @@ import warnings
 import torch
 from torch import Tensor
 
-from .checks import floating_tensor, real_number
-from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
-from .collapse.labels import ClassTargets, check_settings, read_samples
-from .collapse.moments import ClassMoments
-from .collapse.outputs import decompose
+from ..checks import floating_tensor, real_number
+from .features import FeatureOptions, Head, Means, collapse_of_features, mismatches
+from .labels import ClassTargets, check_settings, read_samples
+from .moments import ClassMoments
+from .outputs import decompose
 
 __all__ = ["neural_collapse", "output_collapse"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import positive_integer
+from ..checks import positive_integer
 from .field import Loss, Objective
 from .local import OutputMap
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .jacobian import norm
+from ..jacobian import norm
 from .remembered import State
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import real_number
-from .jacobian import ntk
+from ..checks import real_number
+from ..jacobian import ntk
+from ..solve.spectrum import default_rtol
 from .local import OutputMap
-from .solve.spectrum import default_rtol
 
 
 @dataclass(frozen=True)

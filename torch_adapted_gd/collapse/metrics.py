@@ -18,15 +18,15 @@ try:
     from torchmetrics import Metric
 except Exception as error:  # RuntimeError too: torchmetrics imports torchvision, which may be for another torch
     raise ImportError(
-        "torch_adapted_gd.metrics needs torchmetrics (and a torchvision, if there is one, that was built for this torch): "
-        f"pip install 'torch_adapted_gd[lightning]'. It could not be imported: {error}"
+        "torch_adapted_gd.collapse.metrics needs torchmetrics (and a torchvision, if there is one, that was built for this "
+        f"torch): pip install 'torch_adapted_gd[lightning]'. It could not be imported: {error}"
     ) from error
 
-from .checks import floating_tensor, one_of, positive_integer, real_number, true_or_false
-from .collapse.features import FeatureOptions, Head, Means, collapse_of_features, mismatches
-from .collapse.labels import ClassTargets, Samples, check_settings, read_samples
-from .collapse.moments import ClassMoments, merge_packed
-from .collapse.outputs import OUTPUT_KEYS, decompose
+from ..checks import floating_tensor, one_of, positive_integer, real_number, true_or_false
+from .features import FeatureOptions, Head, Means, collapse_of_features, mismatches
+from .labels import ClassTargets, Samples, check_settings, read_samples
+from .moments import ClassMoments, merge_packed
+from .outputs import OUTPUT_KEYS, decompose
 
 __all__ = ["FinalLayerCollapse", "NearestClassMeanAgreement", "NeuralCollapse"]
 
@@ -133,7 +133,7 @@ class _ClassMomentsMetric(Float64Metric):
 
 
 class FinalLayerCollapse(_ClassMomentsMetric):
-    """Collapse of a classifier's outputs to the targets of their classes, (3.8)-(3.13), as `functional.output_collapse`.
+    """Collapse of a classifier's outputs to the targets of their classes, (3.8)-(3.13), as `collapse.output_collapse`.
 
     Exact to about 1e-15, relative, down to deviations of 1e-12 beside outputs near 1; but ``bias`` has the accuracy that its
     own condition allows where class averages are much nearer to their targets than outputs are to their averages.
@@ -205,14 +205,14 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         self.dropped = self.dropped + kept.dropped.to(self.dropped.device)
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        """The figures of all batches: see `functional.output_collapse`."""
+        """The figures of all batches: see `collapse.output_collapse`."""
         residuals = self.moments.relative_to(self.targets.values)
         result = decompose(residuals, self.squares, self.hits, self.dropped, scale=self.scale, per_class=self.per_class)
         return result if self.output == "dict" else result[self.output]
 
 
 class NeuralCollapse(_ClassMomentsMetric):
-    """Neural collapse of the features before the last layer, NC1 to NC3, as `functional.neural_collapse` defines them.
+    """Neural collapse of the features before the last layer, NC1 to NC3, as `collapse.neural_collapse` defines them.
 
     NC4 compares each feature vector with means that have to be known first: `NearestClassMeanAgreement`, in a second pass.
 

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 if TYPE_CHECKING:
-    from .jacobian.factored import Piece
-    from .tracking.tape import Tape
+    from ..jacobian.factored import Piece
+    from .tape import Tape
 
 _thread = threading.local()
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .calls import Outputs
-from .checks import one_of, positive_integer, real_number
+from ..checks import one_of, positive_integer, real_number
+from ..jacobian import METHODS, Jacobian, tangent_jacobian, written, written_if_small
+from ..memory import available_bytes, require_memory
+from ..solve import ConjugateGradients, Factorization, SingularValueFactorization, by_singular_values, equilibrated, factorize
+from ..tracking.calls import Outputs
+from ..world import ALONE, World
 from .iterative import KernelOperator
-from .jacobian import METHODS, Jacobian, tangent_jacobian, written, written_if_small
-from .memory import available_bytes, require_memory
 from .output_metric import Metric
-from .solve import ConjugateGradients, Factorization, SingularValueFactorization, by_singular_values, equilibrated, factorize
-from .world import ALONE, World
 
 SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh", "svd")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import real_number
+from ..checks import real_number
+from ..losses import HalfSquaredLoss
+from ..solve.choice import factorize
+from ..solve.spectrum import default_rtol
 from .local import OutputMap, Tangent
-from .losses import HalfSquaredLoss
-from .solve.choice import factorize
-from .solve.spectrum import default_rtol
 
 Loss = Callable[[Tensor], Tensor]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..jacobian.backward import allows_vmap
+from ..jacobian.definition import dtype_and_device
+from ..jacobian.factored import Piece, budget_of
+from ..jacobian.linearized import Linearized
+from ..memory import available_bytes
+from .arguments import Key
 from .calls import Outputs, hides_its_graph, unwatched
-from .jacobian.backward import allows_vmap
-from .jacobian.definition import dtype_and_device
-from .jacobian.factored import Piece, budget_of
-from .jacobian.linearized import Linearized
-from .memory import available_bytes
 from .replay import precision
-from .tracking.arguments import Key
-from .tracking.tape import Note, Source, Tape
+from .tape import Note, Source, Tape
 
 _ASK = 2**26  # bytes from which the system is asked how much there is
 
