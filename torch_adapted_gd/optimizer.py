@@ -22,7 +22,7 @@ from .step.decision import Outcome, Step
 from .step.linearization import METRICS, Linearization
 from .step.objective import Objective
 from .step.remembered import SamePoints
-from .step.shares import Shares, Told, TotalLoss, check_alike, divisor, keys_of, mean_or_sum, weights_of
+from .step.shares import Shares, Told, TotalLoss, mean_or_sum, shared_out
 from .step.system import Dense, for_undamped
 from .step.trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .tracking.calls import Call, Outputs, underlying
@@ -405,25 +405,14 @@ class AdaptedGD(WatchingOptimizer):
                     f"`model` should have no SyncBatchNorm in training mode for AdaptedGD, but '{name}' is one: outputs of "
                     "one process would depend on the samples of others. Call eval() on it, or use GroupNorm or LayerNorm."
                 )
-        terms = self._recorder.terms if self._criteria else []
-        keys = keys_of(terms, self._criteria)
-        named = {name: id(p) for name, p in underlying(self._model).named_parameters()}
-        told = world.objects(
-            Told(
-                rows=sum(n * q for n, q in map(batch_and_outputs, stacked_from)),
-                divisors={key: divisor(term) for key, term in zip(keys, terms, strict=True)},
-                trained={name for name, key in named.items() if key in self._recorder.gradients},
-                alike=self._alike(),
-                with_closure=with_closure,
-            )
+        named = underlying(self._model).named_parameters()
+        mine = Told(
+            rows=sum(n * q for n, q in map(batch_and_outputs, stacked_from)),
+            trained={name for name, p in named if id(p) in self._recorder.gradients},
+            alike=self._alike(),
+            with_closure=with_closure,
         )
-        check_alike([each.alike for each in told])
-        if len({each.with_closure for each in told if each.rows}) > 1:
-            raise RuntimeError(
-                "`step` should get a closure in all processes or in none, but some got one. Nothing was changed."
-            )
-        weights = weights_of(keys, [each.divisors for each in told], world.rank)
-        shares = Shares(world, [each.rows for each in told], keys, weights)
+        shares, told = shared_out(world, mine, self._recorder.terms if self._criteria else [], self._criteria)
         trained = self._trained(set().union(*(each.trained for each in told)))
         return shares, trained, any(each.with_closure for each in told)
 

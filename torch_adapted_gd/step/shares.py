@@ -153,34 +153,45 @@ class Told:
 
     Attributes:
         rows: The rows of its part of x.
-        divisors: What the mean of each term divides by, see `divisor`.
         trained: The parameters that received a gradient.
         alike: What has to be the same in all, by what it is called.
         with_closure: Whether `step` got a closure.
     """
 
     rows: int
-    divisors: dict[Key, float | None]
     trained: set[str]
     alike: dict[str, Any]
     with_closure: bool
 
 
-def check_alike(told: Sequence[dict[str, Any]]) -> None:
-    """Make sure that all processes train the same model in the same way.
+def shared_out(world: World, mine: Told, terms: Sequence[Term], criteria: Sequence[nn.Module]) -> tuple[Shares, list[Told]]:
+    """What each process has of a step.
+
+    Args:
+        world: The processes.
+        mine: What this one tells.
+        terms: Its terms of the loss.
+        criteria: What these are calls of.
 
     Raises:
-        RuntimeError: They do not.
+        RuntimeError: The processes do not train the same model in the same way.
     """
-    for what in told[0]:
+    keys = keys_of(terms, criteria)
+    found = world.objects((mine, {key: divisor(term) for key, term in zip(keys, terms, strict=True)}))
+    told = [each for each, _ in found]
+    for what, expected in told[0].alike.items():
         for rank, each in enumerate(told):
-            if each[what] != told[0][what]:
+            if each.alike[what] != expected:
                 raise RuntimeError(
                     f"The {what} should be the same in all processes, but differ between process 0 and process {rank}: "
-                    f"{told[0][what]} and {each[what]}. Nothing was changed. Start from the same seed or checkpoint, as "
-                    "DistributedDataParallel makes sure of; to train on your own in one process, pass a process group of it "
+                    f"{expected} and {each.alike[what]}. Nothing was changed. Start from the same seed or checkpoint, as "
+                    "DistributedDataParallel makes sure of; to train on your own in one process, pass a `process_group` of it "
                     "alone."
                 )
+    if len({each.with_closure for each in told if each.rows}) > 1:
+        raise RuntimeError("`step` should get a closure in all processes or in none, but some got one. Nothing was changed.")
+    weights = weights_of(keys, [divisors for _, divisors in found], world.rank)
+    return Shares(world, [each.rows for each in told], keys, weights), told
 
 
 class TotalLoss:
