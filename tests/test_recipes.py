@@ -202,63 +202,22 @@ def test_time_of_recording_does_not_count(race):
     assert list(run.until(-1.0)) == []
 
 
-@pytest.mark.parametrize("name", ["pinn", "regression"])
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--lr", "0"), "argument --lr: should be a number above 0, but got '0'"),
-        (("--lr", "fast"), "argument --lr: should be a number above 0, but got 'fast'"),
-        (("--seed", "-1"), "--seed"),
-        (("--seed", "9" * 30), "argument --seed: should be a whole number from 0 to 2^63 - 1"),
-        (("--steps", "0"), "argument --steps: should be a whole number above 0, but got '0'"),
-        (("--points", "x"), "argument --points: should be a whole number above 0, but got 'x'"),
-        (("--width", "1.5"), "argument --width: should be a whole number above 0, but got '1.5'"),
-        (("--epochs", "0"), "argument --epochs: should be a whole number above 0, but got '0'"),
-        (("--out", "/dev/null"), "--out /dev/null is a file: name a folder"),
-        (("--out", "/dev/null/x"), "Not a directory"),
-    ],
-)
-def test_wrong_options_of_races_give_one_clear_line(request, capsys, tmp_path, monkeypatch, name, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    if (name == "pinn" and "--epochs" in arguments) or (
-        name == "regression" and {"--steps", "--points", "--width"} & {*arguments}
-    ):
-        words = "unrecognized arguments"
-    line = refused(request.getfixturevalue(name), capsys, *arguments)
-    assert re.match(r"[\w.-]+: error: ", line)
-    assert words in line
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--samples", "5001"), "--samples should be at most 5000 for mnist5k, but got 5001"),
-        (("--samples", "125001", "--data", "mnist5k-shifted"), "--samples should be at most 125000 for mnist5k-shifted"),
-        (("--solver", "lu"), "argument --solver: invalid choice: 'lu'"),
         (("--damping", "-1"), "argument --damping: should be a number, at least 0, but got '-1'"),
-        (("--samples", "0"), "argument --samples: should be a whole number above 0, but got '0'"),
         (("--steps", "ten"), "argument --steps: should be a whole number above 0, but got 'ten'"),
-        (("--lr", "nan", "--optimizer", "sgd"), "argument --lr: should be a number above 0, but got 'nan'"),
         (("--lr", "0.1"), "argument --lr: is for torch's optimizers"),
-        (("--seed", "-1"), "--seed"),
-        (("--seed", "9" * 30), "argument --seed: should be a whole number from 0 to 2^63 - 1"),
-        (("--data", "cifar"), "argument --data: invalid choice: 'cifar'"),
-        (("--device", "cuda"), "--device cuda: torch finds no CUDA device here"),
-        (("--device", "mps"), "argument --device: should be cpu, cuda or cuda:N, but got 'mps'"),
-        (("--samples", "4000", "--width", "4000", "--solver", "dense"), "needs"),
         (("--out", "/dev/null"), "--out /dev/null is a file: name a folder"),
-        (("--out", "/dev/null/x"), "Not a directory"),
     ],
 )
 def test_wrong_options_give_one_clear_line(mnist, capsys, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)  # where the default --out would be made
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     line = refused(mnist, capsys, *arguments)
     assert re.match(r"[\w.-]+: error: ", line)
     assert words in line
-    assert not list(tmp_path.iterdir()) or "--width" in arguments
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_data_without_a_network_gives_one_clear_line(mnist, capsys, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ import torch
 
 from .test_recipes import digits, mnist, race  # noqa: F401  (fixtures)
 
+pytestmark = pytest.mark.slow
+
 
 def run(mnist, out, *arguments):  # noqa: F811
     assert mnist.main(["--solver", "cg", "--width", "16", "--out", str(out), *arguments]) == 0
