@@ -224,3 +224,27 @@ class Features(nn.Module):
     def forward(self, x):
         h = torch.tanh(self.body(x))
         return self.head(h), h
+
+
+def pairwise(*tables):
+    """Rows with one value of each table, so that any two values of two tables are in some row together."""
+    values = [list(table) for table in tables]
+    places = range(len(values))
+    missing = {
+        (i, a, j, b) for i in places for j in places if i < j for a in range(len(values[i])) for b in range(len(values[j]))
+    }
+    rows = []
+    while missing:
+        i, a, j, b = min(missing)
+        row = {i: a, j: b}
+        for place in places:
+            if place not in row:  # the value that covers most of what is missing
+                row[place] = max(
+                    range(len(values[place])),
+                    key=lambda c, place=place: sum(
+                        ((place, c, o, d) if place < o else (o, d, place, c)) in missing for o, d in row.items()
+                    ),
+                )
+        missing -= {(i, row[i], j, row[j]) for i in places for j in places if i < j}
+        rows.append(tuple(values[place][row[place]] for place in places))
+    return rows

@@ -7,7 +7,7 @@ from torch_adapted_gd import memory, output_jacobian
 from torch_adapted_gd.jacobian.definition import METHODS, call_jacobian
 from torch_adapted_gd.tracking.calls import record
 
-from .cases import CASES, MaskedMean, cnn, dense_jacobian, make, mlp
+from .cases import CASES, MaskedMean, cnn, dense_jacobian, make, mlp, pairwise
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -26,9 +26,10 @@ def test_float32(name):
     torch.testing.assert_close(matrix.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["mlp_tanh", "cnn", "two_heads", "tied", "batchnorm_eval"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("chunk_size", [None, 1, 3, 1000])
+@pytest.mark.parametrize(
+    ("name", "method", "chunk_size"),
+    pairwise(["mlp_tanh", "cnn", "two_heads", "tied", "batchnorm_eval"], METHODS, [None, 1, 3, 1000]),
+)
 def test_methods_and_chunks_agree(name, method, chunk_size):
     model, x = make(name)
     expected = dense_jacobian(model, x)

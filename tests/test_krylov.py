@@ -12,7 +12,7 @@ from torch_adapted_gd.solve.krylov import solve_by_cg
 from torch_adapted_gd.solve.preconditioner import OutputBlockInverse
 from torch_adapted_gd.step.system import choose_solver
 
-from .cases import cnn, dense_jacobian, flat, mlp
+from .cases import cnn, dense_jacobian, flat, mlp, pairwise
 from .layers import LAYERS
 from .networks import VisionTransformer
 
@@ -95,9 +95,9 @@ def test_two_hundred_samples(preconditioner, damping):
     assert report.solver == names[preconditioner]
 
 
-@pytest.mark.parametrize("preconditioner", ["outputs", "samples", "none"])
-@pytest.mark.parametrize("damping", [0.0, 1e-6, 1e-3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "damping", "preconditioner"), pairwise(MODELS, [0.0, 1e-6, 1e-3], ["outputs", "samples", "none"])
+)
 def test_the_step_is_the_dense_one(name, damping, preconditioner):
     if name == "vision transformer" and damping == 0:
         pytest.skip("its singular values have no gap at which to cut")

@@ -6,7 +6,7 @@ from torch import nn
 
 from torch_adapted_gd import AdaptedGD, ConjugateGradients, HalfSquaredLoss
 
-from .cases import dense_jacobian, flat, mlp
+from .cases import dense_jacobian, flat, mlp, pairwise
 
 HALF = HalfSquaredLoss()
 
@@ -66,10 +66,10 @@ def silently_wrong(system, dtype, **options):
 PRECONDITIONERS = ["outputs", "samples", "none"]
 
 
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
-@pytest.mark.parametrize("system", [dead, few_parameters, copies])
+@pytest.mark.parametrize(
+    ("system", "tolerance", "dtype", "preconditioner"),
+    pairwise([dead, few_parameters, copies], [1e-2, 1e-4], [torch.float32, torch.float64], PRECONDITIONERS),
+)
 @pytest.mark.filterwarnings("ignore:Conjugate gradients did not converge")
 def test_never_silently_wrong(system, tolerance, dtype, preconditioner):
     found, wrong = silently_wrong(system, dtype, rtol=tolerance, preconditioner=preconditioner)

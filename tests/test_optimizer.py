@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Dense, HalfSquaredLoss
 
-from .cases import cnn, dense_jacobian, flat, make, mlp, move
+from .cases import cnn, dense_jacobian, flat, make, mlp, move, pairwise
 
 MODELS = {
     "tanh, K > QN": (lambda: mlp(), (6, 4)),
@@ -43,11 +43,10 @@ def output_gradient(model, x, y, criterion):
     return torch.autograd.grad(criterion(outputs, y), outputs)[0].reshape(-1)
 
 
-@pytest.mark.parametrize("loss_name", LOSSES)
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("calls", [1, 2])
-@pytest.mark.parametrize("with_criterion", [True, False])
+@pytest.mark.parametrize(
+    ("loss_name", "model_name", "alpha", "calls", "with_criterion"),
+    pairwise(LOSSES, MODELS, [0.0, 0.5, 1.0], [1, 2], [True, False]),
+)
 def test_five_steps_equal_hand_written_gauss_newton(model_name, loss_name, alpha, calls, with_criterion):
     model, x, y = problem(model_name, loss_name)
     reference = copy.deepcopy(model)

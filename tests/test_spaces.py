@@ -10,7 +10,7 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, Dense
 from torch_adapted_gd.jacobian import gram
 
-from .cases import MSE, TwoHeads, cnn, dense_jacobian, flat, mlp, move
+from .cases import MSE, TwoHeads, cnn, dense_jacobian, flat, mlp, move, pairwise
 
 MODELS = {
     "K > QN": (lambda: mlp(), (6, 4)),
@@ -57,10 +57,10 @@ def rounding_of_the_identity(model, x, y, criterion, damping):
     return len(g) * 2.0**-52 * torch.linalg.matrix_norm(theta, 2) * psi.square().sum() / (psi @ theta @ psi)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("metric", ["euclidean", "ggn"])
-@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.CrossEntropyLoss()], ids=["mse", "cross-entropy"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "criterion", "metric", "options"),
+    pairwise(MODELS, [nn.MSELoss(), nn.CrossEntropyLoss()], ["euclidean", "ggn"], OPTIONS),
+)
 def test_both_spaces_give_the_same_steps(name, criterion, metric, options):
     model, x, y = setting(name, criterion)
     # Undamped Newton steps of cross-entropy run away from separable data: its minimum is at infinity.
@@ -93,9 +93,7 @@ def test_both_spaces_give_the_same_steps(name, criterion, metric, options):
     assert automatic.space == ("parameter" if automatic.num_params < automatic.num_outputs else "sample")
 
 
-@pytest.mark.parametrize("space", ["sample", "parameter"])
-@pytest.mark.parametrize("metric", ["euclidean", "ggn"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "metric", "space"), pairwise(MODELS, ["euclidean", "ggn"], ["sample", "parameter"]))
 def test_damped_steps_with_momentum_equal_dense_ones(name, metric, space):
     """φ = (DᵀHD + λ)⁻¹Dᵀ(g − μHDφ₋) + μφ₋, in units of the loss's curvature."""
     criterion = nn.CrossEntropyLoss()
