@@ -1,4 +1,4 @@
-"""recipes/paper.py: every row passes, and fails when a sign is wrong in any one of the objects that it is about."""
+"""recipes/paper/check.py: every row passes, and fails when a sign is wrong in any one of the objects that it is about."""
 
 import re
 import sys
@@ -36,13 +36,14 @@ FREE_OF_SIGN = {
 @pytest.fixture(scope="module")
 def paper():
     """The recipe, imported as its own process imports it."""
-    own = ("race", "digits", "claims", "claims_objects", "paper")
+    own = ("race", "digits", "claims", "claims_objects", "check")
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name in own or name.startswith("claims_")}
-    sys.path.insert(0, str(RECIPES))
-    import paper
+    path = list(sys.path)
+    sys.path.insert(0, str(RECIPES / "paper"))
+    import check
 
-    yield paper
-    sys.path.remove(str(RECIPES))
+    yield check
+    sys.path[:] = path
     for name in [name for name in sys.modules if name in own or name.startswith("claims_")]:
         del sys.modules[name]
     sys.modules.update(before)
@@ -131,7 +132,7 @@ def test_page(paper, smoke):
     _, _, page = smoke
     lines = page.splitlines()
     assert lines[0].startswith("# ")
-    assert "`python recipes/paper.py --smoke`" in page
+    assert "`python recipes/paper/check.py --smoke`" in page
     assert "- wide: 12 images of 784 pixels, tanh MLP 784-16-16-10, QN = 120" in page
     table = [re.sub(r"\\\|", "", line) for line in lines if line.startswith("|")]
     assert len(table) == len(paper.all_claims()) + 2

@@ -7,9 +7,12 @@ off, and by how much. The exit status is 1 if any row fails.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the recipes share
 
 import claims_fields
 import claims_flows
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(run), end="\n\n", flush=True)
         rows = list(rows_of(context))
         print(text_table(rows))
-        command = f"python recipes/paper.py{' --smoke' * options.smoke}"
+        command = f"python recipes/paper/check.py{' --smoke' * options.smoke}"
         if options.markdown is not None:
             options.markdown.write_text(markdown(rows, run, command))
             print(f"wrote {options.markdown}")
