@@ -405,6 +405,87 @@ def join(rank, size):
     yield model, optimizer
 
 
+@case
+def join_of_the_optimizer_alone(rank, size):
+    """The wrapper is optional under Join, too."""
+    model, criterion = mlp(torch.float64), nn.MSELoss()
+    x, y = data(5, dtype=torch.float64)
+    counts = (2, 4, 3)
+    optimizer = AdaptedGD(model, criterion=criterion)
+    with Join([optimizer]) if size > 1 else contextlib.nullcontext():
+        for step in range(counts[rank] if size > 1 else 4):
+            optimizer.zero_grad()
+            parts = [r for r in range(3) if step < counts[r]] if size == 1 else [rank]
+            criterion(model(torch.cat([x[r : r + 3] for r in parts])), torch.cat([y[r : r + 3] for r in parts])).backward()
+            optimizer.step()
+    yield model, optimizer
+
+
+@case
+def all_labels_ignored_in_one(rank, size):
+    """The mean of its loss is NaN, and counts for nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    x = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    y = (x[:, 0] > 0).long() + (x[:, 0] > 1).long()
+    y[2:4] = -100
+    yield from trained(rank, size, model, nn.CrossEntropyLoss(), (2, 2, 2), (x, y))
+
+
+@case
+def all_labels_ignored_in_one_judged_by_the_next(rank, size):
+    x, y = classes()
+    y[4:13] = -100
+    options = {"damping": LevenbergMarquardt(judge="next")}
+    yield from trained(rank, size, mlp(torch.float64, outputs=3), nn.CrossEntropyLoss(), (4, 9, 5), (x.double(), y), **options)
+
+
+class Transcribing(nn.Module):
+    """A CTC loss, whose mean is of losses that are divided by the lengths of their targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.ctc = nn.CTCLoss()
+
+    def forward(self, x, y):
+        lengths = (y > 0).sum(1)
+        return self.ctc(x.log_softmax(-1).transpose(0, 1), y, torch.full((len(x),), x.shape[1]), lengths)
+
+
+@case
+def connectionist_temporal_classification(rank, size):
+    model, loss = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5)).double(), Transcribing()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(9, 8, 4, dtype=torch.float64)
+    lengths = torch.tensor([1, 1, 2, 3, 4, 4, 4, 3, 2])
+    y = torch.randint(1, 5, (9, 4)) * (torch.arange(4) < lengths[:, None])
+    yield from trained(rank, size, model, loss, (2, 4, 3), (x, y), given=loss.ctc)
+
+
+@case
+def a_hinge_that_is_satisfied(rank, size):
+    """All values of one process are zero, which says nothing of what their mean divides by."""
+    model, hinge, squares = mlp(torch.float64), nn.TripletMarginLoss(margin=4.0), nn.MSELoss()
+    optimizer = AdaptedGD(model, criterion=(hinge, squares))
+    x, y = data(16, dtype=torch.float64)
+    negative = y + 3
+    negative[:2] += 1e3
+    x, y, negative = (shared(t, rank, size, (2, 9, 5)) for t in (x, y, negative))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        outputs = model(x)
+        (hinge(outputs, y, negative) + squares(outputs, y)).backward()
+        optimizer.step()
+        yield model, optimizer
+
+
+@case
+def an_empty_shard_that_calls(rank, size):
+    yield from trained(rank, size, mlp(torch.float64), nn.MSELoss(reduction="sum"), (10, 0, 6))
+
+
 def raises(kind, text):
     return pytest.raises(kind, match=re.escape(text))
 
@@ -509,6 +590,65 @@ def other_options(rank, size):
 def other_parameters(rank, size):
     with raises(RuntimeError, "The parameters should be the same in all processes, but differ between process 0 and process 2"):
         stepped(mlp(seed=int(rank == 2)), rank, size, criterion=nn.MSELoss())
+
+
+@check
+def other_criteria(rank, size):
+    with raises(RuntimeError, "The criteria should be the same in all processes, but differ between process 0 and process 1"):
+        stepped(mlp(), rank, size, criterion=nn.MSELoss(reduction="sum" if rank == 1 else "mean"))
+
+
+@check
+def other_frozen_parameters(rank, size):
+    model = mlp()
+    model[0].weight.requires_grad_(rank != 1)
+    with raises(RuntimeError, "The numbers of trainable parameters should be the same in all processes, but differ between"):
+        stepped(model, rank, size, criterion=nn.MSELoss(), params=list(model.parameters()))
+
+
+@check
+def a_state_loaded_in_one(rank, size):
+    options = {"criterion": nn.MSELoss(), "damping": 1e-2, "momentum": 0.5}
+    model = mlp()
+    first, second = AdaptedGD(model, **options), AdaptedGD(model, **options)
+    x, y = (shared(t, rank, size) for t in data())
+
+    def run(optimizer):
+        optimizer.zero_grad()
+        options["criterion"](model(x), y).backward()
+        optimizer.step()
+
+    run(first)
+    second.last_step = None
+    if rank == 0:
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with raises(RuntimeError, "The states of optimizers should be the same in all processes, but differ between process 0 and"):
+        run(second)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second)
+
+
+@check
+def a_second_step_without_a_call(rank, size):
+    """Gradients of zeros, which ask for the state alone, in one process."""
+    model, criterion = mlp(), nn.MSELoss()
+    optimizer = AdaptedGD(model, criterion=criterion)
+    x, y = (shared(t, rank, size) for t in data())
+    criterion(model(x), y).backward()
+    optimizer.step()
+    if rank == 1:
+        optimizer.zero_grad(set_to_none=False)
+    with raises(RuntimeError, "`step` found no call of the model"):
+        optimizer.step()
+
+
+@check
+def time_outs_are_those_of_the_group(rank, size):
+    from torch_adapted_gd.world import _timeout_of, world_of
+
+    group = dist.new_group(timeout=datetime.timedelta(seconds=17))
+    world = world_of(group, torch.device("cpu"))
+    assert _timeout_of(group) == _timeout_of(world._control) == datetime.timedelta(seconds=17)
 
 
 @check

@@ -266,7 +266,7 @@ class AdaptedGD(WatchingOptimizer):
     def _step(self, function: Callable[[], float] | None) -> float | None:
         recorder = self._recorder
         world = self._world()
-        if world.size > 1:
+        if world.size > 1 and not self._without_samples:
             Join.notify_join_context(self)
         closure = None if function is None else Closure(function, self._model, recorder.criterion_calls)
         earlier = [*recorder.calls, *recorder.terms]
@@ -288,7 +288,7 @@ class AdaptedGD(WatchingOptimizer):
             return _nothing  # the closure chose to skip this batch, as Lightning's does when training_step returns None
         if any(each[1] for each in told):
             return self._skip
-        if all(each[2] for each in told) and self._asked_for_state():
+        if all(each[2] for each in told) and not world.any(not self._asked_for_state()):
             return _nothing
         scale = self._loss_scale()
         stacked_from: list[Outputs] = list(recorder.calls)
@@ -419,11 +419,18 @@ class AdaptedGD(WatchingOptimizer):
     def _alike(self) -> dict[str, Any]:
         """What has to be the same in all processes."""
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        parameters = self._groups_parameters()
+        states = [sorted(self.state.get(p, {}).items()) for p in parameters]
         return {
             "options": repr((groups, self._policy, self._metric, self._solver)),
-            "number of criteria": len(self._criteria),
-            "shapes of parameters": [tuple(p.shape) for p in self._groups_parameters()],
-            "parameters": checksum(self._groups_parameters()),
+            "criteria": [(type(each).__name__, getattr(each, "reduction", None)) for each in self._criteria],
+            "shapes of parameters": [tuple(p.shape) for p in parameters],
+            "numbers of trainable parameters": [number for number, p in enumerate(parameters) if p.requires_grad],
+            "parameters": checksum(parameters),
+            "states of optimizers": (
+                sum(map(len, states)),
+                checksum(value for state in states for _, value in state),
+            ),
         }
 
     def _chosen(

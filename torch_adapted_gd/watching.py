@@ -35,7 +35,11 @@ class _WithoutSamples(JoinHook):
 
     def main_hook(self) -> None:
         self._optimizer.zero_grad()
-        self._optimizer.step()
+        self._optimizer._without_samples = True  # others count those that have samples
+        try:
+            self._optimizer.step()
+        finally:
+            self._optimizer._without_samples = False
 
 
 class WatchingOptimizer(Optimizer, Joinable):
@@ -50,6 +54,7 @@ class WatchingOptimizer(Optimizer, Joinable):
     _criteria: tuple[nn.Module, ...]
     _said: set[str]
     _rejected: int
+    _without_samples = False  # whether a step is that of a process that has run out of batches
     _process_group: Any
     last_step: StepReport | None
 

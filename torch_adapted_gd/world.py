@@ -6,6 +6,7 @@ A `World` of one process returns everything at once, so that the rest of the pac
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import os
 import pickle
@@ -96,13 +97,14 @@ class Processes(World):
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._ranks = dist.get_process_group_ranks(group)
+        self._timeout = _timeout_of(group)
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._control = self._new_group("gloo")
         self._data = self._control if backend == "gloo" else self._new_group(backend)
         self._device = device
 
     def _new_group(self, backend: str) -> dist.ProcessGroup:
-        group = dist.new_group(self._ranks, backend=backend, use_local_synchronization=True)
+        group = dist.new_group(self._ranks, self._timeout, backend, use_local_synchronization=True)
         return cast(dist.ProcessGroup, group)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -221,6 +223,15 @@ class Processes(World):
             dist.broadcast(kept, self._ranks[rank], group=self._data)
             received.append(tensor)
         return _joined(skeleton, received)
+
+
+def _timeout_of(group: dist.ProcessGroup) -> datetime.timedelta | None:
+    """How long the user lets exchanges in a group take, which others do not inherit; None for torch's default."""
+    for device in group._device_types:
+        with contextlib.suppress(RuntimeError):  # no backend for it
+            if found := getattr(group._get_backend(device).options, "_timeout", None):
+                return cast(datetime.timedelta, found)
+    return None
 
 
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, World] = weakref.WeakKeyDictionary()

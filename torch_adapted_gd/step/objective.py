@@ -67,8 +67,9 @@ class Objective:
     def _part(self, x: Tensor) -> Tensor:
         """What this process's part of x contributes to C."""
         total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for number in range(len(self._terms)):
-            total = total + self._term(number, x)
+        for number, weight in enumerate(self._weights):
+            if weight:  # the mean of no labels is NaN
+                total = total + self._term(number, x)
         return total
 
     def _term(self, number: int, x: Tensor) -> Tensor:
@@ -189,6 +190,8 @@ class Objective:
         total = torch.zeros_like(x)
         others: dict[Any, OwnCurvature] = {}
         for number, term in enumerate(self._terms):
+            if not self._weights[number]:
+                continue
             closed = closed_form(term)
             if closed is None:
                 others[self._shares.key(number)] = self._of_any(functools.partial(self._term, number), term, x)

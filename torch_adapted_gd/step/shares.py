@@ -96,8 +96,10 @@ def divisor(term: Term) -> float | None:
         return None
     given = next(iter(term.entries))
     rows = float(len(term.arguments[given])) if term.arguments[given].ndim else 1.0
-    if reduction == "batchmean":
-        return rows
+    if (
+        isinstance(term.criterion, nn.CTCLoss) and reduction == "mean"
+    ):  # of losses divided by lengths, so no multiple of the sum
+        return float(term.arguments[given].shape[1]) if term.arguments[given].ndim == 3 else 1.0
     if reduction != "mean":
         return rows
     attributes = [
@@ -106,19 +108,21 @@ def divisor(term: Term) -> float | None:
     other = dataclasses.replace(term, state=dataclasses.replace(term.state, attributes=attributes), doubles=True)
     arguments = {number: term.arguments[number].double() for number in term.entries}
     generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
+    total = 0.0
+    for near, far in ((1.0, 0.0), (1.0, 1.0), (-1.0, 0.0), (0.0, 1e4), (0.0, 1e-3)):
+        looked_at = {
+            number: near * x.nan_to_num(0.0, 0.0, 0.0)
+            + far * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            for number, x in arguments.items()
+        }
         try:
-            mean, total = float(term.called(arguments)), float(other.called(arguments))
+            mean, total = float(term.called(looked_at)), float(other.called(looked_at))
         except RefusedError:
             return rows
         if mean and math.isfinite(mean) and math.isfinite(total):
             found = total / mean
             return float(round(found)) if abs(found - round(found)) <= 1e-9 * found else found
-        # It is zero there: look beside it.
-        arguments = {
-            number: x.nan_to_num() + torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-            for number, x in arguments.items()
-        }
+        # It is zero there: look beside it, then where a hinge that is satisfied is not.
     return 0.0 if not total else rows
 
 
@@ -128,7 +132,7 @@ def mean_or_sum(world: World, term: Term, loss: float) -> float:
     if told[0][0] is None:
         return math.fsum(loss for _, loss in told)
     total = math.fsum(d for d, _ in told if d is not None)
-    return math.fsum(d * loss for d, loss in told if d is not None) / total if total else math.nan
+    return math.fsum(d * loss for d, loss in told if d) / total if total else math.nan
 
 
 def weights_of(keys: Sequence[Key], divisors: Sequence[dict[Key, float | None]], rank: int) -> list[float]:

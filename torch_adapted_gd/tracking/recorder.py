@@ -190,7 +190,7 @@ class CallRecorder:
             for number, factor in term.factors.items():
                 value = term.values[number].double()
                 part = next(given) * float(value) if factor.numel() == 1 else float((factor * value).sum()) / loss_scale
-                total += weight * part
+                total += weight * part if weight else 0.0  # the mean of no labels is NaN
         return total
 
     def why_no_call(self) -> str:

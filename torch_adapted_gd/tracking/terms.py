@@ -105,7 +105,7 @@ class Term:
         """Whether the criterion takes float64; some have tensors of their own in another dtype."""
         given = {number: self.arguments[number].double() for number in self.entries}
         found: dict[int, Tensor] = {}
-        size = max(1.0, *(float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in given.values() if x.numel()))
+        size = max([1.0, *(float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in given.values() if x.numel())])
         for doubles in (True, False):
             try:
                 with torch.no_grad():
