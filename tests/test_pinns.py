@@ -304,7 +304,7 @@ def test_where_no_length_helps_damping_rises_and_falls_again():
         loop.optimizer.step(loop.closure)
         damping.append(loop.optimizer.last_step.damping)
     assert damping[-1] < 1e-9 * max(damping)
-    assert loop.loss() < 1e-12
+    assert loop.loss() < 1e-9
 
 
 @pytest.mark.parametrize(("far", "gained"), [(0.1, 1e-12), (1.0, 0.5)])  # where the part fits, and where λ has to be raised
