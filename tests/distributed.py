@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as Wrapped
 from torch_adapted_gd import AdaptedGD, Backtracking, ConjugateGradients, Dense, LevenbergMarquardt, LossFunction, StraightLine
 
 SIZE = 3
-STEPS = 4
+STEPS = 3
 CASES = {}
 FIELDS = ("status", "num_trials", "rank", "num_outputs", "num_calls", "damping", "fraction", "curvature", "space")
 
