@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--dense", action="store_true", help=argparse.SUPPRESS)
-    options = parse(parser, samples=40, processes=[1, 2], width=16, steps=1)
+    options = parse(parser, samples=40, processes=[2], width=16, steps=1)
     options.activation, options.device = "tanh", "cpu"
     if options.folder:
         work(options)
