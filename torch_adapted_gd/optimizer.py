@@ -22,7 +22,7 @@ from .step.decision import Outcome, Step
 from .step.linearization import METRICS, Linearization
 from .step.objective import Objective
 from .step.remembered import SamePoints
-from .step.shares import Shares, Told, TotalLoss, mean_or_sum, shared_out
+from .step.shares import UNSHARED, Shares, Told, TotalLoss, mean_or_sum, shared_out
 from .step.system import Dense, for_undamped
 from .step.trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
 from .tracking.calls import Call, Outputs, underlying
@@ -398,7 +398,7 @@ class AdaptedGD(WatchingOptimizer):
             ValueError: A layer normalizes over all of them.
         """
         if world.size == 1:
-            return Shares.alone(), self._trained(), with_closure
+            return UNSHARED, self._trained(), with_closure
         for name, module in self._model.named_modules():
             if isinstance(module, nn.SyncBatchNorm) and module.training:
                 raise ValueError(

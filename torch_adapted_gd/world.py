@@ -137,15 +137,13 @@ class Processes(World):
     def objects(self, value: T) -> list[T]:
         """See `World`."""
         self._meet()
-        mine, tensors = _apart(value)
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (mine, [(t.shape, t.dtype) for t in tensors]), group=self._control)
+        tensors, found = self._told(value)
         return [self._broadcast(skeleton, shapes, tensors, rank) for rank, (skeleton, shapes) in enumerate(found)]
 
     def from_rank(self, value: T | None, rank: int) -> T:
         """See `World`."""
         self._meet()
-        mine, tensors = _apart(value) if rank == self.rank else (b"", [])
+        mine, tensors = _apart(value if rank == self.rank else None)
         found = [(mine, [(t.shape, t.dtype) for t in tensors])]
         dist.broadcast_object_list(found, self._ranks[rank], group=self._control)
         return self._broadcast(*found[0], tensors, rank)  # type: ignore[no-any-return]
@@ -153,12 +151,10 @@ class Processes(World):
     def collected(self, value: T, rank: int) -> list[T]:
         """See `World`."""
         self._meet()
-        mine, tensors = _apart(value)
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (mine, [(t.shape, t.dtype) for t in tensors]), group=self._control)
+        tensors, found = self._told(value)
         if rank != self.rank:
             for tensor in tensors:
-                dist.send(tensor.detach().to(self._device).contiguous(), self._ranks[rank], group=self._data)
+                dist.send(self._ready(tensor), self._ranks[rank], group=self._data)
             return []
         values = []
         for sender, (skeleton, shapes) in enumerate(found):
@@ -170,6 +166,16 @@ class Processes(World):
                 dist.recv(tensor, self._ranks[sender], group=self._data)
             values.append(_joined(skeleton, received))
         return values
+
+    def _told(self, value: Any) -> tuple[list[Tensor], list[Any]]:
+        """The tensors of a value; and of each process's what is left without them, with their shapes and dtypes."""
+        mine, tensors = _apart(value)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (mine, [(t.shape, t.dtype) for t in tensors]), group=self._control)
+        return tensors, found
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self._device).contiguous()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -213,14 +219,12 @@ class Processes(World):
         raise PeerError(f"Process {rank} of {self.size} could not take the step, so no process changed anything. {text}")
 
     def _broadcast(self, skeleton: bytes, shapes: list[Any], tensors: list[Tensor], rank: int) -> Any:
+        """What one process has, given what all know of it; ``tensors`` are those of this one."""
         received = []
         for number, (shape, dtype) in enumerate(shapes):
-            if rank == self.rank:
-                tensor = tensors[number].detach().to(self._device).contiguous()
-            else:
-                tensor = torch.empty(shape, dtype=dtype, device=self._device)
-            kept = tensor.view(torch.uint8) if dtype == torch.bool else tensor
-            dist.broadcast(kept, self._ranks[rank], group=self._data)
+            mine = rank == self.rank
+            tensor = self._ready(tensors[number]) if mine else torch.empty(shape, dtype=dtype, device=self._device)
+            dist.broadcast(tensor, self._ranks[rank], group=self._data)
             received.append(tensor)
         return _joined(skeleton, received)
 

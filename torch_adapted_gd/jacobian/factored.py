@@ -139,7 +139,7 @@ class FactoredJacobian(Jacobian):
         return [chunk for chunk in self._chunks if chunk.number == number]
 
     def combinations_at_once(self, count: int) -> int:
-        """For how many combinations of the outputs B may be held at a time."""
+        """See `Jacobian`."""
         if all(chunk.held is not None for chunk in self._chunks):
             return count
         entries = sum(2 * piece.elements for piece in self._pieces)

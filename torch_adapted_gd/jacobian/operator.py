@@ -127,6 +127,10 @@ class Jacobian(ABC):
             rotation: Their weights, ``[N, Q, C]``.
         """
 
+    def combinations_at_once(self, count: int) -> int:
+        """For how many combinations of the outputs, at most ``count``, what `combined` makes may be held at a time."""
+        return count
+
     def parameter_gram(
         self, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from .diagonal import add_output_blocks
 from .factored import fill
 from .gram import ROWS_ELEMENTS, new_kernel, spans
 from .operator import Components, Factors, Jacobian, Parts
+
+T = TypeVar("T")
 
 
 class ShardedJacobian(Jacobian):
@@ -32,10 +36,12 @@ class ShardedJacobian(Jacobian):
     def __init__(self, local: Jacobian | None, world: World, numels: dict[str, int], device: torch.device) -> None:
         self.local, self._world, self.numels, self.device = local, world, numels, device
         said = world.objects(([], "", None) if local is None else (local.shapes, local.description, local.remark))
-        self._shapes_of = [shapes for shapes, _, _ in said]
-        self.shapes = [shape for shapes in self._shapes_of for shape in shapes]
+        shapes_of = [shapes for shapes, _, _ in said]
+        self.shapes = [shape for shapes in shapes_of for shape in shapes]
+        first = sum(map(len, shapes_of[: world.rank]))
+        self._calls = range(first, first + len(shapes_of[world.rank]))  # those of this process
         self._size = max(n for n, _ in self.shapes), max(q for _, q in self.shapes)
-        self.lengths = [sum(n * q for n, q in shapes) for shapes in self._shapes_of]
+        self.lengths = [sum(n * q for n, q in shapes) for shapes in shapes_of]
         self._spans = spans(self.lengths)
         self.here = self._spans[world.rank]
         self.description = "; ".join(dict.fromkeys(text for _, text, _ in said if text))
@@ -80,13 +86,14 @@ class ShardedJacobian(Jacobian):
 
     def _factors_of(self, rank: int) -> Iterator[Factors]:
         """The factors of the rows of one process, in all processes."""
-        own = self.local.factors() if rank == self._world.rank and self.local is not None else iter(())
-        while True:
-            mine = next(own, None)
-            factors = self._world.from_rank((mine,), rank)[0]
-            if factors is None:
-                return
+        for factors in self._from(rank, lambda local: local.factors()):
             yield dataclasses.replace(factors, start=factors.start + self._spans[rank].start)
+
+    def _from(self, rank: int, make: Callable[[Jacobian], Iterator[T]]) -> Iterator[T]:
+        """What one process makes of its rows, one after the other, in all processes."""
+        own = make(self.local) if rank == self._world.rank and self.local is not None else iter(())
+        while found := self._world.from_rank([*itertools.islice(own, 1)], rank):
+            yield found[0]
 
     def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """See `Jacobian`."""
@@ -96,13 +103,7 @@ class ShardedJacobian(Jacobian):
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
         """See `Jacobian`; each block goes to all processes."""
         for rank in range(self._world.size):
-            own = self.local.rows(limit) if rank == self._world.rank and self.local is not None else iter(())
-            while True:
-                mine = next(own, None)
-                block = self._world.from_rank((mine,), rank)[0]
-                if block is None:
-                    break
-                yield block
+            yield from self._from(rank, lambda local: local.rows(limit))
 
     def parameter_gram(
         self, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
@@ -124,10 +125,8 @@ class ShardedJacobian(Jacobian):
 
     def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
         """See `Jacobian`: each process may ask for other combinations, and is sent what they are made of."""
-        counts = [len(shapes) for shapes in self._shapes_of]
-        first = sum(counts[: self._world.rank])
-        own = [place for place, number in enumerate(numbers) if first <= number < first + counts[self._world.rank]]
-        step = min(self._world.objects(self._combinations_at_once(max(1, rotations[0].shape[2]))))
+        own = [place for place, number in enumerate(numbers) if number in self._calls]
+        step = min(self._world.objects(self.combinations_at_once(max(1, rotations[0].shape[2]))))
         places = spans([len(r) for r in rotations])
         out.zero_()
         for asking, wanted in enumerate(self._world.objects(list(rotations))):
@@ -142,9 +141,9 @@ class ShardedJacobian(Jacobian):
                             add_output_blocks(out[some, places[i], places[j]], rows, None if i == j else parts[j])
                     del parts
 
-    def _combinations_at_once(self, count: int) -> int:
-        at_once = getattr(self.local, "combinations_at_once", None)
-        return count if at_once is None else int(at_once(count))
+    def combinations_at_once(self, count: int) -> int:
+        """See `Jacobian`."""
+        return count if self.local is None else self.local.combinations_at_once(count)
 
     def factors(self) -> Iterator[Factors]:
         """See `Jacobian`; those of all processes."""
@@ -154,7 +153,7 @@ class ShardedJacobian(Jacobian):
     def combined(self, number: int, rotation: Tensor) -> Components:
         """See `Jacobian`; of a call of this process."""
         assert self.local is not None
-        return self.local.combined(number - sum(map(len, self._shapes_of[: self._world.rank])), rotation)
+        return self.local.combined(number - self._calls.start, rotation)
 
     def check_products(self) -> None:
         """See `Jacobian`."""

@@ -17,7 +17,7 @@ from ..tracking.replay import Replay, batch_and_outputs, precision
 from .iterative import KernelOperator
 from .objective import Objective
 from .output_metric import DiagonalMetric, Metric
-from .shares import Shares
+from .shares import UNSHARED, Shares
 from .system import Dense, Problem, choose_solver
 
 METRICS = ("euclidean", "ggn")
@@ -56,7 +56,7 @@ class Linearization:
         unit: The output curvature that ``lr`` is measured in where no criterion tells.
         start: A ψ̃ to begin with, or None.
         damping: The least λ that will be asked for, see `direction`.
-        shares: What other processes have.
+        shares: What each process has.
 
     Attributes:
         trained: θ.
@@ -91,10 +91,10 @@ class Linearization:
         unit: float = 1.0,
         start: Tensor | None = None,
         damping: float = 0.0,
-        shares: Shares | None = None,
+        shares: Shares = UNSHARED,
     ) -> None:
         dtype = next(iter(trained.values())).dtype
-        self._shares = shares = shares or Shares.alone()
+        self._shares = shares
         self._world = shares.world
         calls = [each for each in stacked_from if isinstance(each, Call)]
         for each in stacked_from:

@@ -16,7 +16,7 @@ from ..tracking.replay import batch_and_outputs
 from ..tracking.terms import Entries, RefusedError, Term
 from .curvature import Blocks, Hessian, OwnCurvature, closed_form, gradient_of
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
-from .shares import Shares
+from .shares import UNSHARED, Shares
 
 
 class Objective:
@@ -26,12 +26,12 @@ class Objective:
         terms: The calls of the criteria in this process, with what the loss made of their values.
         stacked: What its part of x is stacked from, in this order.
         loss_scale: What a GradScaler multiplied the loss by.
-        shares: What the other processes have; None if there are none.
+        shares: What each process has.
     """
 
-    def __init__(self, terms: list[Term], stacked: list[Outputs], loss_scale: float, shares: Shares | None = None) -> None:
+    def __init__(self, terms: list[Term], stacked: list[Outputs], loss_scale: float, shares: Shares = UNSHARED) -> None:
         self._terms, self._loss_scale = terms, loss_scale
-        self._shares = shares or Shares.alone()
+        self._shares = shares
         self._world = self._shares.world
         self._weights = self._shares.weights or [1.0] * len(terms)
         self._rows: dict[tuple[int, int], Tensor] = {}

@@ -41,11 +41,6 @@ class Shares:
     keys: list[Key] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
 
-    @staticmethod
-    def alone() -> Shares:
-        """Those of a single process."""
-        return _ALONE
-
     @property
     def here(self) -> slice:
         """The rows of this process."""
@@ -68,7 +63,7 @@ class Shares:
         return self.keys[number] if self.keys else number
 
 
-_ALONE = Shares()
+UNSHARED = Shares()  # of a single process
 
 
 def keys_of(terms: Sequence[Term], criteria: Sequence[nn.Module]) -> list[Key]:
@@ -96,9 +91,7 @@ def divisor(term: Term) -> float | None:
         return None
     given = next(iter(term.entries))
     rows = float(len(term.arguments[given])) if term.arguments[given].ndim else 1.0
-    if (
-        isinstance(term.criterion, nn.CTCLoss) and reduction == "mean"
-    ):  # of losses divided by lengths, so no multiple of the sum
+    if isinstance(term.criterion, nn.CTCLoss):  # a mean of losses divided by lengths, so no multiple of the sum
         return float(term.arguments[given].shape[1]) if term.arguments[given].ndim == 3 else 1.0
     if reduction != "mean":
         return rows
