@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torch_adapted_gd.collapse import neural_collapse, output_collapse
-from torch_adapted_gd.collapse.features import Means, nearest_mean
+from torch_adapted_gd.collapse.features import Means, mismatches
 from torch_adapted_gd.collapse.moments import ClassMoments
 
 from .collapsed import grid, published, simplex
@@ -63,10 +63,11 @@ def test_nc4_is_of_the_head_with_its_bias():
 def test_nearest_mean():
     nan = torch.tensor([[0.0, 0.0], [torch.nan, torch.nan], [1.0, 0.0]]).double()
     rows = torch.tensor([[0.5, 0.0], [0.6, 9.0], [-1.0, 0.0]]).double()
-    assert nearest_mean(rows, nan).tolist() == [0, 2, 0]
-    assert nearest_mean(rows, nan * torch.nan).tolist() == [-1, -1, -1]
+    assert mismatches(torch.tensor([0, 2, 0]), rows, nan).tolist() == [0, 0, 0]
+    assert mismatches(torch.tensor([1, 1, 2]), rows, nan).tolist() == [1, 1, 1]
+    assert mismatches(torch.tensor([0, 1, 2]), rows, nan * torch.nan).tolist() == [1, 1, 1]
     far = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |h|² − 2h·μ + |μ|² has nothing left of 1e-6
-    assert nearest_mean(far, far).tolist() == [0, 1]
+    assert mismatches(torch.tensor([0, 1]), far, far).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("weighting", ["class", "sample"])

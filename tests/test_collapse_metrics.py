@@ -162,16 +162,6 @@ def test_width_from_which_the_scatter_is_left_out():
     assert NeuralCollapse(2, 2049, hpd_lambda=1.0).pooled
 
 
-def test_directions_in_a_second_pass():
-    from torch_adapted_gd.lightning.scatter import WithinScatterAlong
-
-    labels = torch.arange(30) % 3
-    features, directions = torch.randn(30, 5).double(), torch.randn(5, 2).double()
-    moments = updated(NeuralCollapse(3, 5), features, labels).moments
-    second = updated(WithinScatterAlong(moments, directions), features, labels)
-    torch.testing.assert_close(second.compute(), moments.within_along(directions), rtol=1e-12, atol=0)
-
-
 def test_agreement_with_the_nearest_mean():
     labels = torch.arange(40) % 4
     features, weight, bias = torch.randn(40, 6).double(), torch.randn(4, 6).double(), torch.randn(4).double()
@@ -241,14 +231,18 @@ def test_without_data():
         (
             lambda: NearestClassMeanAgreement(torch.eye(2)).update(torch.ones(2, 3), torch.eye(2)),
             ValueError,
-            r"`features` should have 2 entries a sample, but has shape \[2, 3\]",
+            r"`features` should have 2 entries for each sample, but has shape \[2, 3\]",
         ),
         (
             lambda: NearestClassMeanAgreement(torch.eye(2)).update(torch.eye(2), torch.eye(3)),
             ValueError,
             r"`logits` should have shape \[2, 2\], or be classes \[2\], but has \[3, 3\]",
         ),
-        (lambda: FinalLayerCollapse(3).update(torch.eye(2), torch.arange(2)), ValueError, "`preds` .* 3 entries a sample"),
+        (
+            lambda: FinalLayerCollapse(3).update(torch.eye(2), torch.arange(2)),
+            ValueError,
+            "`preds` .* 3 entries for each",
+        ),
         (lambda: NeuralCollapse(3, 3).update(torch.eye(3), torch.arange(3) + 1), ValueError, r"in 0\.\.2, but has 3"),
         (
             lambda: updated(NeuralCollapse(3, 3), torch.eye(3), torch.arange(3)).compute(torch.eye(2)),

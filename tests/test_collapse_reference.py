@@ -287,9 +287,9 @@ class OddBatches(Odd):
 
 LOADERS = {
     "has no fixed order": lambda: DataLoader(Endless(), batch_size=4),
-    "sample 0 of its dataset is another": lambda: DataLoader(Flips(), batch_size=4),
-    "dataset is another each time": lambda: DataLoader(Drawing(1e-3), batch_size=4),
-    "draws samples by a Odd:": lambda: loader(sampler=Odd()),
+    "sample 0 of its dataset changes each time": lambda: DataLoader(Flips(), batch_size=4),
+    "dataset changes each time": lambda: DataLoader(Drawing(1e-3), batch_size=4),
+    "draws samples by a Odd,": lambda: loader(sampler=Odd()),
     "draws samples by a OddBatches": lambda: DataLoader(dataset(), batch_sampler=OddBatches()),
     "has batches but no batch size": lambda: DataLoader(dataset(), batch_sampler=[[0, 1], [2, 3]]),
     "is a list and not one torch DataLoader": lambda: list(loader()),
@@ -318,7 +318,7 @@ def test_loaders_that_do_not_say_what_to_evaluate_on(words, tmp_path):
         ({"reference": "val"}, '"val", but the trainer has no such loader'),
         ({"reference": lambda trainer, module: 3}, "should give batches to iterate over, but gave int"),
         ({"reference": lambda trainer, module: iter([])}, "gave an iterator, list_iterator"),
-        ({"reference": [{"x": 1}]}, "one is a dict of 1. Say by `step_fn`"),
+        ({"reference": [{"x": 1}]}, "one is a dict of 1. Pass `target_fn`, .* `step_fn`"),
         ({"reference": ["ab"]}, "one is a str of 2"),
     ],
 )
@@ -338,8 +338,8 @@ def test_monitors_that_do_not_fit(options, words, tmp_path):
         ({"hpd_lambda": 0.1, "head": "x", "nc": False}, CollapseConfigError, "`hpd_lambda` should come with"),
         ({"mode": "both"}, ValueError, "`mode` should be one of 'reference', 'stream', but got 'both'"),
         ({"reference": "test"}, ValueError, "`reference` should be one of 'train', 'val', but got 'test'"),
-        ({"reference": 3}, TypeError, "a function of trainer and module, but got a int"),
-        ({"reference": iter([])}, TypeError, "but got a list_iterator"),
+        ({"reference": 3}, TypeError, "a function of trainer and module, but got int"),
+        ({"reference": iter([])}, TypeError, "but got list_iterator"),
         ({"weighting": "both"}, ValueError, "`weighting` should be one of"),
         ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` should be at least 1, but got 0"),
         ({"every_n_steps": 1.5}, TypeError, "`every_n_steps` should be a whole number"),
@@ -363,7 +363,9 @@ def test_sharded_networks_are_refused(name):
         CollapseMonitor(CLASSES).setup(trainer, new_classifier(pl), "fit")
 
 
-@pytest.mark.parametrize(("times", "words"), [(0, "`head` should be called once .* called no times"), (2, "called 2 times")])
+@pytest.mark.parametrize(
+    ("times", "words"), [(0, "`head` should be called once .* but was never called"), (2, "called 2 times")]
+)
 def test_a_head_that_is_not_called_once(times, words, tmp_path):
     class Net(nn.Module):
         def __init__(self):

@@ -81,7 +81,7 @@ def test_a_stream_is_what_training_computed(optimizer, head, tmp_path):
     assert "train_stream/nc4_mismatch" not in trainer.callback_metrics
     parts = (module, module.net.head)
     left = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
-    assert not [hook for hook in left if "Stream" in repr(hook)]
+    assert not [hook for hook in left if "WatchedModule" in repr(hook)]
 
 
 def test_line_searches_and_damping_do_not_count(tmp_path):
@@ -165,7 +165,8 @@ def test_a_module_that_is_not_called_once(times, head, tmp_path):
             outputs = [self(x) for _ in range(times)] or [self.net[0](x)[:, :CLASSES]]
             return HALF(outputs[-1], one_hot(labels))
 
-    words = f"{'`head`' if head else 'the module'} should be called once for each batch, but was called {times or 'no'} times"
+    found = f"called {times} times" if times else "never called"
+    words = f"{'`head`' if head else 'the module'} should be called once for each batch, but was {found}"
     with pytest.raises(RuntimeError, match=words):
         fit(pl, Calls(), tmp_path, CollapseMonitor(CLASSES, mode="stream", head=head))
 
@@ -213,7 +214,7 @@ def test_targets_in_a_dict(tmp_path):
     monitor = CollapseMonitor(CLASSES, mode="stream", target_fn=lambda batch: batch["y"], ignore_index=-1)
     fit(pl, Named(), tmp_path, monitor, batches)
     assert (monitor.history[-1]["num_samples"], monitor.history[-1]["num_dropped"]) == (18, 5)
-    with pytest.raises(ValueError, match="one is a dict of 2. Say by `target_fn`"):
+    with pytest.raises(ValueError, match="one is a dict of 2. Pass `target_fn`"):
         fit(pl, Named(), tmp_path, CollapseMonitor(CLASSES, mode="stream"), batches)
 
 
