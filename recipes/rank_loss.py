@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import race
 import torch
@@ -18,7 +18,6 @@ from digits import load_digits
 from torch import Tensor, nn
 
 from torch_adapted_gd import InterpolationDeviation, interpolation_deviation
-from torch_adapted_gd.plotting import plot_deviations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,16 +103,20 @@ def report(case: Case, found: InterpolationDeviation) -> str:
 
 
 def draw(cases: Sequence[Case], results: Sequence[InterpolationDeviation]) -> "Figure":
-    """Deviation from the line, observed and predicted."""
-    return plot_deviations(
-        {
-            case.name: (
-                found.t.tolist(),
-                *((part.flatten(1).norm(dim=1) / found.distance).tolist() for part in (found.observed, found.predicted)),
-            )
-            for case, found in zip(cases, results, strict=True)
-        }
-    )
+    """Deviation from the line, in units of |x₀ − y|: observed (lines) and predicted (circles)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
+    ax = figure.subplots()
+    circles: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "none", "markerfacecolor": "white"}
+    for case, found in zip(cases, results, strict=True):
+        observed, predicted = (part.flatten(1).norm(dim=1) / found.distance for part in (found.observed, found.predicted))
+        (line,) = ax.plot(found.t, observed, linewidth=1.6, label=case.name)
+        ax.plot(found.t, predicted, color=line.get_color(), **circles)
+    ax.plot([], [], color="grey", label="predicted", **circles)
+    ax.set(xlabel="t", ylabel="|x̃(t) − line| / |x₀ − y|", title="Deviation from the straight line", ylim=(0, None))
+    race.tidy(ax)
+    return figure
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -110,16 +110,18 @@ def test_an_explicit_loader_is_taken_as_it_is(tmp_path):
 
 
 def test_a_shuffled_reference_has_the_same_samples_each_time(tmp_path):
-    generator = torch.Generator().manual_seed(2)
-    for own in (None, generator):
-        batches = BatchSampler(RandomSampler(dataset(), generator=own), 8, True)
-        monitor = CollapseMonitor(CLASSES, reference=DataLoader(dataset(), batch_sampler=batches), head=HEAD, cache_bytes=0)
-        module = new_classifier(pl, lr=0.0)
-        module.net[1].momentum = 0.0  # nothing moves
-        last(tmp_path, loader(), module, monitor)
-        first = {key: value for key, value in monitor.history[0].items() if key not in ("epoch", "step", "s")}
-        assert all(first[key] == row[key] for row in monitor.history for key in first)
-        assert len(monitor.history) == 3
+    for generator in (None, torch.Generator().manual_seed(2)):
+        rows = []
+        for cache_bytes in (0, 2**20):  # two passes through the loader, and one
+            batches = BatchSampler(RandomSampler(dataset(), generator=generator), 8, True)
+            reference = DataLoader(dataset(), batch_sampler=batches)
+            monitor = CollapseMonitor(CLASSES, reference=reference, head=HEAD, cache_bytes=cache_bytes)
+            module = new_classifier(pl, lr=0.0)
+            module.net[1].momentum = 0.0  # nothing moves
+            last(tmp_path, loader(), module, monitor)
+            rows += monitor.history
+        assert len(rows) == 6
+        assert all(row[key] == value for row in rows for key, value in rows[0].items() if key not in ("epoch", "step", "s"))
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ class CollapseMonitor(Callback):
         self._newest: dict[str, Row] = {}  # by root
         self._evaluated = False  # in this run, in reference mode
         self._resumed = False  # from a checkpoint, in this run
-        self._part = 0.0  # of the present epoch that is done
+        self._part = 0.0  # of the epoch that was done after the newest training batch
         self._set: ReferenceSet | None = None
         self._evaluations: dict[str, Evaluation] = {}  # by root
         self._watched: WatchedModule | None = None  # in stream mode
@@ -399,10 +399,8 @@ class CollapseMonitor(Callback):
 
     def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what was gathered before."""
-        stage = _stage(trainer)
-        if stage == "train":
-            self._part = 0.0
         if self._watched is not None and not trainer.sanity_checking:
+            stage = _stage(trainer)
             loaders = {"val": trainer.val_dataloaders, "test": trainer.test_dataloaders}.get(stage)
             for index in range(len(loaders) if isinstance(loaders, Sequence) else 1):
                 self._evaluation(self._root(stage, index), pl_module).reset(pl_module.device)
