@@ -22,17 +22,7 @@ NC2 = ("equinorm", "equiangular", "maxangle", "etf")
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """How the figures of features are computed.
-
-    Attributes:
-        weighting: ω_j: ``"class"``, 1/K', or ``"sample"``, N_j/N.
-        rtol: What counts as zero in Σ_B; None for max(K', D) times machine epsilon.
-        hpd_lambda: λ of the split of HPD22; None to leave it out.
-
-    Raises:
-        TypeError: A number has another type.
-        ValueError: A value is out of its range.
-    """
+    """Options of `collapse.neural_collapse`, checked."""
 
     weighting: str = "class"
     rtol: float | None = None
@@ -56,12 +46,7 @@ class Head(NamedTuple):
     def of(
         cls, weight: Tensor | None, bias: Tensor | None, num_classes: int, width: int, device: torch.device
     ) -> "Head | None":
-        """Check and cast a weight, and a bias (None for zero). Without a weight there is no head.
-
-        Raises:
-            TypeError: One is not a tensor.
-            ValueError: Shapes do not agree.
-        """
+        """Check and cast a weight, and a bias (None for zero). Without a weight there is no head."""
         if weight is None:
             return None
         parts = []
@@ -75,21 +60,13 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Means:
-    """Means of the K' classes that have samples, and their spread.
+    """Means of the K' classes that have samples, and their spread."""
 
-    Attributes:
-        seen: Which classes have samples, ``[K]``.
-        share: N_j/N of those, ``[K']``.
-        variance: v_j, the mean squared deviation in each, ``[K']``.
-        centred: μ_j − μ_G, ``[K', D]``.
-        weights: ω_j, ``[K']``, the weights of μ_G.
-    """
-
-    seen: Tensor
-    share: Tensor
-    variance: Tensor
-    centred: Tensor
-    weights: Tensor
+    seen: Tensor  # [K], which classes have samples
+    share: Tensor  # [K'], N_j/N
+    variance: Tensor  # [K'], v_j, the mean squared deviation in each class
+    centred: Tensor  # [K', D], μ_j − μ_G
+    weights: Tensor  # [K'], ω_j, the weights of μ_G
 
     @classmethod
     def of(cls, moments: ClassMoments, weighting: str) -> "Means":
@@ -180,17 +157,9 @@ def _off_simplex(products: Tensor) -> Tensor:
 def best_head_split(moments: ClassMoments, targets: Tensor, lam: float, head: Head) -> dict[str, Tensor]:
     """HPD22: half the squared loss of a linear head, ½C + ½λ|W̃|², split at the least-squares head W_LS, for any class sizes.
 
-    With h̃ = [h; 1], Σ̃_W and μ̃_j its moments and A = Σ̃_W + Σ_j π_j μ̃_j μ̃_jᵀ + λ: W_LS = (Σ_j π_j y_j μ̃_jᵀ) A⁻¹.
-
-    Args:
-        moments: Of the features, with the pooled scatter.
-        targets: y_j, ``[K, K]``.
-        lam: λ > 0.
-        head: W̃ = [W, b].
-
-    Returns:
-        ``hpd_nc1`` = ½ tr W_LS(Σ̃_W + λ)W_LSᵀ, ``hpd_nc23`` = ½ Σ_j π_j |W_LS μ̃_j − y_j|² and ``hpd_perp`` =
-        ½ tr (W̃ − W_LS) A (W̃ − W_LS)ᵀ.
+    With h̃ = [h; 1], Σ̃_W and μ̃_j its moments, W̃ = [W, b] and A = Σ̃_W + Σ_j π_j μ̃_j μ̃_jᵀ + λ: W_LS = (Σ_j π_j y_j μ̃_jᵀ) A⁻¹,
+    ``hpd_nc1`` = ½ tr W_LS(Σ̃_W + λ)W_LSᵀ, ``hpd_nc23`` = ½ Σ_j π_j |W_LS μ̃_j − y_j|² and
+    ``hpd_perp`` = ½ tr (W̃ − W_LS) A (W̃ − W_LS)ᵀ.
     """
     assert moments.pooled is not None
     share = moments.count / moments.total
@@ -211,12 +180,9 @@ def best_head_split(moments: ClassMoments, targets: Tensor, lam: float, head: He
 
 
 def mismatches(chosen: Tensor, features: Tensor, means: Tensor) -> Tensor:
-    """NC4 of each sample: 1 where the nearest class mean is not the chosen class, else 0; NaN for features that are not finite.
+    """NC4 of each sample: 1 if the chosen class is not that of the nearest mean, else 0; NaN for features that are not finite.
 
-    Args:
-        chosen: Classes, ``[B]``.
-        features: ``[B, D]``.
-        means: ``[K, D]``; NaN for a class without samples. In a tie the lowest class is nearest.
+    Means ``[K, D]`` are NaN for a class without samples. In a tie the lowest class is nearest.
     """
     seen = (~means.isnan().any(1)).nonzero().flatten()
     nearest = seen[distances(features, means[seen]).argmin(1)] if len(seen) else torch.full_like(chosen, -1)
@@ -232,15 +198,7 @@ def collapse_of_features(
 ) -> dict[str, Tensor]:
     """All figures of features but NC4, which needs each sample.
 
-    Args:
-        moments: Of the features.
-        options: How.
-        targets: The classes, and y_j for HPD22.
-        head: The last layer; None leaves out what needs it.
-        within_along: From directions ``[D, r]`` to u_kᵀ Σ_W u_k, ``[r]``; None leaves out ``nc1_pinv``.
-
-    Raises:
-        ValueError: ``hpd_lambda`` without a head, or with targets of another width.
+    ``within_along`` maps directions ``[D, r]`` to u_kᵀ Σ_W u_k, ``[r]``; without it there is no ``nc1_pinv``.
     """
     num_classes = len(moments.count)
     if options.hpd_lambda is not None and (head is None or targets.width != num_classes):

@@ -17,20 +17,9 @@ def distances(rows: Tensor, points: Tensor) -> Tensor:
 
 
 class ClassTargets:
-    """The target y_j of each class, and labels read against it.
+    """The targets y_j of K classes, ``[K, d]``, float64, on the CPU: the unit vectors, or the user's, which may repeat.
 
-    Args:
-        num_classes: K; None to take it from ``class_targets``.
-        class_targets: ``[K, d]``, one row for each class; by default the unit vectors e_j, d = K. Rows may be equal.
-
-    Attributes:
-        values: ``[K, d]``, float64, on the CPU.
-        given: Whether they are the user's own.
-        first_equal: The first class with the same target, ``[K]``.
-
-    Raises:
-        TypeError: ``num_classes`` is not an integer, or ``class_targets`` not a tensor.
-        ValueError: They do not agree, or a target is not finite.
+    ``first_equal``, ``[K]``, has the first class with the same target.
     """
 
     def __init__(self, num_classes: int | None = None, class_targets: Tensor | None = None) -> None:
@@ -84,11 +73,6 @@ class ClassTargets:
             target: Integers ``[B]``; one-hot rows ``[B, K]`` of any dtype; or rows ``[B, d]`` equal to those of the class
                 targets, to 1e-6 of the largest entry.
             ignore_index: Label of samples without a class.
-
-        Raises:
-            TypeError: ``target`` is not a tensor.
-            ValueError: ``target`` has another form, such as soft labels or a dense prediction; a label is not a class; or rows
-                mean different classes as targets and as one-hot rows.
         """
         if a_tensor("target", target).ndim == 2:
             return self._from_rows(target)
@@ -136,41 +120,21 @@ class ClassTargets:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a batch that count.
+    """The samples of a batch that count."""
 
-    Attributes:
-        rows: Outputs or features, ``[B', width]``, float64.
-        labels: Their classes, ``[B']``.
-        places: Their places in the batch, ``[B']``, or a slice for all.
-        dropped: The number of samples that were left out, a scalar.
-    """
-
-    rows: Tensor
-    labels: Tensor
-    places: Tensor | slice
-    dropped: Tensor
+    rows: Tensor  # [B', width], float64: outputs or features
+    labels: Tensor  # [B']
+    places: Tensor | slice  # [B'], their places in the batch, or a slice for all
+    dropped: Tensor  # a scalar, the number of samples that were left out
 
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads batches of values and targets.
+    """Reads batches of values and targets, as `collapse.output_collapse` describes its options."""
 
-    Attributes:
-        name: What the values are called in messages.
-        targets: The classes.
-        width: The number of entries that each sample should have.
-        ignore_index: Label of samples that are left out.
-        nan_strategy: For rows that are not finite: ``"propagate"`` (keep them, without a check), ``"error"``, or leave them out
-            with a warning (``"warn"``) or without (``"ignore"``).
-
-    Raises:
-        TypeError: ``ignore_index`` is not an integer.
-        ValueError: The strategy is unknown.
-    """
-
-    name: str
+    name: str  # of the values, in messages
     targets: ClassTargets
-    width: int
+    width: int  # the number of entries that each sample should have
     ignore_index: int | None
     nan_strategy: str
 
@@ -180,12 +144,7 @@ class SampleReader:
             raise TypeError(f"`ignore_index` should be an integer or None, but got {self.ignore_index!r}.")
 
     def __call__(self, values: Tensor, target: Tensor) -> Samples:
-        """Read values ``[B, ...]`` of any floating dtype, and a target as `ClassTargets.labels` takes it.
-
-        Raises:
-            TypeError: The values are not a floating tensor.
-            ValueError: Shapes do not agree, a label is not a class, or a row is not finite with ``"error"``.
-        """
+        """Read values ``[B, ...]`` of any floating dtype, and a target as `ClassTargets.labels` takes it."""
         floating_tensor(self.name, values)
         if values.ndim == 0 or (len(values) and math.prod(values.shape[1:]) != self.width):
             raise ValueError(

@@ -15,21 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassMoments:
-    """Moments of the samples v_i of each class, float64.
+    """Moments of the samples v_i of each class, float64."""
 
-    Attributes:
-        count: N_j, ``[K]``.
-        scatter: Σ_i |v_i − v̄_j|² over the samples of class j, ``[K]``.
-        pivot: A sample of the class, ``[K, D]``; zeros for a class without samples.
-        offset: v̄_j − pivot, ``[K, D]``.
-        pooled: Σ_i (v_i − v̄_c(i))(v_i − v̄_c(i))ᵀ over all classes, ``[D, D]``; None if it is not wanted.
-    """
-
-    count: Tensor
-    scatter: Tensor
-    pivot: Tensor
-    offset: Tensor
-    pooled: Tensor | None = None
+    count: Tensor  # [K], N_j
+    scatter: Tensor  # [K], Σ_i |v_i − v̄_j|² over the samples of class j
+    pivot: Tensor  # [K, D], a sample of each class; zeros for a class without samples
+    offset: Tensor  # [K, D], v̄_j − pivot
+    pooled: Tensor | None = None  # [D, D], Σ_i (v_i − v̄_c(i))(v_i − v̄_c(i))ᵀ over all classes, if it is wanted
 
     @property
     def mean(self) -> Tensor:

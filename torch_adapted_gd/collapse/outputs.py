@@ -20,18 +20,10 @@ def decompose(
     scale: float = 1.0,
     per_class: bool = False,
 ) -> dict[str, Tensor]:
-    """C = within + bias, equation (3.11), corrected, from moments of each class.
+    """C = within + bias, equation (3.11), corrected: the scalars that `collapse.output_collapse` describes.
 
-    Args:
-        residuals: Moments of x_i − y_c(i).
-        squares: Σ_i |x_i − y_c(i)|² over all samples, a scalar.
-        hits: The number of samples that are nearest to their own target.
-        dropped: The number of samples that were left out.
-        scale: Multiplies ``loss``, ``within``, ``bias`` and their values for each class.
-        per_class: Add the values for each class.
-
-    Returns:
-        Float64 scalars by the names of `OUTPUT_KEYS`; NaN where there are no samples.
+    They come from the moments of x_i − y_c(i), Σ_i |x_i − y_c(i)|², and the numbers of samples that are nearest to their own
+    target and that were left out.
     """
     count, total = residuals.count, residuals.total
     by_class = of_classes(residuals)

@@ -32,11 +32,7 @@ def to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
 def outputs_and_target(
     module: LightningModule, batch: Any, step_fn: Step | None, target_fn: TargetOf | None
 ) -> tuple[Tensor, Tensor]:
-    """What ``step_fn`` returns, or ``module(x)`` and the target of a batch ``(x, …)``.
-
-    Raises:
-        CollapseConfigError: The batch has another form.
-    """
+    """What ``step_fn`` returns, or ``module(x)`` and the target of a batch ``(x, …)``."""
     if step_fn is not None:
         return step_fn(module, batch)
     target = target_of(batch, target_fn)
@@ -46,11 +42,7 @@ def outputs_and_target(
 
 
 def target_of(batch: Any, target_fn: TargetOf | None) -> Tensor:
-    """What ``target_fn`` returns, or y of a batch ``(x, y)``.
-
-    Raises:
-        CollapseConfigError: The batch has another form.
-    """
+    """What ``target_fn`` returns, or y of a batch ``(x, y)``."""
     if target_fn is not None:
         return target_fn(batch)
     if not _is_list(batch) or len(batch) != 2:
@@ -72,14 +64,9 @@ def _unexpected(batch: Any) -> CollapseConfigError:
 
 
 class WatchedModule:
-    """Records the input and output of a module's one call for each batch, until it is closed.
+    """Records the input and output of a module's one call for each batch, between `begin` and `end`, until it is closed.
 
-    Only calls after `begin` and before `end` count. Later calls, such as those of an optimizer that tries other weights, do
-    not belong to the batch.
-
-    Args:
-        module: What gives the outputs: the last layer, or the whole network.
-        name: What messages call it.
+    Later calls do not belong to the batch: an optimizer may try other weights. Messages call the module ``name``.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -116,11 +103,7 @@ class WatchedModule:
             handle.remove()
 
     def only_call(self) -> tuple[Tensor, Tensor]:
-        """Input and output of the one call since `begin`.
-
-        Raises:
-            RuntimeError: The module was not called exactly once, or not with a tensor.
-        """
+        """Input and output of the one call since `begin`."""
         self.end()
         if len(self._calls) != 1:
             found = f"called {len(self._calls)} times" if self._calls else "never called"

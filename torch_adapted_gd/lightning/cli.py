@@ -1,6 +1,6 @@
-"""LightningCLI whose configuration can name `AdaptedGD` as well as any optimizer of torch's.
+"""A mixin for LightningCLI, so that configuration files can name `AdaptedGD` or any optimizer of torch.
 
-LightningCLI itself gives an optimizer the parameters of the module; `AdaptedGD` is given the module. Needs jsonargparse:
+LightningCLI itself gives an optimizer the parameters of the module, but `AdaptedGD` needs the module. Needs jsonargparse:
 ``pip install 'torch_adapted_gd[lightning]' 'jsonargparse[signatures]'``.
 """
 
@@ -29,39 +29,39 @@ __all__ = ["AdaptedCLIMixin"]
 
 
 class AdaptedCLIMixin(LightningCLI):
-    """Adds ``optimizer`` and ``lr_scheduler`` to a LightningCLI's configuration, `AdaptedGD` and any other alike.
+    """Adds ``optimizer`` and ``lr_scheduler`` to a LightningCLI's configuration, for `AdaptedGD` and any other optimizer.
 
-    To be put before the LightningCLI of either namespace: ``class CLI(AdaptedCLIMixin, LightningCLI): pass``. The
-    configuration then has
+    Put it before the LightningCLI of either namespace: ``class CLI(AdaptedCLIMixin, LightningCLI): pass``. The configuration
+    then has
 
     - ``optimizer``: ``class_path`` and ``init_args``, without ``model`` or ``params``;
-    - ``optimizer_module``: for `AdaptedGD`, the name of the submodule that the loss is computed from, ``net`` where
-      ``training_step`` calls ``self.net(x)``; by default the module itself, for ``self(x)``;
-    - ``optimizer_criterion``: for `AdaptedGD`, the name of the submodule that is its ``criterion``, ``loss`` where
-      ``training_step`` calls ``self.loss(outputs, targets)``: it has to be the very one, which no configuration could make;
+    - ``optimizer_module``: for `AdaptedGD`, the name of the submodule that computes the outputs: ``net`` if ``training_step``
+      calls ``self.net(x)``; by default the module itself, for ``self(x)``;
+    - ``optimizer_criterion``: for `AdaptedGD`, the name of the submodule that is its ``criterion``: ``loss`` if
+      ``training_step`` calls ``self.loss(outputs, targets)``;
     - ``lr_scheduler``: ``class_path`` and ``init_args``, without ``optimizer``;
-    - ``lr_scheduler_interval``: ``step`` or ``epoch``; by default ``step`` for `LinearInterpolationLR`, else ``epoch``;
-    - ``lr_scheduler_monitor``: what a scheduler that looks at a metric looks at.
+    - ``lr_scheduler_interval``: ``step`` or ``epoch``; by default ``step`` for `LinearInterpolationLR`, and ``epoch``
+    otherwise; - ``lr_scheduler_monitor``: the metric that a scheduler such as `ReduceLROnPlateau` reads.
 
-    Where ``optimizer`` is left out, the module's own ``configure_optimizers`` is used.
+    Without ``optimizer``, the module's own ``configure_optimizers`` is used.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "auto_configure_optimizers": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is described above."""
+        """Add the options."""
         super().add_arguments_to_parser(parser)
         optimizer, scheduler = Callable[[Any], Optimizer], Callable[[Optimizer], LRScheduler]
-        parser.add_argument("--optimizer", type=optimizer | None, default=None, help="which optimizer")
-        parser.add_argument("--optimizer_module", type=str | None, default=None, help="what AdaptedGD is given, if not all")
-        parser.add_argument("--optimizer_criterion", type=str | None, default=None, help="the loss for AdaptedGD to watch")
-        parser.add_argument("--lr_scheduler", type=scheduler | None, default=None, help="which schedule")
+        parser.add_argument("--optimizer", type=optimizer | None, default=None, help="the optimizer")
+        parser.add_argument("--optimizer_module", type=str | None, default=None, help="the submodule for AdaptedGD")
+        parser.add_argument("--optimizer_criterion", type=str | None, default=None, help="the loss for AdaptedGD")
+        parser.add_argument("--lr_scheduler", type=scheduler | None, default=None, help="the schedule")
         parser.add_argument("--lr_scheduler_interval", choices=["step", "epoch"], help="how often it is stepped")
-        parser.add_argument("--lr_scheduler_monitor", type=str | None, default=None, help="the metric that it looks at, if any")
+        parser.add_argument("--lr_scheduler_monitor", type=str | None, default=None, help="the metric that it reads")
 
     def instantiate_classes(self) -> None:
-        """Make the classes, and give the module its optimizer."""
+        """Make the objects, and give the module its optimizer."""
         super().instantiate_classes()
         nested = self.subcommand is not None
         written = self.config[str(self.subcommand)] if nested else self.config
@@ -81,7 +81,7 @@ class AdaptedCLIMixin(LightningCLI):
             interval=made.get("lr_scheduler_interval"),
             monitor=made.get("lr_scheduler_monitor"),
         )
-        configure.__wrapped__ = configure.func  # type: ignore[attr-defined]  # Lightning looks there for the code of an override
+        configure.__wrapped__ = configure.func  # type: ignore[attr-defined]  # Lightning reads the code of an override there
         self.model.configure_optimizers = MethodType(configure, self.model)
 
 
@@ -103,7 +103,7 @@ def _configure_optimizers(
     interval: str | None,
     monitor: str | None,
 ) -> Any:
-    """What the module's method of this name gives."""
+    """The optimizer and scheduler, as the module's method of this name returns them."""
     for key, value in (("optimizer_module", inner), ("optimizer_criterion", criterion)):
         if value is not None and not adapted:
             raise ValueError(f"`{key}` is for AdaptedGD, but got {value!r} with another optimizer. Leave it out.")

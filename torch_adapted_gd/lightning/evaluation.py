@@ -60,13 +60,8 @@ class SecondPass(Float64Metric):
 class Evaluation:
     """The figures of a classifier on batches: of its outputs and, if its last layer is known, of the features before it.
 
-    Args:
-        targets: The classes.
-        head: The last layer, linear; None for outputs alone.
-        options: Of the features' figures.
-        cache_bytes: Batches are kept for the second pass up to this size. Beyond it, the network runs again.
-        one_pass: There is no second pass: the first one sums the scatter within classes, and there is no NC4.
-        ignore_index: Label of samples to leave out.
+    Batches are kept for the second pass up to ``cache_bytes``; beyond, the network runs again. With ``one_pass``, the first
+    pass sums the scatter within classes, and there is no NC4.
     """
 
     def __init__(
@@ -119,16 +114,9 @@ class Evaluation:
         return result | {f"{name}_class": values for name, values in by_class.items()}
 
     def run(self, batches: Callable[[], Iterable[Any]], step: StepOnBatch, device: torch.device) -> Figures:
-        """Evaluate the network on batches, in two passes if its last layer is known.
+        """Evaluate the network, on a device, in two passes if its last layer is known.
 
-        Args:
-            batches: Begins a pass over the batches.
-            step: From a batch to outputs and target.
-            device: Where the network is.
-
-        Raises:
-            RuntimeError: The last layer is not called exactly once for a batch.
-            ValueError: Outputs and targets do not fit.
+        ``batches()`` begins a pass over the batches, and ``step`` returns outputs and target of a batch.
         """
         self.reset(device)
         kept: list[Evaluated] = []

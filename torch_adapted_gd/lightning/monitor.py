@@ -176,7 +176,6 @@ class CollapseMonitor(Callback):
         self.autocast = true_or_false("autocast", autocast)
         self._rows: list[Row] = []
         self._newest: dict[str, Row] = {}  # by root
-        self._evaluated = False  # in this run, in reference mode
         self._resumed = False  # from a checkpoint, in this run
         self._part = 0.0  # of the epoch that was done after the newest training batch
         self._set: ReferenceSet | None = None
@@ -226,7 +225,7 @@ class CollapseMonitor(Callback):
         if self._watched is not None:
             self._watched.close()
         self._watched, self._set, self._evaluations = None, None, {}
-        self._resumed = self._evaluated = False
+        self._resumed = False
 
     on_exception = teardown  # Lightning does not tear down after an exception
 
@@ -259,7 +258,7 @@ class CollapseMonitor(Callback):
             self._log_gathered(trainer, pl_module)
         else:
             epoch = float(trainer.current_epoch + 1)
-            if not (self._evaluated and self._is_at(trainer.global_step, epoch)):  # by `every_n_steps`, just now
+            if not self._is_at(trainer.global_step, epoch):  # by `every_n_steps`
                 self._evaluate(trainer, pl_module, epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -381,7 +380,6 @@ class CollapseMonitor(Callback):
 
         with frozen(module), isolated_rng(*batches.generators), forward_context(trainer, self.autocast):
             figures = self._evaluation(root, module).run(one_pass, step, module.device)
-        self._evaluated = True
         self._publish(trainer, self._record(root, figures, trainer, module, epoch), module if bar else None)
 
     # Stream mode. Lightning calls these methods in training, validation and tests.

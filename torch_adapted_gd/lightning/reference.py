@@ -82,11 +82,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 class ReferenceSet:
     """Batches that are the same in each pass, and the generators that they draw from.
 
-    Args:
-        batches: What to iterate over.
-        share: Rank and number of processes, to take every ``world``-th batch from ``rank`` on; (0, 1) if the batches are
-            already this process's.
-        limit: The largest number of batches in all processes together, or None.
+    ``share`` is rank and number of processes; each process takes its share of the first ``limit`` batches.
     """
 
     def __init__(self, batches: Iterable[Any], share: tuple[int, int] = (0, 1), limit: int | None = None) -> None:
@@ -113,18 +109,7 @@ class ReferenceSet:
 
     @classmethod
     def of(cls, reference: Reference, trainer: Trainer, module: LightningModule, limit: int | None) -> "ReferenceSet":
-        """The batches that a user named.
-
-        Args:
-            reference: ``"train"`` or ``"val"``, for all samples of that loader, in order; or a loader, or a function of trainer
-                and module that returns one, whose batches are taken as they are.
-            trainer: Lightning's.
-            module: The user's.
-            limit: The largest number of batches, or None.
-
-        Raises:
-            CollapseConfigError: There is no such loader, or its samples change from pass to pass.
-        """
+        """The batches that a user named, at most ``limit`` in all processes together: see `CollapseMonitor`."""
         share = (trainer.global_rank, trainer.world_size)
         with isolated_rng():
             if isinstance(reference, str):

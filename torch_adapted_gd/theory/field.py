@@ -20,26 +20,15 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of the outputs, C(x).
+    """A loss of the outputs, C(x)."""
 
-    Attributes:
-        loss: From outputs ``[N, ...]`` to a scalar.
-        shape: Of the outputs.
-        target: y, ``[QN]``, for C = |x − y|²/2N (2.48); None for another loss.
-    """
-
-    loss: Loss
-    shape: tuple[int, ...]
-    target: Tensor | None
+    loss: Loss  # from outputs [N, ...] to a scalar
+    shape: tuple[int, ...]  # of the outputs
+    target: Tensor | None  # [QN], y for C = |x − y|²/2N (2.48); None for another loss
 
     @classmethod
     def of(cls, y_or_loss: Tensor | Loss, network: OutputMap) -> Objective:
-        """The loss for targets, or the loss itself.
-
-        Raises:
-            TypeError: ``y_or_loss`` is neither.
-            ValueError: Targets have another shape than the outputs, or are not finite.
-        """
+        """The loss for targets, or the loss itself."""
         if isinstance(y_or_loss, Tensor):
             if tuple(y_or_loss.shape) != network.shape:
                 raise ValueError(
@@ -63,12 +52,7 @@ class Objective:
         return float(self.loss(outputs.reshape(self.shape)))
 
     def gradient(self, outputs: Tensor) -> Tensor:
-        """The gradient g = ∇ₓC at outputs ``[QN]``, float64.
-
-        Raises:
-            TypeError: The loss is not a tensor.
-            ValueError: The loss is not a scalar, or does not depend on the outputs.
-        """
+        """The gradient g = ∇ₓC at outputs ``[QN]``, float64."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = outputs.detach().clone().reshape(self.shape).requires_grad_()
             value = self.loss(leaf)

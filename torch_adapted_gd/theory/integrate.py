@@ -17,23 +17,12 @@ _MOST_STEPS = 1000  # between two records. A smooth flow needs a few; a flow tha
 def integrate(
     field: Callable[[float, Tensor], Tensor], start: Tensor, grid: Tensor, method: str, rtol: float, atol: float
 ) -> tuple[Tensor, int]:
-    """Integrate ∂_t z = field(t, z) from the first time of a grid to the last, with a progress bar on a terminal.
+    """Integrate ∂_t z = field(t, z) along a grid of times, which are also the steps of ``"rk4"`` and ``"euler"``.
 
-    Args:
-        field: The right-hand side. It is never evaluated past the last time.
-        start: z at the first time, ``[n]``, float64.
-        grid: Times to record at, ``[T]``; also the steps of ``"rk4"`` and ``"euler"``.
-        method: ``"dopri5"``, ``"rk4"`` or ``"euler"``.
-        rtol: Relative tolerance of ``"dopri5"``.
-        atol: Absolute tolerance of ``"dopri5"``.
+    The field is never evaluated past the last time. On a terminal there is a progress bar.
 
     Returns:
         z at those times, ``[T, n]``, and the number of evaluations of the field.
-
-    Raises:
-        ImportError: torchdiffeq is not installed.
-        ValueError: The method is unknown, or a tolerance is out of its range.
-        RuntimeError: The field is not finite somewhere, or steps became too small or too many.
     """
     one_of("method", method, ("dopri5", "rk4", "euler"))
     real_number("rtol", rtol, low=0.0, below=1.0)

@@ -31,20 +31,13 @@ class Tangent:
 
     Vectors are flat and float64: in output space ``[QN]``, sample-major (2.9); in parameter space ``[K]``, in the order of
     ``named_parameters()``.
-
-    Attributes:
-        outputs: x(θ), ``[QN]``.
-        theta: Θ, ``[QN, QN]``.
-        factorization: Of Θ, with its rank.
-        jacobian: D.
-        names: The parameters in θ, in order.
     """
 
-    outputs: Tensor
-    theta: Tensor
-    factorization: Factorization
-    jacobian: Jacobian
-    names: list[str]
+    outputs: Tensor  # x(θ)
+    theta: Tensor  # [QN, QN], Θ
+    factorization: Factorization  # of Θ
+    jacobian: Jacobian  # D
+    names: list[str]  # the parameters in θ, in order
 
     @property
     def rank(self) -> int:
@@ -75,17 +68,9 @@ class Tangent:
 
 
 class OutputMap:
-    """x(θ) of a network on a fixed input.
+    """x(θ) of a network in its present mode, on a fixed input; θ are its trainable parameters.
 
-    Args:
-        model: The network, in the mode that it should be taken in; its trainable parameters are θ.
-        x: Input with the batch first, or a tuple of positional inputs.
-        rtol: Singular values of D up to rtol·σ_max count as zero; by default those that rounding of Θ can cause.
-
-    Raises:
-        TypeError: ``model`` is not a module, or ``rtol`` not a number.
-        ValueError: ``model`` has no trainable parameters, or does not return one floating tensor with the batch first;
-            there are no samples; or ``rtol`` is out of range.
+    Singular values of D up to rtol·σ_max count as zero, by default those that rounding of Θ can cause.
     """
 
     def __init__(self, model: nn.Module, x: Tensor | tuple[Any, ...], rtol: float | None = None) -> None:
@@ -108,11 +93,7 @@ class OutputMap:
         return torch.cat([p.detach().flatten().double() for p in self._parameters.values()])
 
     def read(self, argument: str, state: Mapping[str, Tensor]) -> Tensor:
-        """θ from a ``state_dict``, ``[K]``, float64. Names may have the prefix of ``torch.compile`` or of data parallelism.
-
-        Raises:
-            ValueError: A parameter is missing, or has another shape.
-        """
+        """θ from a ``state_dict``, ``[K]``, float64. Names may have the prefix of ``torch.compile`` or of data parallelism."""
         parts = []
         outer = {id(p): name for name, p in self.model.named_parameters()}
         for name, p in self._parameters.items():
@@ -146,11 +127,7 @@ class OutputMap:
         return self._call()[1].flatten().double()
 
     def tangent(self, theta: Tensor | None = None) -> Tangent:
-        """D and Θ at θ; at the present θ by default.
-
-        Raises:
-            RuntimeError: Outputs or Θ are not finite there.
-        """
+        """D and Θ at θ; at the present θ by default."""
         if theta is not None:
             self.load(theta)
         call, output, names = self._call()

@@ -62,11 +62,7 @@ class DetourPath(LinearPath):
 
 
 def motion(path: OutputPath, at: float, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Place x(s) and velocity ∂_s x(s) at s = ``at``, flat and float64, for outputs of a shape.
-
-    Raises:
-        ValueError: The path returns another shape, or not a tensor.
-    """
+    """Place x(s) and velocity ∂_s x(s) at s = ``at``, flat and float64, for outputs of a shape."""
     with torch.inference_mode(False), torch.enable_grad():
         s = torch.tensor(at, dtype=torch.float64, requires_grad=True)
         place = path(s)
