@@ -58,23 +58,6 @@ def test_batches_and_shards_are_as_rational_arithmetic(size, shards, bias, devia
     assert_alike(found, output_collapse(outputs, labels), rel=1e-13 + 16 * EPS * deviation / bias)
 
 
-def test_batches_far_from_their_targets():
-    targets = torch.tensor([[-1.0, -1.0], [1.0, -1.0]]).double()
-    labels = torch.arange(40) % 2
-    outputs = 0.3 + 1e-12 * torch.randn(40, 2).double()
-    found = updated(FinalLayerCollapse(2, targets), outputs, labels).compute()
-    assert_exact(found, outputs, labels, targets, 1.0, 1e-12)
-
-
-def test_straight_lines_to_the_targets_keep_every_digit():
-    labels, start = torch.arange(20) % 3, grid(20, 3)
-    first = updated(FinalLayerCollapse(3), UNIT[labels] + start, labels).compute()
-    for k in range(0, 41, 8):
-        found = updated(FinalLayerCollapse(3), UNIT[labels] + 2.0**-k * start, labels).compute()
-        for key in ("loss", "within", "bias"):
-            assert found[key] == pytest.approx(float(first[key]) * 4.0**-k, rel=1e-14, abs=0)
-
-
 @pytest.mark.parametrize("kind", [FinalLayerCollapse, NeuralCollapse])
 def test_merge_state_is_forward_is_one_shot(kind):
     outputs, labels = near()

@@ -1,6 +1,5 @@
 """Lightning's automatic optimization: forward, zero_grad, backward, all inside the closure of one step."""
 
-import logging
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_adapted_gd import AdaptedGD, AdaptedWarning, LinearInterpolationLR
 
 from .cases import flat, mlp
+from .lightning_cases import new_trainer
 
 pl = pytest.importorskip("pytorch_lightning")
 pytestmark = pytest.mark.filterwarnings("default", "ignore:Damped steps leave the straight line")
@@ -47,14 +47,12 @@ def data():
     return torch.randn(12, 4), torch.randn(12, 3)
 
 
-def fit(module, tmp_path, **options):
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(**{**quiet, "max_epochs": 2, "enable_checkpointing": False, "default_root_dir": tmp_path, **options})
+def fit(module, tmp_path, ckpt_path=None, **options):
+    trainer = new_trainer(pl, tmp_path, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", AdaptedWarning)
-        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4))
+        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -116,12 +114,7 @@ def test_resume_from_a_checkpoint(tmp_path):
     trainer = fit(first, tmp_path, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = Regression(True)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    trainer = pl.Trainer(
-        max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        enable_checkpointing=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(resumed, DataLoader(TensorDataset(*data()), batch_size=4), ckpt_path=tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert torch.equal(flat(resumed), flat(straight))
 
 
@@ -162,8 +155,7 @@ def test_a_module_that_calls_a_functional_loss(tmp_path, seed):
 
     module = Module()
     first = nn.functional.huber_loss(module(x), y).item()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(max_epochs=40, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer = new_trainer(pl, tmp_path, max_epochs=40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=60))

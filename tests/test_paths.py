@@ -277,7 +277,6 @@ OPTIONS = {
     "s_end": ({"s_end": 0.0}, ValueError, "`s_end` should be at least 1e-300 and finite, but got 0.0"),
     "correction": ({"correction": -1.0}, ValueError, "`correction` should be at least 0 and finite, but got -1.0"),
     "steps": ({"steps": 1.0}, TypeError, "`steps` should be a whole number, but got 1.0"),
-    "method": ({"method": "midpoint"}, ValueError, "`method` should be one of 'dopri5', 'rk4', 'euler'"),
 }
 
 

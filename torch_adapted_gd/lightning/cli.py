@@ -40,8 +40,8 @@ class AdaptedCLIMixin(LightningCLI):
     - ``optimizer_criterion``: for `AdaptedGD`, the name of the submodule that is its ``criterion``: ``loss`` if
       ``training_step`` calls ``self.loss(outputs, targets)``;
     - ``lr_scheduler``: ``class_path`` and ``init_args``, without ``optimizer``;
-    - ``lr_scheduler_interval``: ``step`` or ``epoch``; by default ``step`` for `LinearInterpolationLR`, and ``epoch``
-    otherwise; - ``lr_scheduler_monitor``: the metric that a scheduler such as `ReduceLROnPlateau` reads.
+    - ``lr_scheduler_interval``: ``step`` or ``epoch``; by default ``step`` for `LinearInterpolationLR`, else ``epoch``;
+    - ``lr_scheduler_monitor``: the metric that a scheduler such as `ReduceLROnPlateau` reads.
 
     Without ``optimizer``, the module's own ``configure_optimizers`` is used.
     """
