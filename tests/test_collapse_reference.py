@@ -33,6 +33,7 @@ from .lightning_cases import (
 pl = pytest.importorskip("pytorch_lightning")
 from torch_adapted_gd.collapse import neural_collapse, output_collapse  # noqa: E402
 from torch_adapted_gd.lightning import CollapseConfigError, CollapseMonitor  # noqa: E402
+from torch_adapted_gd.lightning.evaluation import Evaluated, joined  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 SUBSET = [21, 4, 0, 13, 2, 8, 17]
@@ -76,6 +77,14 @@ def test_all_samples_of_the_training_set_and_no_others(kind, tmp_path):
     row, module = last(tmp_path, make(), **options)
     assert row["num_samples"] == len(indices)
     agree(row, expected(module, part(indices), HEAD))
+
+
+def test_batches_are_joined_until_they_are_large():
+    parts = [Evaluated(x, labels, x, labels) for x, labels in loader(batch_size=4)]  # of 4, 4, 4, 4, 4 and 3 samples
+    for most, sizes in ((0, [4, 4, 4, 4, 4, 3]), (sum(part.nbytes for part in parts[0]), [8, 8, 7]), (2**25, [23])):
+        together = list(joined(parts, most))
+        assert [len(batch.target) for batch in together] == sizes
+        assert torch.equal(torch.cat([batch.features for batch in together]), samples()[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"hpd_lambda": 0.01}, {"weighting": "sample"}], ids=str)

@@ -164,10 +164,7 @@ def _nbytes(batch: Evaluated) -> int:
 
 
 def joined(batches: Iterable[Evaluated], most: int = 2**25) -> Iterator[Evaluated]:
-    """Batches of one shape, joined up to ``most`` bytes, because an update of a metric costs as much as a small network."""
-
-    def shapes(batch: Evaluated) -> list[tuple[torch.Size, torch.dtype]]:
-        return [(part.shape[1:], part.dtype) for part in batch]
+    """Batches joined to about ``most`` bytes, because an update of a metric costs as much as a small network."""
 
     def together() -> Evaluated:
         return Evaluated(*map(torch.cat, zip(*pending, strict=True))) if len(pending) > 1 else pending[0]
@@ -175,7 +172,7 @@ def joined(batches: Iterable[Evaluated], most: int = 2**25) -> Iterator[Evaluate
     pending: list[Evaluated] = []
     size = 0
     for batch in batches:
-        if pending and (size > most or shapes(pending[0]) != shapes(batch)):
+        if size > most:
             yield together()
             pending, size = [], 0
         pending.append(batch)

@@ -33,22 +33,20 @@ def isolated_rng(*generators: torch.Generator) -> Iterator[None]:
 
     Even an unshuffled pass over a DataLoader draws from torch's.
     """
-    own = [(generator, generator.get_state()) for generator in generators]
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    states += [(generator.set_state, generator.get_state()) for generator in generators]
+    if "numpy" in sys.modules:
+        numpy_random = sys.modules["numpy"].random
+        states.append((numpy_random.set_state, numpy_random.get_state()))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
-            if mps_state is not None:
-                torch.mps.set_rng_state(mps_state)
-            for generator, state in own:
-                generator.set_state(state)
+            for restore, state in states:
+                restore(state)
 
 
 def seed_all(seed: int, *generators: torch.Generator) -> None:
