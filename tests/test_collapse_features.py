@@ -245,6 +245,8 @@ def test_features_that_are_not_finite():
     expected = neural_collapse(features[rest], labels[rest], weight, bias)
     assert neural_collapse(broken, labels, weight, bias, nan_strategy="ignore") == expected
     assert neural_collapse(broken, torch.where(rest, labels, -1), weight, bias, ignore_index=-1) == expected
+    logits = features @ weight.T + bias
+    assert neural_collapse(broken, labels, weight, nan_strategy="ignore", logits=logits) == expected
     with pytest.warns(UserWarning, match="1 of 15 samples of `features` are not finite"):
         neural_collapse(broken, labels, nan_strategy="warn")
 

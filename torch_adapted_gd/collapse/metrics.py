@@ -279,9 +279,9 @@ class NeuralCollapse(_ClassMomentsMetric):
             ValueError: Shapes do not fit.
         """
         moments = self.moments
-        return self.figures_of(moments, weight, bias, None if moments.pooled is None else moments.within_along)
+        return self._figures_of(moments, weight, bias, None if moments.pooled is None else moments.within_along)
 
-    def figures_of(
+    def _figures_of(
         self,
         moments: ClassMoments,
         weight: Tensor | None,

@@ -142,7 +142,7 @@ class Evaluation:
             along, nc4["nc4_mismatch"] = second.compute()
             return along
 
-        return result | features.figures_of(moments, self.head.weight, self.head.bias, within_along) | nc4
+        return result | features._figures_of(moments, self.head.weight, self.head.bias, within_along) | nc4
 
     def _pass(self, batches: Iterable[Any], step: StepOnBatch) -> Iterator[Evaluated]:
         """Run the network on batches."""
