@@ -1,4 +1,4 @@
-"""CollapseMonitor in two processes: as in one, whatever the sampler, to 1e-12, and the same keys in both."""
+"""CollapseMonitor in two processes logs what one process logs, to 1e-12, for every sampler."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_two_processes_have_what_the_trained_network_has(folder, case):
     x, labels = samples()
     indices = chosen(case)
     more = {"hpd_lambda": options["hpd_lambda"]} if "hpd_lambda" in options else {}
-    if case == "one sample":  # of one class: NC is not defined
+    if case == "one sample":  # one class: NC is not defined
         x, labels = samples(1)
         values = output_collapse(trained(folder, case)(x.double()), labels, CLASSES)
         values = {key: float(value) for key, value in values.items()}
@@ -112,6 +112,6 @@ def test_a_stream_has_the_outputs_of_both_processes(folder, case):
     outputs = torch.cat([torch.tensor(rank["seen"][0], dtype=torch.float64) for rank in ranks])
     labels = torch.cat([torch.tensor(rank["seen"][1]) for rank in ranks])
     row = ranks[0]["history"][-1]
-    assert row["num_samples"] == len(outputs) == 24  # the sampler doubles one
+    assert row["num_samples"] == len(outputs) == 24  # the sampler repeats one
     assert [r["name"] for r in ranks[0]["history"]] == ["val_stream", "train_stream"]
     agree(row, {key: float(value) for key, value in output_collapse(outputs, labels, CLASSES).items()})

@@ -52,7 +52,7 @@ def test_nc4_is_of_the_head_with_its_bias():
     features, weight = features + centre, 0.7 * means
     right = -(weight @ centre)  # argmax W(h − μ_G) = argmin |h − μ_j|
     assert neural_collapse(features, labels, weight, right)["nc4_mismatch"] == 0
-    assert neural_collapse(features, labels, weight)["nc4_mismatch"] == 3 / 4  # without it, all are of class 1
+    assert neural_collapse(features, labels, weight)["nc4_mismatch"] == 3 / 4  # without the bias, all are class 1
     flipped = right + 1e3 * torch.eye(4).double()[2]
     assert neural_collapse(features, labels, weight, flipped)["nc4_mismatch"] == 3 / 4
     logits = features @ weight.T + right
@@ -66,7 +66,7 @@ def test_nearest_mean():
     assert mismatches(torch.tensor([0, 2, 0]), rows, nan).tolist() == [0, 0, 0]
     assert mismatches(torch.tensor([1, 1, 2]), rows, nan).tolist() == [1, 1, 1]
     assert mismatches(torch.tensor([0, 1, 2]), rows, nan * torch.nan).tolist() == [1, 1, 1]
-    far = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |h|² − 2h·μ + |μ|² has nothing left of 1e-6
+    far = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |h|² − 2h·μ + |μ|² would lose the 1e-6
     assert mismatches(torch.tensor([0, 1]), far, far).tolist() == [0, 0]
 
 
@@ -129,7 +129,7 @@ def test_split_at_the_best_linear_head(lam, targets):
 
     head = torch.cat([weight, bias[:, None]], 1)
     assert float(sum(split(head))) == pytest.approx(objective(head), rel=1e-12)
-    # The same least-squares problem with √λ as further rows, which no product of matrices squares
+    # The same least-squares problem with √λ as further rows, so that no condition number is squared
     rows = torch.cat([extended / 5, lam**0.5 * torch.eye(5).double()])
     best = torch.linalg.lstsq(rows, torch.cat([goals / 5, torch.zeros(5, 3).double()])).solution.T
     assert split(best)[2] < 1e-20
@@ -197,7 +197,7 @@ def test_directions_that_count():
     features[3:, 2] -= 0.1
     fine, coarse = neural_collapse(features, labels), neural_collapse(features, labels, rtol=0.9)
     assert coarse["nc1_pinv"] < fine["nc1_pinv"]
-    features, labels, _, _ = cloud([9, 5, 6], 5)  # K − 1 directions at most, whatever rounding adds to them
+    features, labels, _, _ = cloud([9, 5, 6], 5)  # at most K − 1 directions, though rounding adds others
     assert neural_collapse(features, labels, rtol=0.0) == neural_collapse(features, labels)
 
 
@@ -224,7 +224,7 @@ def test_a_simplex_that_does_not_fit():
     with pytest.warns(UserWarning, match="A simplex of 5 class means does not fit in 3 dimensions"):
         found = neural_collapse(features, labels)
     assert found["nc2_etf_means"] > 0.1
-    neural_collapse(features[labels < 4], labels[labels < 4])  # K − 1 = D does
+    neural_collapse(features[labels < 4], labels[labels < 4])  # K − 1 = D fits
 
 
 def test_a_class_with_one_sample_does_not_vary():

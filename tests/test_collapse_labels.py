@@ -1,4 +1,4 @@
-"""The ways in which classes are given, and arguments that have no meaning."""
+"""The forms in which users give classes, and arguments that are refused."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The collapse metrics: any batches, merges, casts, copies and collections give what the whole data give at once."""
+"""The collapse metrics: from any batches and merges they compute what the functions compute from all data at once."""
 
 import copy
 from contextlib import nullcontext
@@ -31,14 +31,14 @@ def updated(metric, *data, size=7):
 
 
 def near(deviation=1e-9):
-    """Outputs next to the unit vectors; also features."""
+    """Outputs near the unit vectors; used as features, too."""
     return near_targets(UNIT, COUNTS, 2 * deviation, deviation)
 
 
 def assert_alike(found, expected, rel=1e-13):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        if key == "gap":  # rounding itself
+        if key == "gap":  # only rounding
             assert found[key] < 1e-13 or (found[key].isnan() and value.isnan())
         else:
             floor = 1e-13 if key[:3] in ("nc2", "nc3") else 0  # those are differences of numbers near 1
@@ -93,7 +93,7 @@ def test_merging_after_compute():
     assert metric.compute()["num_samples"] == 41
     empty = FinalLayerCollapse(3, output="num_samples")
     empty.merge_state(metric)
-    assert empty.compute() == 41  # nor does it warn that there are no data
+    assert empty.compute() == 41  # and no warning that there are no data
     with pytest.raises(ValueError, match="Expected state variable moments_"):
         metric.merge_state(FinalLayerCollapse(3, UNIT + 1))
 
@@ -124,7 +124,7 @@ def test_features_near_their_means_in_batches(deviation):
     features = start[labels] + deviation * torch.randn(60, 5).double()
     metric = updated(NeuralCollapse(3, 5), features, labels)
     assert_alike(metric.compute(), neural_collapse(features, labels))
-    exact = exact_split(features, labels, start)  # of which only `within` is looked at
+    exact = exact_split(features, labels, start)  # only `within` is used
     assert apart(metric.moments.scatter.sum() / 60, exact["within"]) < 32 * EPS
     assert apart(metric.moments.pooled.trace() / 60, exact["within"]) < 32 * EPS
 
@@ -133,7 +133,7 @@ def test_nc1_is_not_negative():
     labels = torch.arange(30) % 3
     features = torch.eye(3, 6).double()[labels]
     rotation = torch.linalg.qr(torch.randn(6, 6).double())[0]
-    features[:, 4] = 1e3 * torch.randn(30)  # across the directions that means spread in, or nearly
+    features[:, 4] = 1e3 * torch.randn(30)  # nearly orthogonal to the directions between the means
     features[:, 4] -= torch.stack([features[labels == j, 4].mean() for j in range(3)])[labels]
     for _ in range(10):
         rotation = rotation @ torch.linalg.qr(torch.randn(6, 6).double())[0]

@@ -1,4 +1,4 @@
-"""What CollapseMonitor finds in reference mode: the figures of the two-pass functions, on the samples that were meant."""
+"""CollapseMonitor in reference mode computes what the functions compute, on the right samples."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ DOUBLE = {"precision": "64-true"}
 
 
 def last(tmp_path, train, module=None, monitor=None, **options):
-    """The last row, and the network that it is of."""
+    """The last row of the history, and the network."""
     module = new_classifier(pl) if module is None else module
     monitor = CollapseMonitor(CLASSES, head=HEAD) if monitor is None else monitor
     fit(pl, module, tmp_path, monitor, train, **{**DOUBLE, **options})
@@ -268,7 +268,7 @@ class Endless(IterableDataset):
 
 
 class Flips(Dataset):
-    """The commonest augmentation: a coin decides."""
+    """The most common augmentation: random flips."""
 
     def __len__(self):
         return 23

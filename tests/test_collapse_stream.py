@@ -1,4 +1,4 @@
-"""CollapseMonitor in stream mode: the outputs that training computes anyway, each once, as they were."""
+"""CollapseMonitor in stream mode: it gathers each output that training computes, once."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 class Records(classifier(pl)):
-    """Keeps what it computes in an epoch."""
+    """Keeps the outputs of an epoch."""
 
     head = None
 
@@ -69,7 +69,7 @@ def recording(make=plain, head="6", optimizer="sgd"):
 @pytest.mark.parametrize("head", [None, "net.head"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adapted"])
 def test_a_stream_is_what_training_computed(optimizer, head, tmp_path):
-    """AdaptedGD repeats its forward passes, with other weights too: those do not count."""
+    """AdaptedGD repeats forward passes, also with other weights; these do not count."""
     module = recording(Delicate, "head", optimizer)
     monitor = CollapseMonitor(CLASSES, mode="stream", head=head)
     trainer = fit(pl, module, tmp_path, monitor, loader(shuffle=True))
@@ -230,7 +230,7 @@ def test_manual_optimization(tmp_path):
             self.optimizers().zero_grad()
             self.manual_backward(loss)
             self.optimizers().step()
-            self(batch[0])  # to look at what became of it
+            self(batch[0])  # a call after the step
 
     module = Manual()
     monitor = CollapseMonitor(CLASSES, mode="stream", head=HEAD)
@@ -240,7 +240,7 @@ def test_manual_optimization(tmp_path):
 
 @pytest.mark.parametrize("mode", ["reference", "stream"])
 def test_compiled_modules(mode, tmp_path):
-    """Hooks are seen, also where the module has been compiled and run without them."""
+    """Hooks are called, even if the module was compiled and run without them."""
     module = new_classifier(pl, lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES)))
     module.net = torch.compile(module.net, backend="eager")
     for mode_of_module in (module.train, module.eval):
@@ -257,5 +257,5 @@ def test_compiled_modules(mode, tmp_path):
         assert [row["num_samples"] for row in monitor.history[-2:]] == [23, 23]
         assert monitor.history[-1]["nc1_pinv"] > 0
     if mode == "reference":
-        torch.compiler.reset()  # so that this has its own hook seen
+        torch.compiler.reset()  # so that the hook of `expected` is called
         agree(monitor.history[-1], expected(module, samples(), "net._orig_mod.2"), rel=1e-5)

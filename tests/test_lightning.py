@@ -119,7 +119,7 @@ def test_resume_from_a_checkpoint(tmp_path):
 
 
 def test_a_submodule_called_instead_of_the_given_module_is_followed_too(tmp_path):
-    """By rows: nobody saw its parameters being used."""
+    """Its Jacobian is computed by rows, because the uses of its parameters were not recorded."""
     right, wrong = Regression(False, {"damping": 0.1}), Regression(True, {"damping": 0.1})
     fit(right, tmp_path)
 
@@ -134,7 +134,7 @@ def test_a_submodule_called_instead_of_the_given_module_is_followed_too(tmp_path
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_module_that_calls_a_functional_loss(tmp_path, seed):
-    """AdaptedGD(self) is the whole change: the closure that Lightning gives tells the loss, and with it the unit of lr."""
+    """AdaptedGD(self) is the only change: the closure from Lightning computes the loss, which determines the unit of lr."""
     torch.manual_seed(seed)
     x = torch.randn(60, 3)
     y = 3 * torch.stack([torch.sin(2 * x[:, 0]), x[:, 1] * x[:, 2]], 1)
