@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -71,18 +69,7 @@ class AdaptedCLIMixin(LightningCLI):
                 if made.get(key) is not None:
                     raise ValueError(f"`{key}` should come with an `optimizer`, but there is none in the configuration.")
             return
-        configure = partial(
-            _configure_optimizers,
-            adapted=_is_adapted(written.optimizer),
-            make=made.optimizer,
-            inner=made.get("optimizer_module"),
-            criterion=made.get("optimizer_criterion"),
-            schedule=made.get("lr_scheduler"),
-            interval=made.get("lr_scheduler_interval"),
-            monitor=made.get("lr_scheduler_monitor"),
-        )
-        configure.__wrapped__ = configure.func  # type: ignore[attr-defined]  # Lightning reads the code of an override there
-        self.model.configure_optimizers = MethodType(configure, self.model)
+        self.model.configure_optimizers = partial(_configure_optimizers, self.model, made, _is_adapted(written.optimizer))
 
 
 def _is_adapted(written: Any) -> bool:
@@ -92,27 +79,20 @@ def _is_adapted(written: Any) -> bool:
     return isinstance(found, type) and issubclass(found, AdaptedGD)
 
 
-def _configure_optimizers(
-    module: LightningModule,
-    *,
-    adapted: bool,
-    make: Callable[..., Optimizer],
-    inner: str | None,
-    criterion: str | None,
-    schedule: Callable[[Optimizer], LRScheduler] | None,
-    interval: str | None,
-    monitor: str | None,
-) -> Any:
-    """The optimizer and scheduler, as the module's method of this name returns them."""
+def _configure_optimizers(module: LightningModule, made: Any, adapted: bool) -> Any:
+    """What `configure_optimizers` of the module returns, from the objects that a configuration made."""
+    inner, criterion = made.get("optimizer_module"), made.get("optimizer_criterion")
     for key, value in (("optimizer_module", inner), ("optimizer_criterion", criterion)):
         if value is not None and not adapted:
             raise ValueError(f"`{key}` is for AdaptedGD, but got {value!r} with another optimizer. Leave it out.")
-    network: nn.Module = module if inner is None else module.get_submodule(inner)
+    network = module if inner is None else module.get_submodule(inner)
     watched = {} if criterion is None else {"criterion": module.get_submodule(criterion)}
-    optimizer = make(network, **watched) if adapted else make(module.parameters())
-    if schedule is None:
+    optimizer = made.optimizer(network, **watched) if adapted else made.optimizer(module.parameters())
+    if made.get("lr_scheduler") is None:
         return optimizer
-    scheduler = schedule(optimizer)
+    scheduler, interval = made.lr_scheduler(optimizer), made.get("lr_scheduler_interval")
     by_step = isinstance(scheduler, LinearInterpolationLR) if interval is None else interval == "step"
     settings = {"scheduler": scheduler, "interval": "step" if by_step else "epoch"}
-    return {"optimizer": optimizer, "lr_scheduler": settings if monitor is None else {**settings, "monitor": monitor}}
+    if made.get("lr_scheduler_monitor") is not None:
+        settings["monitor"] = made.lr_scheduler_monitor
+    return {"optimizer": optimizer, "lr_scheduler": settings}
