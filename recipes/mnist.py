@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import race
 import torch
@@ -30,8 +30,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, LinearInterpolationLR, StraightLine, __version__, ntk
-from torch_adapted_gd.plotting import plot_collapse, plot_loss, plot_output_paths, plot_spectrum
+from torch_adapted_gd.plotting import plot_collapse, plot_loss, plot_output_paths
 from torch_adapted_gd.solve import default_rtol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LARGE = 8192  # outputs beyond which conjugate gradients solve, as the library's solver="auto" does
 ENOUGH = 1e-6  # the loss at which steps as long as the outputs follow end
@@ -142,6 +145,24 @@ def kernel_spectra(job: Job, models: dict[str, nn.Module], seed: int) -> tuple[d
     return spectra, len(images)
 
 
+def draw_spectrum(eigenvalues: dict[str, Tensor], rtol: float, title: str) -> "Figure":
+    """Singular values of D, the square roots of the kernel's eigenvalues, relative to the largest, with the rank cut."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
+    ax = figure.subplots()
+    for name, values in eigenvalues.items():
+        sigma = values.double().clamp_min(0).sqrt().sort(descending=True).values
+        relative = sigma / sigma[0].clamp_min(torch.finfo(torch.float64).tiny)
+        rank = int((relative > rtol).sum())
+        ax.plot(range(1, len(relative) + 1), relative, linewidth=1.6, label=f"{name} (rank {rank} of {len(relative)})")
+    ax.axhline(rtol, color="black", linestyle="--", linewidth=1.2, label=f"rank cut, rtol = {rtol:.1e}")
+    ax.set(yscale="log", xlabel="index", ylabel="σ / σ_max")
+    ax.set_title(title, fontsize="medium")
+    race.tidy(ax)
+    return figure
+
+
 def draw(job: Job, runs: Sequence[Run], spectra: tuple[dict[str, Tensor], int], rtol: float, out: Path) -> list[Path]:
     """Write the figures."""
     adapted, labels = runs[0], job.labels.cpu()
@@ -163,15 +184,14 @@ def draw(job: Job, runs: Sequence[Run], spectra: tuple[dict[str, Tensor], int], 
         shown = torch.cat([torch.nonzero(labels == j).flatten()[:DRAWN] for j in range(CLASSES)])
         suffix = f", {DRAWN} images of each class"
     paths = {run.name + suffix: torch.stack([x[shown] for x in run.outputs]) for run in runs}
-    spectrum, in_spectrum = plot_spectrum(spectra[0], rtol), spectra[1]
+    title, in_spectrum = "Spectrum of the tangent kernel", spectra[1]
     if in_spectrum < len(labels):
-        title = f"Spectrum of the tangent kernel on {in_spectrum:,} of the {len(labels):,} images, at random"
-        spectrum.axes[0].set_title(title, fontsize="medium")
+        title += f" on {in_spectrum:,} of the {len(labels):,} images, at random"
     figures = {
         "loss.png": loss,
         "collapse.png": plot_collapse(adapted.column("t"), averages, deviations),
         "paths.png": plot_output_paths(paths, labels[shown], targets),
-        "spectrum.png": spectrum,
+        "spectrum.png": draw_spectrum(spectra[0], rtol, title),
     }
     for name, figure in figures.items():
         figure.savefig(out / name)

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import race
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, InterpolationDeviation, interpolation_deviation, ntk
-from torch_adapted_gd.plotting import plot_deviations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,16 +110,20 @@ def report(case: Case, found: InterpolationDeviation) -> str:
 
 
 def draw(cases: Sequence[Case], results: Sequence[InterpolationDeviation]) -> "Figure":
-    """Deviation from the line, observed and predicted."""
-    return plot_deviations(
-        {
-            case.name: (
-                found.t.tolist(),
-                *((part.flatten(1).norm(dim=1) / found.distance).tolist() for part in (found.observed, found.predicted)),
-            )
-            for case, found in zip(cases, results, strict=True)
-        }
-    )
+    """Deviation from the line, in units of |x₀ − y|: observed (lines) and predicted (circles)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
+    ax = figure.subplots()
+    circles: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "none", "markerfacecolor": "white"}
+    for case, found in zip(cases, results, strict=True):
+        observed, predicted = (part.flatten(1).norm(dim=1) / found.distance for part in (found.observed, found.predicted))
+        (line,) = ax.plot(found.t, observed, linewidth=1.6, label=case.name)
+        ax.plot(found.t, predicted, color=line.get_color(), **circles)
+    ax.plot([], [], color="grey", label="predicted", **circles)
+    ax.set(xlabel="t", ylabel="|x̃(t) − line| / |x₀ − y|", title="Deviation from the straight line", ylim=(0, None))
+    race.tidy(ax)
+    return figure
 
 
 @dataclass
@@ -193,7 +196,7 @@ def draw_spectra(found: OneHot) -> "Figure":
     kept = found.images * CLASSES - (found.images - found.features - 1)
     ax.axvline(kept, color="black", linestyle="--", linewidth=1.2, label=f"QN − N + features + 1 = {kept}")
     ax.set(yscale="log", xlabel="index", ylabel="eigenvalue of Θ / the largest", title="One-hot targets")
-    ax.legend(frameon=False)
+    race.tidy(ax)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Outputs and features near their classes, and what is to be found there: in rational numbers, or as the papers define it."""
+"""Outputs and features near collapse, with their figures in rational numbers or by the papers' definitions."""
 
 from fractions import Fraction
 
@@ -14,7 +14,7 @@ def near_targets(targets: Tensor, counts: list[int], bias: float, deviation: flo
 
 
 def grid(*shape: int) -> Tensor:
-    """Float64 numbers of which three binary places are set: sums and differences of them are exact."""
+    """Float64 multiples of 1/8, so that sums and differences are exact."""
     return torch.randint(-24, 25, shape).double() / 8
 
 
@@ -35,7 +35,7 @@ def exact_split(outputs: Tensor, labels: Tensor, targets: Tensor) -> dict[str, F
 
 
 def apart(found: Tensor, exact: Fraction) -> float:
-    """Relative error, of which nothing is lost in taking it."""
+    """Relative error, computed without rounding."""
     return float(abs(Fraction(float(found)) - exact) / exact)
 
 

@@ -24,7 +24,7 @@ def one_hot(labels):
 
 
 class Delicate(nn.Module):
-    """A network with all that a careless evaluation would disturb: dropout, running statistics, a part kept in eval mode."""
+    """A network that a careless evaluation would disturb: with dropout, running statistics, and a part kept in eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def plain():
 
 @functools.cache
 def classifier(pl):
-    """A LightningModule as people write them: it knows nothing of monitors."""
+    """An ordinary LightningModule, without any code for monitors."""
 
     class Classifier(pl.LightningModule):
         def __init__(self, make=plain, optimizer="sgd", lr=0.1):
@@ -96,7 +96,7 @@ def loader(count=23, batch_size=8, **options):
 
 
 class Drawing(Dataset):
-    """Samples for which random numbers are drawn from three sources; with ``size`` above zero they are used as noise."""
+    """Samples that draw random numbers from three sources, and add them as noise of this size."""
 
     def __init__(self, size):
         self.size = size
@@ -126,7 +126,7 @@ def fit(pl, module, tmp_path, callbacks=(), train=None, val=None, ckpt_path=None
 
 @torch.no_grad()
 def expected(module, batch, head=None, **options):
-    """What the two-pass functions find of the network as it is, in evaluation mode."""
+    """The figures of the network in evaluation mode, by the functions."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     x, labels = batch
@@ -145,7 +145,7 @@ def expected(module, batch, head=None, **options):
 
 
 def agree(row, values, rel=1e-12):
-    """Whether a row of the history has these values."""
+    """Check that a row of the history has these values."""
     for key, value in values.items():
         if key != "gap":
             assert row[key] == pytest.approx(value, rel=rel, abs=1e-15, nan_ok=True), key

@@ -1,4 +1,4 @@
-"""Trains in two processes, by ``python -m tests.lightning_ddp FOLDER``, and writes down what monitors in each found."""
+"""Trains in two processes, by ``python -m tests.lightning_ddp FOLDER``, and writes what the monitors in each recorded."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ class Classifier(pl.LightningModule):
         torch.manual_seed(5)
         self.net = nn.Sequential(nn.Linear(INPUTS, 4), nn.Tanh(), nn.Linear(4, CLASSES))
         self.case = case
-        self.seen = []  # what came out in the present epoch
+        self.seen = []  # outputs of the present epoch
 
     def forward(self, x):
         return self.net(x)

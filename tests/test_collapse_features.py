@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torch_adapted_gd.collapse import neural_collapse, output_collapse
-from torch_adapted_gd.collapse.features import Means, nearest_mean
+from torch_adapted_gd.collapse.features import Means, mismatches
 from torch_adapted_gd.collapse.moments import ClassMoments
 
 from .collapsed import grid, published, simplex
@@ -52,7 +52,7 @@ def test_nc4_is_of_the_head_with_its_bias():
     features, weight = features + centre, 0.7 * means
     right = -(weight @ centre)  # argmax W(h − μ_G) = argmin |h − μ_j|
     assert neural_collapse(features, labels, weight, right)["nc4_mismatch"] == 0
-    assert neural_collapse(features, labels, weight)["nc4_mismatch"] == 3 / 4  # without it, all are of class 1
+    assert neural_collapse(features, labels, weight)["nc4_mismatch"] == 3 / 4  # without the bias, all are class 1
     flipped = right + 1e3 * torch.eye(4).double()[2]
     assert neural_collapse(features, labels, weight, flipped)["nc4_mismatch"] == 3 / 4
     logits = features @ weight.T + right
@@ -63,38 +63,28 @@ def test_nc4_is_of_the_head_with_its_bias():
 def test_nearest_mean():
     nan = torch.tensor([[0.0, 0.0], [torch.nan, torch.nan], [1.0, 0.0]]).double()
     rows = torch.tensor([[0.5, 0.0], [0.6, 9.0], [-1.0, 0.0]]).double()
-    assert nearest_mean(rows, nan).tolist() == [0, 2, 0]
-    assert nearest_mean(rows, nan * torch.nan).tolist() == [-1, -1, -1]
-    far = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |h|² − 2h·μ + |μ|² has nothing left of 1e-6
-    assert nearest_mean(far, far).tolist() == [0, 1]
+    assert mismatches(torch.tensor([0, 2, 0]), rows, nan).tolist() == [0, 0, 0]
+    assert mismatches(torch.tensor([1, 1, 2]), rows, nan).tolist() == [1, 1, 1]
+    assert mismatches(torch.tensor([0, 1, 2]), rows, nan * torch.nan).tolist() == [1, 1, 1]
+    far = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |h|² − 2h·μ + |μ|² would lose the 1e-6
+    assert mismatches(torch.tensor([0, 1]), far, far).tolist() == [0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:A simplex of 5 class means")
 @pytest.mark.parametrize("weighting", ["class", "sample"])
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    ("counts", "width"), [([8, 8, 8], 5), ([8, 8, 8], 2), ([6, 6], 4), ([3, 17, 5, 9], 7), ([1, 12, 4], 3)]
+    ("counts", "width"), [([8, 8, 8], 5), ([8, 8, 8], 2), ([6, 6], 4), ([3, 17, 5, 9], 7), ([1, 12, 4], 3), ([9] * 5, 2)]
 )
-def test_the_published_definitions(counts, width, weighting):
+def test_the_published_definitions(counts, width, biased, weighting):
     features, labels, weight, bias = cloud(counts, width)
+    bias = bias if biased else None
     found = neural_collapse(features, labels, weight, bias, weighting=weighting)
     expected = published(features, labels, weight, bias, weighting=weighting)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         # Σ_B squares the condition of the means, below 1e3 here, in the definition's own pseudoinverse.
         assert found[key] == pytest.approx(value, rel=1e-9 if key == "nc1_pinv" else 1e-12, abs=1e-14), key
-
-
-def test_definitions_without_a_bias():
-    features, labels, weight, _ = cloud([10] * 4, 6)
-    expected = published(features, labels, weight)
-    assert neural_collapse(features, labels, weight)["nc4_mismatch"] == expected["nc4_mismatch"]
-    assert 0 < expected["nc4_mismatch"] < 1
-
-
-@pytest.mark.filterwarnings("ignore:A simplex of 5 class means")
-def test_more_classes_than_dimensions():
-    features, labels, weight, bias = cloud([9] * 5, 2)
-    found, expected = neural_collapse(features, labels, weight, bias), published(features, labels, weight, bias)
-    assert all(found[key] == pytest.approx(value, rel=1e-9, abs=1e-14) for key, value in expected.items())
 
 
 def test_covariance_of_all_features_is_that_within_and_between():
@@ -139,7 +129,7 @@ def test_split_at_the_best_linear_head(lam, targets):
 
     head = torch.cat([weight, bias[:, None]], 1)
     assert float(sum(split(head))) == pytest.approx(objective(head), rel=1e-12)
-    # The same least-squares problem with √λ as further rows, which no product of matrices squares
+    # The same least-squares problem with √λ as further rows, so that no condition number is squared
     rows = torch.cat([extended / 5, lam**0.5 * torch.eye(5).double()])
     best = torch.linalg.lstsq(rows, torch.cat([goals / 5, torch.zeros(5, 3).double()])).solution.T
     assert split(best)[2] < 1e-20
@@ -207,7 +197,7 @@ def test_directions_that_count():
     features[3:, 2] -= 0.1
     fine, coarse = neural_collapse(features, labels), neural_collapse(features, labels, rtol=0.9)
     assert coarse["nc1_pinv"] < fine["nc1_pinv"]
-    features, labels, _, _ = cloud([9, 5, 6], 5)  # K − 1 directions at most, whatever rounding adds to them
+    features, labels, _, _ = cloud([9, 5, 6], 5)  # at most K − 1 directions, though rounding adds others
     assert neural_collapse(features, labels, rtol=0.0) == neural_collapse(features, labels)
 
 
@@ -234,7 +224,7 @@ def test_a_simplex_that_does_not_fit():
     with pytest.warns(UserWarning, match="A simplex of 5 class means does not fit in 3 dimensions"):
         found = neural_collapse(features, labels)
     assert found["nc2_etf_means"] > 0.1
-    neural_collapse(features[labels < 4], labels[labels < 4])  # K − 1 = D does
+    neural_collapse(features[labels < 4], labels[labels < 4])  # K − 1 = D fits
 
 
 def test_a_class_with_one_sample_does_not_vary():
@@ -255,6 +245,8 @@ def test_features_that_are_not_finite():
     expected = neural_collapse(features[rest], labels[rest], weight, bias)
     assert neural_collapse(broken, labels, weight, bias, nan_strategy="ignore") == expected
     assert neural_collapse(broken, torch.where(rest, labels, -1), weight, bias, ignore_index=-1) == expected
+    logits = features @ weight.T + bias
+    assert neural_collapse(broken, labels, weight, nan_strategy="ignore", logits=logits) == expected
     with pytest.warns(UserWarning, match="1 of 15 samples of `features` are not finite"):
         neural_collapse(broken, labels, nan_strategy="warn")
 

@@ -1,4 +1,4 @@
-"""The history of CollapseMonitor: its rates, as JSON, from a checkpoint, of several monitors and of several trainings."""
+"""The history of CollapseMonitor: rates, JSON, checkpoints, several monitors and several trainings."""
 
 import inspect
 import json
@@ -91,7 +91,7 @@ def test_resuming(pl, tmp_path):
     trainer = fit(pl, new_classifier(pl), tmp_path, CollapseMonitor(CLASSES, every_n_steps=3), loader(), max_epochs=2)
     path = tmp_path / "half.ckpt"
     trainer.save_checkpoint(path)
-    kept = torch.load(path, weights_only=True)["callbacks"]  # nothing but plain numbers
+    kept = torch.load(path, weights_only=True)["callbacks"]  # plain numbers only
     key = CollapseMonitor(CLASSES).state_key
     assert [row["step"] for row in kept[key]["rows"]] == [0, 3, 6]
     resumed = CollapseMonitor(CLASSES, every_n_steps=3)
@@ -111,7 +111,7 @@ def test_one_monitor_in_two_trainings(lightning, tmp_path):
         module = new_classifier(lightning, lr=lr)
         fit(lightning, module, tmp_path, monitor, loader(), max_epochs=1)
         agree(monitor.history[-1], expected(module, samples()), rel=1e-6)
-        assert "rate_loss" not in monitor.history[-1]  # compared with nothing of another training
+        assert "rate_loss" not in monitor.history[-1]  # not compared with another training
     assert [row["step"] for row in monitor.history] == [3, 3]
 
 

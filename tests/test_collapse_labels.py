@@ -1,4 +1,4 @@
-"""The ways in which classes are given, and arguments that have no meaning."""
+"""The forms in which users give classes, and arguments that are refused."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_equal_targets():
 def test_rows_of_two_meanings():
     exchanged = ClassTargets(3, torch.eye(3)[[1, 0, 2]])
     assert torch.equal(exchanged.labels(torch.eye(3)[[2, 2]]), torch.tensor([2, 2]))
-    with pytest.raises(ValueError, match="`target` should be of one meaning"):
+    with pytest.raises(ValueError, match="`target` should have one meaning"):
         exchanged.labels(one_hot(LABELS, 3))
     assert torch.equal(ClassTargets(3, torch.eye(3)).labels(one_hot(LABELS, 3)), LABELS)
 
@@ -124,11 +124,15 @@ FEATURES = {"features": torch.eye(3), "target": torch.arange(3)}
     [
         ({"preds": [[1.0]]}, TypeError, "`preds` should be a floating tensor, but got list"),
         ({"preds": torch.eye(3).long()}, TypeError, "`preds` should be a floating tensor, but got torch.int64"),
-        ({"preds": torch.eye(4), "num_classes": 3}, ValueError, r"`preds` .* 3 entries a sample, but has shape \[4, 4\]"),
-        ({"preds": torch.ones(3), "num_classes": 3}, ValueError, r"3 entries a sample, but has shape \[3\]"),
-        ({"preds": torch.ones(3, 0), "num_classes": 3}, ValueError, r"3 entries a sample, but has shape \[3, 0\]"),
+        (
+            {"preds": torch.eye(4), "num_classes": 3},
+            ValueError,
+            r"`preds` .* 3 entries for each .* but has shape \[4, 4\]",
+        ),
+        ({"preds": torch.ones(3), "num_classes": 3}, ValueError, r"3 entries for each sample, but has shape \[3\]"),
+        ({"preds": torch.ones(3, 0), "num_classes": 3}, ValueError, r"3 entries for each sample, but has shape \[3, 0\]"),
         ({"preds": torch.tensor(1.0)}, ValueError, r"`preds` should have the batch first .* has shape \[\]"),
-        ({"target": torch.arange(2)}, ValueError, "`preds` and `target` should be of as many samples, but got 3 and 2"),
+        ({"target": torch.arange(2)}, ValueError, "`preds` and `target` should have as many samples, but got 3 and 2"),
         ({"target": [0, 1, 2]}, TypeError, "`target` should be a tensor, but got list"),
         ({"scale": -1.0}, ValueError, "`scale` should be at least 0 and finite, but got -1"),
         ({"scale": "1"}, TypeError, "`scale` should be a number, but got '1' of type str"),
@@ -147,7 +151,7 @@ def test_bad_arguments_of_output_collapse(options, error, message):
     [
         ({"features": None}, TypeError, "`features` should be a floating tensor, but got NoneType"),
         ({"target": [0, 1, 2]}, TypeError, "`target` should be a tensor, but got list"),
-        ({"target": torch.zeros(0).long()}, ValueError, "`num_classes` should be given where `weight` is not"),
+        ({"target": torch.zeros(0).long()}, ValueError, "`num_classes` should be given where there is no `weight`"),
         ({"num_classes": 0}, ValueError, "`num_classes` should be at least 1, but got 0"),
         ({"num_classes": 2}, ValueError, r"`target` should be in 0\.\.1, but has 2"),
         ({"weight": 3.0}, TypeError, "`weight` should be a tensor, but got float"),

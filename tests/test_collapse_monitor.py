@@ -1,4 +1,4 @@
-"""CollapseMonitor in Lightning: training goes on to the bit as without it, under both names; what is logged and resumed."""
+"""CollapseMonitor in Lightning, under both names: training is the same to the bit as without it; what is logged, and when."""
 
 import csv
 import importlib
@@ -80,7 +80,7 @@ def seed(number):
 
 
 def trained(pl, optimizer, noise, tmp_path, monitor=None, **options):
-    """Weights, buffers and random numbers at the end, if a dataset draws from all sources; ``monitor`` of the loader."""
+    """Weights, buffers and random states after training, if the dataset draws from all sources of random numbers."""
     module = new_classifier(pl, Delicate, optimizer)
     seed(11)
     order = torch.Generator().manual_seed(5)
@@ -146,7 +146,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(lightning, at_start, tmp_
     monitor = CollapseMonitor(CLASSES, reference=reference, step_fn=step, at_start=at_start)
     with pytest.raises(ZeroDivisionError, match="in the second batch") as caught:
         fit(lightning, module, tmp_path, [before, monitor])
-    assert caught.traceback  # which holds what was under way
+    assert caught.traceback  # it keeps the generators alive
     assert [part.training for part in module.modules()] == before.modes
     assert module.net.layers[3].training
     assert not module.net.frozen[2].training
@@ -158,7 +158,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(lightning, at_start, tmp_
 
 
 def test_without_a_logger_nobody_is_told_of_one(lightning, tmp_path):
-    """Lightning has a warning for each key that would go to a logger which is not there."""
+    """Lightning warns about each key that is logged without a logger."""
     callbacks = [CollapseMonitor(CLASSES, every_n_steps=3), CollapseMonitor(CLASSES, mode="stream"), AdaptedStepMonitor()]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no logger configured")
@@ -280,7 +280,7 @@ def test_a_run_for_debugging_takes_one_batch(lightning, tmp_path):
 
 
 def test_nothing_of_adaptedgd_is_in_the_way(lightning, tmp_path):
-    """Reference and stream beside the steps of AdaptedGD, accumulated."""
+    """Both modes, together with AdaptedGD and accumulated gradients."""
     monitors = [CollapseMonitor(CLASSES, every_n_steps=1), CollapseMonitor(CLASSES, mode="stream"), AdaptedStepMonitor()]
     module = new_classifier(lightning, Delicate, "adapted")
     trainer = fit(lightning, module, tmp_path, monitors, loader(), accumulate_grad_batches=2, log_every_n_steps=1)

@@ -20,10 +20,10 @@ UNIT = torch.eye(3, dtype=torch.float64)
 
 def assert_exact(found, outputs, labels, targets, bias, deviation):
     exact = exact_split(outputs, labels, targets)
-    # Outputs are at hand to the last bit: what is left is the rounding of sums of some 40 terms.
+    # Outputs are exact: errors come from rounding in sums of some 40 terms.
     assert apart(found["loss"], exact["loss"]) < 32 * EPS
     assert apart(found["within"], exact["within"]) < 32 * EPS
-    # An average of terms near `deviation` is rounded to that, whatever is left of it.
+    # The rounding of an average is relative to its terms, which are about `deviation`.
     assert apart(found["bias"], exact["bias"]) < 16 * EPS * (1 + deviation / bias)
     assert found["gap"] < 1e-13
 
@@ -92,11 +92,11 @@ def test_it_is_the_squared_loss():
 
 
 def test_share_of_outputs_that_are_nearest_to_their_own_target():
-    targets = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]).double()  # the first and the last are one
+    targets = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]).double()  # the first and the last are equal
     outputs = torch.tensor([[0.1, 0], [0.1, 0], [0.9, 0], [0.5, 0], [0.5, 0]]).double()
     found = output_collapse(outputs, torch.tensor([0, 2, 0, 0, 1]), class_targets=targets)
-    assert found["target_accuracy"] == 3 / 5  # of two targets that are as near, the first counts
-    near = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |x|² − 2x·y + |y|² has nothing left of 1e-6
+    assert found["target_accuracy"] == 3 / 5  # in a tie the first target counts
+    near = torch.tensor([[1e8, 0.0], [1e8, 1e-3]]).double()  # |x|² − 2x·y + |y|² would lose the 1e-6
     assert output_collapse(near, torch.tensor([0, 1]), class_targets=near)["target_accuracy"] == 1
 
 

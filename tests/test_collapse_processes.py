@@ -1,4 +1,4 @@
-"""The collapse metrics over processes: the same bits in each, and what one process has from all samples."""
+"""The collapse metrics in several processes: the same bits in each, equal to one process with all samples."""
 
 import datetime
 
@@ -23,7 +23,7 @@ MAKE = {
 
 
 def samples():
-    """For each of three processes what it has at first: much; nothing; a little, none of it of class 2. And what comes then."""
+    """First batches of three processes (many samples; none; a few without class 2), and their second batches."""
     torch.manual_seed(5)
     outputs, labels = near_targets(UNIT, [13, 12, 17], 2e-9, 1e-9)
     last = (labels != 2) & (torch.arange(42) > 20)
@@ -39,12 +39,12 @@ def figures(metric, name):
 
 def agreement(means, outputs, **options):
     metric = NearestClassMeanAgreement(means, **options)
-    metric.update(outputs, outputs[:, [1, 0, 2]])  # takes two classes for each other
+    metric.update(outputs, outputs[:, [1, 0, 2]])  # confuses two classes
     return metric.compute()
 
 
 def process(rank, folder):
-    """All that is asked of one of three processes, and of one of two of them, which are a group."""
+    """What each of three processes computes, with all three and with two of them as a group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=3, timeout=datetime.timedelta(seconds=60))
     pair = dist.new_group([0, 2])

@@ -1,4 +1,4 @@
-"""What CollapseMonitor finds in reference mode: the figures of the two-pass functions, on the samples that were meant."""
+"""CollapseMonitor in reference mode computes what the functions compute, on the right samples."""
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ from .lightning_cases import (
 pl = pytest.importorskip("pytorch_lightning")
 from torch_adapted_gd.collapse import neural_collapse, output_collapse  # noqa: E402
 from torch_adapted_gd.lightning import CollapseConfigError, CollapseMonitor  # noqa: E402
+from torch_adapted_gd.lightning.evaluation import Evaluated, joined  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 SUBSET = [21, 4, 0, 13, 2, 8, 17]
@@ -40,7 +41,7 @@ DOUBLE = {"precision": "64-true"}
 
 
 def last(tmp_path, train, module=None, monitor=None, **options):
-    """The last row, and the network that it is of."""
+    """The last row of the history, and the network."""
     module = new_classifier(pl) if module is None else module
     monitor = CollapseMonitor(CLASSES, head=HEAD) if monitor is None else monitor
     fit(pl, module, tmp_path, monitor, train, **{**DOUBLE, **options})
@@ -78,6 +79,14 @@ def test_all_samples_of_the_training_set_and_no_others(kind, tmp_path):
     agree(row, expected(module, part(indices), HEAD))
 
 
+def test_batches_are_joined_until_they_are_large():
+    parts = [Evaluated(x, labels, x, labels) for x, labels in loader(batch_size=4)]  # of 4, 4, 4, 4, 4 and 3 samples
+    for most, sizes in ((0, [4, 4, 4, 4, 4, 3]), (sum(part.nbytes for part in parts[0]), [8, 8, 7]), (2**25, [23])):
+        together = list(joined(parts, most))
+        assert [len(batch.target) for batch in together] == sizes
+        assert torch.equal(torch.cat([batch.features for batch in together]), samples()[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"hpd_lambda": 0.01}, {"weighting": "sample"}], ids=str)
 @pytest.mark.parametrize("reference", ["train", "shuffled", "list"])
 def test_two_passes_through_the_network_are_one_with_memory(reference, options, tmp_path):
@@ -110,16 +119,18 @@ def test_an_explicit_loader_is_taken_as_it_is(tmp_path):
 
 
 def test_a_shuffled_reference_has_the_same_samples_each_time(tmp_path):
-    generator = torch.Generator().manual_seed(2)
-    for own in (None, generator):
-        batches = BatchSampler(RandomSampler(dataset(), generator=own), 8, True)
-        monitor = CollapseMonitor(CLASSES, reference=DataLoader(dataset(), batch_sampler=batches), head=HEAD, cache_bytes=0)
-        module = new_classifier(pl, lr=0.0)
-        module.net[1].momentum = 0.0  # nothing moves
-        last(tmp_path, loader(), module, monitor)
-        first = {key: value for key, value in monitor.history[0].items() if key not in ("epoch", "step", "s")}
-        assert all(first[key] == row[key] for row in monitor.history for key in first)
-        assert len(monitor.history) == 3
+    for generator in (None, torch.Generator().manual_seed(2)):
+        rows = []
+        for cache_bytes in (0, 2**20):  # two passes through the loader, and one
+            batches = BatchSampler(RandomSampler(dataset(), generator=generator), 8, True)
+            reference = DataLoader(dataset(), batch_sampler=batches)
+            monitor = CollapseMonitor(CLASSES, reference=reference, head=HEAD, cache_bytes=cache_bytes)
+            module = new_classifier(pl, lr=0.0)
+            module.net[1].momentum = 0.0  # nothing moves
+            last(tmp_path, loader(), module, monitor)
+            rows += monitor.history
+        assert len(rows) == 6
+        assert all(row[key] == value for row in rows for key, value in rows[0].items() if key not in ("epoch", "step", "s"))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +268,7 @@ class Endless(IterableDataset):
 
 
 class Flips(Dataset):
-    """The commonest augmentation: a coin decides."""
+    """The most common augmentation: random flips."""
 
     def __len__(self):
         return 23
@@ -287,9 +298,9 @@ class OddBatches(Odd):
 
 LOADERS = {
     "has no fixed order": lambda: DataLoader(Endless(), batch_size=4),
-    "sample 0 of its dataset is another": lambda: DataLoader(Flips(), batch_size=4),
-    "dataset is another each time": lambda: DataLoader(Drawing(1e-3), batch_size=4),
-    "draws samples by a Odd:": lambda: loader(sampler=Odd()),
+    "sample 0 of its dataset changes each time": lambda: DataLoader(Flips(), batch_size=4),
+    "dataset changes each time": lambda: DataLoader(Drawing(1e-3), batch_size=4),
+    "draws samples by a Odd,": lambda: loader(sampler=Odd()),
     "draws samples by a OddBatches": lambda: DataLoader(dataset(), batch_sampler=OddBatches()),
     "has batches but no batch size": lambda: DataLoader(dataset(), batch_sampler=[[0, 1], [2, 3]]),
     "is a list and not one torch DataLoader": lambda: list(loader()),
@@ -318,7 +329,7 @@ def test_loaders_that_do_not_say_what_to_evaluate_on(words, tmp_path):
         ({"reference": "val"}, '"val", but the trainer has no such loader'),
         ({"reference": lambda trainer, module: 3}, "should give batches to iterate over, but gave int"),
         ({"reference": lambda trainer, module: iter([])}, "gave an iterator, list_iterator"),
-        ({"reference": [{"x": 1}]}, "one is a dict of 1. Say by `step_fn`"),
+        ({"reference": [{"x": 1}]}, "one is a dict of 1. Pass `target_fn`, .* `step_fn`"),
         ({"reference": ["ab"]}, "one is a str of 2"),
     ],
 )
@@ -338,8 +349,8 @@ def test_monitors_that_do_not_fit(options, words, tmp_path):
         ({"hpd_lambda": 0.1, "head": "x", "nc": False}, CollapseConfigError, "`hpd_lambda` should come with"),
         ({"mode": "both"}, ValueError, "`mode` should be one of 'reference', 'stream', but got 'both'"),
         ({"reference": "test"}, ValueError, "`reference` should be one of 'train', 'val', but got 'test'"),
-        ({"reference": 3}, TypeError, "a function of trainer and module, but got a int"),
-        ({"reference": iter([])}, TypeError, "but got a list_iterator"),
+        ({"reference": 3}, TypeError, "a function of trainer and module, but got int"),
+        ({"reference": iter([])}, TypeError, "but got list_iterator"),
         ({"weighting": "both"}, ValueError, "`weighting` should be one of"),
         ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` should be at least 1, but got 0"),
         ({"every_n_steps": 1.5}, TypeError, "`every_n_steps` should be a whole number"),
@@ -363,7 +374,9 @@ def test_sharded_networks_are_refused(name):
         CollapseMonitor(CLASSES).setup(trainer, new_classifier(pl), "fit")
 
 
-@pytest.mark.parametrize(("times", "words"), [(0, "`head` should be called once .* called no times"), (2, "called 2 times")])
+@pytest.mark.parametrize(
+    ("times", "words"), [(0, "`head` should be called once .* but was never called"), (2, "called 2 times")]
+)
 def test_a_head_that_is_not_called_once(times, words, tmp_path):
     class Net(nn.Module):
         def __init__(self):

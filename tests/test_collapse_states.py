@@ -1,4 +1,4 @@
-"""States of the collapse metrics: float64 whatever is cast, the same when copied, apart in collections."""
+"""States of the collapse metrics: they stay float64 after casts, can be copied, and are not confused in collections."""
 
 import copy
 import pickle
@@ -144,7 +144,7 @@ def test_outputs_with_a_gradient():
 
 
 def collection_of(metrics, batches):
-    """Each metric in a collection, beside the same alone."""
+    """A collection of clones of metrics, and the metrics themselves, updated with the same batches."""
     collection = torchmetrics.MetricCollection({key: metric.clone() for key, metric in metrics.items()})
     for outputs, labels in batches:
         collection.update(outputs, labels)
@@ -182,7 +182,7 @@ def test_collections_keep_different_settings_apart(one, other):
     metrics = {"one": FinalLayerCollapse(3, output="loss", **one), "other": FinalLayerCollapse(3, output="loss", **other)}
     second = torch.rand(3, 3).double()
     second[0] = torch.nan if "nan_strategy" in one else 2.0
-    # The first batch, by which a collection groups, does not tell them apart.
+    # A collection groups by the first batch, which does not distinguish them.
     collection = collection_of(metrics, [(UNIT[1:], torch.arange(1, 3)), (second, torch.arange(3))])
     assert len(collection.compute_groups) == 2
     alone = {key: metric.compute() for key, metric in metrics.items()}

@@ -1,4 +1,4 @@
-"""CollapseMonitor in stream mode: the outputs that training computes anyway, each once, as they were."""
+"""CollapseMonitor in stream mode: it gathers each output that training computes, once."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 class Records(classifier(pl)):
-    """Keeps what it computes in an epoch."""
+    """Keeps the outputs of an epoch."""
 
     head = None
 
@@ -69,7 +69,7 @@ def recording(make=plain, head="6", optimizer="sgd"):
 @pytest.mark.parametrize("head", [None, "net.head"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adapted"])
 def test_a_stream_is_what_training_computed(optimizer, head, tmp_path):
-    """AdaptedGD repeats its forward passes, with other weights too: those do not count."""
+    """AdaptedGD repeats forward passes, also with other weights; these do not count."""
     module = recording(Delicate, "head", optimizer)
     monitor = CollapseMonitor(CLASSES, mode="stream", head=head)
     trainer = fit(pl, module, tmp_path, monitor, loader(shuffle=True))
@@ -81,7 +81,7 @@ def test_a_stream_is_what_training_computed(optimizer, head, tmp_path):
     assert "train_stream/nc4_mismatch" not in trainer.callback_metrics
     parts = (module, module.net.head)
     left = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
-    assert not [hook for hook in left if "Stream" in repr(hook)]
+    assert not [hook for hook in left if "WatchedModule" in repr(hook)]
 
 
 def test_line_searches_and_damping_do_not_count(tmp_path):
@@ -165,7 +165,8 @@ def test_a_module_that_is_not_called_once(times, head, tmp_path):
             outputs = [self(x) for _ in range(times)] or [self.net[0](x)[:, :CLASSES]]
             return HALF(outputs[-1], one_hot(labels))
 
-    words = f"{'`head`' if head else 'the module'} should be called once for each batch, but was called {times or 'no'} times"
+    found = f"called {times} times" if times else "never called"
+    words = f"{'`head`' if head else 'the module'} should be called once for each batch, but was {found}"
     with pytest.raises(RuntimeError, match=words):
         fit(pl, Calls(), tmp_path, CollapseMonitor(CLASSES, mode="stream", head=head))
 
@@ -213,7 +214,7 @@ def test_targets_in_a_dict(tmp_path):
     monitor = CollapseMonitor(CLASSES, mode="stream", target_fn=lambda batch: batch["y"], ignore_index=-1)
     fit(pl, Named(), tmp_path, monitor, batches)
     assert (monitor.history[-1]["num_samples"], monitor.history[-1]["num_dropped"]) == (18, 5)
-    with pytest.raises(ValueError, match="one is a dict of 2. Say by `target_fn`"):
+    with pytest.raises(ValueError, match="one is a dict of 2. Pass `target_fn`"):
         fit(pl, Named(), tmp_path, CollapseMonitor(CLASSES, mode="stream"), batches)
 
 
@@ -229,7 +230,7 @@ def test_manual_optimization(tmp_path):
             self.optimizers().zero_grad()
             self.manual_backward(loss)
             self.optimizers().step()
-            self(batch[0])  # to look at what became of it
+            self(batch[0])  # a call after the step
 
     module = Manual()
     monitor = CollapseMonitor(CLASSES, mode="stream", head=HEAD)
@@ -239,7 +240,7 @@ def test_manual_optimization(tmp_path):
 
 @pytest.mark.parametrize("mode", ["reference", "stream"])
 def test_compiled_modules(mode, tmp_path):
-    """Hooks are seen, also where the module has been compiled and run without them."""
+    """Hooks are called, even if the module was compiled and run without them."""
     module = new_classifier(pl, lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES)))
     module.net = torch.compile(module.net, backend="eager")
     for mode_of_module in (module.train, module.eval):
@@ -256,5 +257,5 @@ def test_compiled_modules(mode, tmp_path):
         assert [row["num_samples"] for row in monitor.history[-2:]] == [23, 23]
         assert monitor.history[-1]["nc1_pinv"] > 0
     if mode == "reference":
-        torch.compiler.reset()  # so that this has its own hook seen
+        torch.compiler.reset()  # so that the hook of `expected` is called
         agree(monitor.history[-1], expected(module, samples(), "net._orig_mod.2"), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Whether the kernel is positive-definite (3.16), its blocks (3.14), and the kernel that outputs follow (3.17)."""
+"""Whether the kernel is positive-definite (3.16), its blocks (3.14), and the effective kernel (3.17)."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_definite_is_of_full_rank(name):
     assert (found.margin > 1) == bool(found)
     if found.cut:
         assert found.margin == pytest.approx(found.smallest / found.cut)
-    # The quadratic form of (3.16), and where it is not positive.
+    # The quadratic form of (3.16), and its zeros.
     theta = dense.theta
     u = random(n)
     assert float(u @ theta @ u) > 0 or name == "dead"
@@ -55,7 +55,7 @@ def test_cut_of_singular_values():
 
 
 def test_cut_knows_the_parameters_precision():
-    """A singular value of 3e-8 is beyond what float64 gives of Θ, one of 1e-7 is not; float32's rounding leaves 2e-7 out."""
+    """Rounding of Θ hides relative singular values below about 3e-8 in float64, and below about 2e-7 for float32 networks."""
     assert is_positive_definite(*diagonal(1e-7))
     assert not is_positive_definite(*diagonal(1e-8))
     assert is_positive_definite(*diagonal(2e-7, torch.float32))
@@ -93,7 +93,7 @@ def test_diverged_parameters():
 
 @pytest.mark.parametrize("name", ["wide", "duplicated", "cnn", "tied", "one output"])
 def test_blocks_are_those_of_the_kernel(name):
-    """(3.15), from two samples alone; i and j as an index is taken."""
+    """(3.15), from two samples; i and j are indices as in Python."""
     model, x = NETWORKS[name]()
     n = len(x)
     q = model(x)[0].numel()
@@ -141,7 +141,7 @@ def test_samples_that_are_not_there():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_effective_kernel(name):
-    """The identity for the adapted flow at full rank (3.17), P where it is short, Θ for gradient descent."""
+    """The identity for the adapted flow at full rank (3.17), P otherwise, Θ for gradient descent."""
     model, x = NETWORKS[name]()
     dense, n = Dense.of(model, x), len(x)
     rows = len(dense.d)
@@ -158,7 +158,7 @@ def test_effective_kernel(name):
 
 
 def test_effective_kernel_is_measured_from_moves():
-    """It errs by the square of their length, as central differences do."""
+    """Its error is of second order in the length of the moves, as for central differences."""
     model, x = NETWORKS["wide"]()
     errors = [
         float((effective_kernel(model, x, step=step).reshape(15, 15) - torch.eye(15)).norm()) for step in (4e-3, 2e-3, 1e-3)

@@ -1,4 +1,4 @@
-"""The integrators: where they look, and what they say when they cannot go on."""
+"""The integrators: where they evaluate the field, and their errors."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch_adapted_gd.theory.integrate import integrate
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "euler"])
 def test_no_field_is_asked_for_past_the_end(method):
-    """A small field too, for which the probe for the first step looks far ahead."""
+    """Also for a small field, for which torchdiffeq's first probe is far ahead."""
     for size in (1.0, 1e-6):
         times = []
 
@@ -43,7 +43,7 @@ def test_steps_without_end():
     def field(at, z):
         nonlocal evaluations
         evaluations += 1
-        return torch.cos(1e6 * at * torch.ones_like(z))  # a thousand turns need more steps than there are
+        return torch.cos(1e6 * at * torch.ones_like(z))  # needs more steps than are allowed
 
     grid = torch.tensor([0.0, 1.0], dtype=torch.float64)
     with pytest.raises(RuntimeError, match="could not be integrated to the tolerances: max_num_steps exceeded"):

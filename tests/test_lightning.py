@@ -1,6 +1,5 @@
 """Lightning's automatic optimization: forward, zero_grad, backward, all inside the closure of one step."""
 
-import logging
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_adapted_gd import AdaptedGD, AdaptedWarning, LinearInterpolationLR
 
 from .cases import flat, mlp
+from .lightning_cases import new_trainer
 
 pl = pytest.importorskip("pytorch_lightning")
 pytestmark = pytest.mark.filterwarnings("default", "ignore:Damped steps leave the straight line")
@@ -47,14 +47,12 @@ def data():
     return torch.randn(12, 4), torch.randn(12, 3)
 
 
-def fit(module, tmp_path, **options):
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(**{**quiet, "max_epochs": 2, "enable_checkpointing": False, "default_root_dir": tmp_path, **options})
+def fit(module, tmp_path, ckpt_path=None, **options):
+    trainer = new_trainer(pl, tmp_path, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", AdaptedWarning)
-        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4))
+        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -116,17 +114,12 @@ def test_resume_from_a_checkpoint(tmp_path):
     trainer = fit(first, tmp_path, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = Regression(True)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    trainer = pl.Trainer(
-        max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        enable_checkpointing=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(resumed, DataLoader(TensorDataset(*data()), batch_size=4), ckpt_path=tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert torch.equal(flat(resumed), flat(straight))
 
 
 def test_a_submodule_called_instead_of_the_given_module_is_followed_too(tmp_path):
-    """By rows: nobody saw its parameters being used."""
+    """Its Jacobian is computed by rows, because the uses of its parameters were not recorded."""
     right, wrong = Regression(False, {"damping": 0.1}), Regression(True, {"damping": 0.1})
     fit(right, tmp_path)
 
@@ -141,7 +134,7 @@ def test_a_submodule_called_instead_of_the_given_module_is_followed_too(tmp_path
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_module_that_calls_a_functional_loss(tmp_path, seed):
-    """AdaptedGD(self) is the whole change: the closure that Lightning gives tells the loss, and with it the unit of lr."""
+    """AdaptedGD(self) is the only change: the closure from Lightning computes the loss, which determines the unit of lr."""
     torch.manual_seed(seed)
     x = torch.randn(60, 3)
     y = 3 * torch.stack([torch.sin(2 * x[:, 0]), x[:, 1] * x[:, 2]], 1)
@@ -162,8 +155,7 @@ def test_a_module_that_calls_a_functional_loss(tmp_path, seed):
 
     module = Module()
     first = nn.functional.huber_loss(module(x), y).item()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(max_epochs=40, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer = new_trainer(pl, tmp_path, max_epochs=40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=60))

@@ -106,7 +106,7 @@ def test_several_optimizers(kinds, tmp_path):
     monitor, reports = AdaptedStepMonitor(keep_history=True), Reports()
     trainer = fit(pl, Two(kinds), tmp_path, [monitor, reports], loader(), log_every_n_steps=1, max_epochs=1)
     indices = [i for i, adapted in enumerate(kinds) if adapted]
-    assert [row["optimizer"] for row in monitor.history] == indices * 2  # a batch in between has no step
+    assert [row["optimizer"] for row in monitor.history] == indices * 2  # the second batch has no step
     for row, report in zip(monitor.history[-len(indices) :], [reports.found[-1][i] for i in indices], strict=True):
         assert same(row, report)
     roots = {key.split("/")[0] for key in trainer.callback_metrics}
@@ -298,7 +298,7 @@ class Line(pl.LightningModule):
 
 
 def test_real_digits_collapse_on_a_straight_line(digits, tmp_path):
-    """Corollary 3.2: `within` and `bias` are (1 − t)² of what they were, but for the steps' length."""
+    """Corollary 3.2: `within` and `bias` fall like (1 − t)², up to the error of finite steps."""
     off = {"within": [], "bias": []}
     for steps in (10, 20):
         monitor = CollapseMonitor(

@@ -1,4 +1,4 @@
-"""AdaptedGD under Lightning in one process and in two: the same steps, the same history of the collapse, resumed."""
+"""AdaptedGD under Lightning takes the same steps in one process and in two, also after a checkpoint."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ pytest.importorskip("pytorch_lightning")
 
 @pytest.fixture(scope="module")
 def notes(tmp_path_factory):
-    """What the last epoch came to, by case and process."""
+    """The results of training, by case and process."""
     folder = tmp_path_factory.mktemp("steps")
     command = [sys.executable, "-W", "ignore", "-m", "tests.lightning_steps", str(folder)]
     ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)

@@ -22,7 +22,7 @@ def ends(model, reach=1.0):
 def test_both_lines():
     model, x, y = mlp(sizes=(3, 5, 2)).double(), random(4, 3), random(4, 2)
     start, end = ends(model)
-    move(model, random(len(flat(model))))  # the model itself is at neither
+    move(model, random(len(flat(model))))  # the model is at neither end
     before = taken_down(model)
     found = line_losses(model, x, y, start, end, steps=4)
     assert taken_down(model) == before
@@ -43,7 +43,7 @@ def test_both_lines():
 
 
 def test_monotone_between_a_start_and_its_least_squares_solution():
-    """Linear in θ: the loss is a parabola with its bottom at the end, and both lines are one."""
+    """Linear in θ: the loss is a parabola with its minimum at the end, and both lines agree."""
     model, x, y = nn.Linear(3, 1, bias=False).double(), random(6, 3), random(6, 1)
     start = model.state_dict()
     end = {"weight": torch.linalg.lstsq(x, y).solution.T}
@@ -52,14 +52,14 @@ def test_monotone_between_a_start_and_its_least_squares_solution():
     assert found.monotone
     assert found.rise == 0.0
     assert_close(found.output_line, found.parameter_line, 1e-12)
-    beyond = {"weight": start["weight"] + 2 * (end["weight"] - start["weight"])}  # past the bottom, to the same height
+    beyond = {"weight": start["weight"] + 2 * (end["weight"] - start["weight"])}  # past the minimum, to the same height
     found = line_losses(model, x, y, start, beyond)
     assert not found.monotone
     assert found.rise == pytest.approx(float(found.parameter_line[0] - found.parameter_line[25]))
 
 
 def test_a_barrier():
-    """Hidden units exchanged: the same function at both ends, another between."""
+    """Exchanged hidden units: the same function at both ends, another in between."""
     model, x = mlp(sizes=(2, 4, 1)).double(), random(8, 2)
     start = model.state_dict()
     order = torch.tensor([1, 0, 3, 2])
@@ -73,7 +73,7 @@ def test_a_barrier():
 
 
 def test_output_line_to_zero_loss():
-    """(1−t)² C₀, which is what the adapted flow does on the way (2.57)."""
+    """(1−t)² C₀, the loss along the adapted flow (2.57)."""
     model, x, y = mlp(sizes=(3, 6, 1)).double(), random(4, 3), random(4, 1)
     start = copy.deepcopy(model.state_dict())
     flow = adapted_flow(model, x, y, steps=8, rtol=1e-6, atol=1e-8, load=True)

@@ -1,4 +1,4 @@
-"""Outputs led along prescribed paths (3.1)."""
+"""Outputs that follow prescribed paths (3.1)."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def problem():
 
 
 def spiral(x0, y):
-    """To the targets by a way that is neither linear nor polynomial; of full length at once."""
+    """A path towards the targets that is neither linear nor polynomial."""
     side = torch.tensor([[1.0], [-1.0], [0.5], [0.0]], dtype=torch.float64)
     return lambda s: torch.exp(-s) * x0 + (1 - torch.exp(-s)) * y + (torch.cos(2 * s) - 1) * side
 
@@ -68,7 +68,7 @@ def test_paths_that_come_with_the_package():
         assert detour(at)[0].tolist() == pytest.approx([line[0][0] + 0.5 * off, line[0][1] - off])
         assert linear(at).dtype == detour(at).dtype == torch.float64
     with torch.no_grad():
-        x0 += 1  # they have copies
+        x0 += 1  # the paths have copies
     y += 1
     bend += 1
     half = torch.tensor(0.5, dtype=torch.float64)
@@ -92,7 +92,7 @@ def constant(x0, y):
 
 
 def attached(x0, y):
-    """Constant, but part of a graph, of which s is none."""
+    """Constant, with a graph that does not contain s."""
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     return lambda s: weight * x0
 
@@ -103,7 +103,7 @@ def still(x0, y):
 
 @pytest.mark.parametrize("path", [constant, attached, still])
 def test_constant_paths_stay(path):
-    """Equilibria are where the path rests (3.6)."""
+    """A constant path is an equilibrium (3.6)."""
     model, x, y = problem()
     led = follow_path(model, x, path(model(x).detach(), y), steps=3)
     assert torch.equal(led.parameters, flat(model).expand(4, -1))
@@ -112,7 +112,7 @@ def test_constant_paths_stay(path):
 
 
 def test_steps_are_those_of_the_dense_inverse():
-    """Euler: θ ← θ + h D⁺[∂_s x + κ (x(s) − x)], at short rank too; what is out of reach is reported."""
+    """Euler: θ ← θ + h D⁺[∂_s x + κ (x(s) − x)], also for rank D < QN; the part outside ran D is reported."""
     model, x = duplicated()
     x0 = model(x).detach()
     y = x0 + random(8, 2)
@@ -144,7 +144,7 @@ class Product(nn.Module):
         return self.a * self.b * x
 
 
-STARTS = {  # (a, b) at which outputs are zero -> what of the way to y = (1, 1) and (1, -1) is out of reach from x = (1, 1)
+STARTS = {  # (a, b) at which outputs are zero -> `off_range` of the lines to y = (1, 1) and (1, -1) from x = (1, 1), rank
     "saddle": ((0, 0), 1.0, 1.0, 0),
     "one factor": ((1, 0), 0.0, 1.0, 1),
     "the other": ((0, 1), 0.0, 1.0, 1),
@@ -162,13 +162,13 @@ def test_feasibility_depends_on_the_start(name):
         assert led.ranks[0] == rank
         if expected == 0.0:
             assert_close(led.outputs[-1], y, 1e-6)
-        else:  # left undone
+        else:  # not followed
             assert torch.equal(led.outputs[-1], torch.zeros_like(y))
             assert led.distance.tolist() == pytest.approx([0.0, 0.5 * 2**0.5, 2**0.5])
 
 
 def test_correction_reduces_drift():
-    """Of Euler's steps: without it the error stays in the outputs, with it it fades."""
+    """Without it the error of Euler's steps stays in the outputs; with it the error decays."""
     model, x, y = problem()
     path = spiral(model(x).detach(), y)
     far = [
@@ -188,7 +188,7 @@ def test_correction_changes_nothing_on_the_path():
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("rk4", 4)])
 def test_orders(method, order):
-    torch.manual_seed(3)  # a well-conditioned one: in others the order shows from more steps on
+    torch.manual_seed(3)  # well-conditioned; others need more steps to show the order
     model, x, y = problem()
     path = DetourPath(model(x), y, torch.full((1,), 0.3))
     few, more = (float(follow_path(model, x, path, method=method, steps=steps).distance[-1]) for steps in (8, 16))
@@ -203,12 +203,12 @@ def test_end_and_load():
     assert led.s.tolist() == [0.0, 0.25, 0.5]
     assert torch.equal(flat(model), led.parameters[-1])
     assert taken_down(model)[1:] == before[1:]
-    rest = LinearPath(model(x), y)  # on from there
+    rest = LinearPath(model(x), y)  # from there on
     assert_close(follow_path(model, x, rest, steps=1, rtol=1e-5).outputs[-1], y, 1e-3)
 
 
 def test_paths_need_not_exist_past_their_end():
-    """(1−s)^(3/2) has no velocity there: no method may look."""
+    """(1−s)^(3/2) has no velocity there: no method may evaluate it."""
     model, x, y = problem()
     x0 = model(x).detach()
     seen = []
@@ -277,7 +277,6 @@ OPTIONS = {
     "s_end": ({"s_end": 0.0}, ValueError, "`s_end` should be at least 1e-300 and finite, but got 0.0"),
     "correction": ({"correction": -1.0}, ValueError, "`correction` should be at least 0 and finite, but got -1.0"),
     "steps": ({"steps": 1.0}, TypeError, "`steps` should be a whole number, but got 1.0"),
-    "method": ({"method": "midpoint"}, ValueError, "`method` should be one of 'dopri5', 'rk4', 'euler'"),
 }
 
 

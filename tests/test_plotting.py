@@ -25,9 +25,7 @@ def test_figures_hold_what_they_are_given(tmp_path):
     assert first.get_xlim() == second.get_xlim()
     assert first.lines[0].get_xdata()[-1] == pytest.approx(1.0)  # class 0 ends at its target, angle 0 on the circle
 
-    spectrum = plotting.plot_spectrum({"start": torch.tensor([4.0, 1.0, 1e-20, -1e-18])}, rtol=1e-6)
-    assert spectrum.axes[0].lines[0].get_label() == "start (rank 2 of 4)"
-    for i, figure in enumerate((loss, collapse, paths, spectrum)):
+    for i, figure in enumerate((loss, collapse, paths)):
         figure.savefig(tmp_path / f"{i}.png")
 
 

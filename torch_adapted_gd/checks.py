@@ -68,6 +68,17 @@ def true_or_false(name: str, value: Any) -> bool:
     return value
 
 
+def a_tensor(name: str, value: Any, shape: str = "") -> Tensor:
+    """Return ``value`` if it is a tensor.
+
+    Raises:
+        TypeError: It is not. The message says which shape is expected.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` should be a tensor{shape and f' {shape}'}, but got {type(value).__name__}.")
+    return value
+
+
 def floating_tensor(name: str, value: Any) -> Tensor:
     """Return ``value`` if it is a tensor of floating point numbers.
 

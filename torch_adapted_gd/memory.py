@@ -1,4 +1,4 @@
-"""How much memory is free, and a refusal before an allocation that could not fit."""
+"""How much memory is free, and an error before an allocation that does not fit."""
 
 import os
 from pathlib import Path
@@ -41,23 +41,13 @@ def available_bytes(device: torch.device) -> int | None:
         except (AttributeError, OSError, ValueError):
             return None
     headroom = _cgroup_headroom()
-    # What is free is free for all processes that train on this machine.
+    # All processes that train on this machine share it.
     return (free_bytes if headroom is None else min(free_bytes, headroom)) // processes_on_this_machine()
 
 
 def require_memory(needed: int, device: torch.device, what: str, advice: str) -> None:
-    """Refuse an allocation that cannot fit, before it is tried.
-
-    Args:
-        needed: Bytes that will be allocated.
-        device: Where.
-        what: What they are for, with its size.
-        advice: What the user can change.
-
-    Raises:
-        MemoryError: More bytes are needed than are available.
-    """
-    if needed < _ALWAYS_THERE:  # to ask the system takes a quarter of a millisecond
+    """Raise a MemoryError, which says what needs the memory and gives advice, before an allocation that cannot fit."""
+    if needed < _ALWAYS_THERE:  # asking the system takes 0.25 ms
         return
     available = available_bytes(device)
     if available is not None and needed > available:

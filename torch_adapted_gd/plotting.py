@@ -1,4 +1,4 @@
-"""Figures of recorded runs. Matplotlib is imported when a figure is drawn, not before."""
+"""Figures of recorded runs. Matplotlib is imported only when a figure is drawn."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ _THEORY: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2
 
 def _figure(columns: int = 1, width: float = 6.4, rows: int = 1, height: float = 4.4) -> tuple[Figure, list[Axes]]:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # not by pyplot: no window, and no global state
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'torch_adapted_gd[plot]'.") from error
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)  # its own canvas: no window, no global state of pyplot
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
@@ -41,7 +39,7 @@ def _class_colours(count: int) -> list[Any]:
 
 
 def _positive(values: Sequence[float]) -> list[float]:
-    """Zero has no place on a log axis."""
+    """NaN for zero, which a log axis cannot show."""
     return [value if value > 0 else math.nan for value in values]
 
 
@@ -55,9 +53,9 @@ def plot_loss(
     """Loss curves on a log axis.
 
     Args:
-        curves: Name → abscissae and losses.
-        theory: Abscissae and the loss that theory predicts, drawn dashed.
-        xlabel: Name of the abscissa.
+        curves: Name → x values and losses.
+        theory: x values and the predicted loss, drawn dashed.
+        xlabel: Name of the x axis.
         theory_label: Name of the prediction.
 
     Raises:
@@ -75,10 +73,10 @@ def plot_loss(
 
 
 def plot_collapse(t: Sequence[float], averages: Tensor, deviations: Tensor, class_names: Sequence[str] | None = None) -> Figure:
-    """Distances of class averages from their targets and mean deviations within classes: straight lines (Corollary 3.2).
+    """Distances of class averages from their targets, and mean deviations within classes: straight lines (Corollary 3.2).
 
     Args:
-        t: Times, T of them.
+        t: Times, ``[T]``.
         averages: |x̄_j(t) − y_j|, ``[T, J]``.
         deviations: Mean of |Δx_i(t)| over the samples of class j, ``[T, J]``.
         class_names: Names of the classes; by default their numbers.
@@ -101,73 +99,71 @@ def plot_collapse(t: Sequence[float], averages: Tensor, deviations: Tensor, clas
     return figure
 
 
-_PAGE: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, what it is of, its curves and their names
-    ("Class averages: |x̄ⱼ − yⱼ|²", "bias_class", []),
-    ("Deviations within classes: mean |Δxᵢ|²", "within_class", []),
-    ("Squared distance to the class targets", "loss", [("loss", "loss"), ("within", "within"), ("bias", "bias")]),
+# Panels of the page: title, the key that a run needs, and its curves with their labels; without curves, one for each class.
+_PAGE: list[tuple[str, str, dict[str, str]]] = [
+    ("Class averages: |x̄ⱼ − yⱼ|²", "bias_class", {}),
+    ("Deviations within classes: mean |Δxᵢ|²", "within_class", {}),
+    ("Squared distance to the class targets", "loss", {"loss": "loss", "within": "within", "bias": "bias"}),
     (
         "NC1: variation within classes",
         "nc1_trace",
-        [("nc1_pinv", "tr Σ_W Σ_B⁺ / K"), ("nc1_trace", "tr Σ_W / tr Σ_B"), ("nc1_cdnv", "CDNV")],
+        {"nc1_pinv": "tr Σ_W Σ_B⁺ / K", "nc1_trace": "tr Σ_W / tr Σ_B", "nc1_cdnv": "CDNV"},
     ),
     (
         "NC2: distance from a simplex",
         "nc2_etf_means",
-        [
-            ("nc2_equinorm_means", "norms, means"),
-            ("nc2_maxangle_means", "angles, means"),
-            ("nc2_etf_means", "ETF, means"),
-            ("nc2_equinorm_weights", "norms, weights"),
-            ("nc2_maxangle_weights", "angles, weights"),
-            ("nc2_etf_weights", "ETF, weights"),
-        ],
+        {
+            f"nc2_{key}_{of}": f"{label}, {of}"
+            for of in ("means", "weights")
+            for key, label in (("equinorm", "norms"), ("maxangle", "angles"), ("etf", "ETF"))
+        },
     ),
     (
         "NC3 and NC4",
         "nc3",
-        [("nc3", "NC3: W against means"), ("nc3_etf", "NC3: ETF of WMᵀ"), ("nc4_mismatch", "NC4: mismatches")],
+        {"nc3": "NC3: W against means", "nc3_etf": "NC3: ETF of WMᵀ", "nc4_mismatch": "NC4: mismatches"},
     ),
 ]
 
 
 def plot_collapse_page(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, x: str = "epoch") -> Figure:
-    """A page of collapse curves on log axes: a column for each run, a row for each quantity that was recorded.
+    """A page of collapse curves on log axes, with a column for each run and a row for each recorded quantity.
 
-    Class averages' and deviations' squared distances by class, their sums, and NC1 to NC4 where there are any. Rows of panels
-    share their axes, so that runs can be compared. What is zero has no place on a log axis and is left out.
+    The quantities are the squared distances and deviations of each class, their sums, and NC1 to NC4. Panels in a row share
+    their y axis. Zeros are left out.
 
     Args:
         histories: Name of a run → its rows, as in `CollapseMonitor.history`.
-        x: The abscissa: ``"epoch"``, ``"step"`` or ``"s"``.
+        x: The x axis: ``"epoch"``, ``"step"`` or ``"s"``.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        ValueError: There is no row, or an unknown abscissa.
+        ValueError: There are no rows, or ``x`` is unknown.
     """
     one_of("x", x, ("epoch", "step", "s"))
     runs = {name: rows for name, rows in histories.items() if rows}
     if not runs:
         raise ValueError("`histories` should have at least one row, but has none: nothing has been evaluated yet.")
     panels = [panel for panel in _PAGE if any(panel[1] in rows[-1] for rows in runs.values())]
-    blocks = 2 if len(panels) > 3 else 1  # two panels beside each other, each with its runs
+    blocks = 2 if len(panels) > 3 else 1  # two panels beside each other, each with all runs
     lines, columns = -(-len(panels) // blocks), blocks * len(runs)
     figure, axes = _figure(columns, 4.4, lines, 3.2)
     for place, (title, key, curves) in enumerate(panels):
-        line, block = place % lines, place // lines
+        block, line = divmod(place, lines)
         begin = line * columns + block * len(runs)
         row = axes[begin : begin + len(runs)]
         for ax, (name, rows) in zip(row, runs.items(), strict=True):
             if ax is not row[0]:
                 ax.sharey(row[0])
-            abscissae = [float(r[x]) for r in rows]
+            xs = [float(r[x]) for r in rows]
             if not curves:
                 by_class = [r[key] for r in rows]
                 for j, colour in enumerate(_class_colours(len(by_class[0]))):
-                    ax.plot(abscissae, _positive([values[j] for values in by_class]), color=colour, linewidth=1.2, label=str(j))
-            for curve, label in curves:
+                    ax.plot(xs, _positive([values[j] for values in by_class]), color=colour, linewidth=1.2, label=str(j))
+            for curve, label in curves.items():
                 if curve in rows[-1]:
                     values = [r.get(curve, math.nan) for r in rows]
-                    ax.plot(abscissae, _positive(values), marker=".", markersize=4, linewidth=1.2, label=label)
+                    ax.plot(xs, _positive(values), marker=".", markersize=4, linewidth=1.2, label=label)
             ax.set(yscale="log", xlabel=x)
             ax.set_title(f"{name}\n{title}" if line == 0 else title, fontsize="medium")
         if len(row[-1].lines) <= 10:
@@ -176,10 +172,10 @@ def plot_collapse_page(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, 
 
 
 def plot_output_paths(paths: Mapping[str, Tensor], labels: Tensor, targets: Tensor) -> Figure:
-    """Paths of the outputs, projected on the plane in which the class targets stand on a circle.
+    """Paths of the outputs, mapped to a plane in which the class targets lie on a circle.
 
     Args:
-        paths: Name → outputs ``[T, N, Q]`` along a run; one panel each.
+        paths: Name → outputs ``[T, N, Q]`` along a run; one panel for each.
         labels: Class of each sample, ``[N]``.
         targets: Target y_j of each class, ``[J, Q]``.
 
@@ -190,7 +186,7 @@ def plot_output_paths(paths: Mapping[str, Tensor], labels: Tensor, targets: Tens
     colours = _class_colours(len(targets))
     angles = torch.arange(len(targets), dtype=torch.float64) * (2 * math.pi / len(targets))
     circle = torch.stack([angles.cos(), angles.sin()], dim=1)  # [J, 2]
-    plane = torch.linalg.pinv(targets.double()) @ circle  # [Q, 2], takes the targets to the circle
+    plane = torch.linalg.pinv(targets.double()) @ circle  # [Q, 2], maps the targets to the circle
     for ax, (name, outputs) in zip(axes, paths.items(), strict=True):
         points = outputs.double() @ plane  # [T, N, 2]
         for j, colour in enumerate(colours):
@@ -204,48 +200,7 @@ def plot_output_paths(paths: Mapping[str, Tensor], labels: Tensor, targets: Tens
         ax.set(title=f"Paths of the outputs: {name}", aspect="equal")
         ax.set_axis_off()
     reach = max(abs(bound) for ax in axes for bound in (*ax.get_xlim(), *ax.get_ylim()))
-    reach = min(max(reach, 1.25), 3.0)  # what goes further has diverged, and would make all else a speck
+    reach = min(max(reach, 1.25), 3.0)  # diverged paths would make the others too small
     for ax in axes:  # one scale for all panels
         ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
-    return figure
-
-
-def plot_deviations(curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> Figure:
-    """Deviations from the straight line under rank loss (Proposition 2.5), observed and predicted.
-
-    Args:
-        curves: Name → times, observed and predicted sizes in units of |x₀ − y|.
-
-    Raises:
-        ImportError: Matplotlib is not installed.
-    """
-    figure, (ax,) = _figure()
-    for colour, (name, (t, observed, predicted)) in zip(_class_colours(len(curves)), curves.items(), strict=True):
-        ax.plot(t, observed, color=colour, linewidth=1.6, label=name)
-        ax.plot(t, predicted, color=colour, marker="o", markersize=4, linestyle="none", markerfacecolor="white")
-    ax.plot([], [], color="grey", marker="o", markersize=4, linestyle="none", markerfacecolor="white", label="predicted")
-    ax.set(xlabel="t", ylabel="|x̃(t) − line| / |x₀ − y|", title="Deviation from the straight line", ylim=(0, None))
-    ax.legend(frameon=False)
-    return figure
-
-
-def plot_spectrum(eigenvalues: Mapping[str, Tensor], rtol: float) -> Figure:
-    """Singular values of D (square roots of the kernel's eigenvalues) relative to the largest, with the rank cut.
-
-    Args:
-        eigenvalues: Name → eigenvalues of Θ, ``[QN]``, in any order.
-        rtol: Singular values below this count as zero.
-
-    Raises:
-        ImportError: Matplotlib is not installed.
-    """
-    figure, (ax,) = _figure()
-    for name, values in eigenvalues.items():
-        sigma = values.double().clamp_min(0).sqrt().sort(descending=True).values
-        relative = sigma / sigma[0].clamp_min(torch.finfo(torch.float64).tiny)
-        rank = int((relative > rtol).sum())
-        ax.plot(range(1, len(relative) + 1), relative.tolist(), linewidth=1.6, label=f"{name} (rank {rank} of {len(relative)})")
-    ax.axhline(rtol, label=f"rank cut, rtol = {rtol:.1e}", **_THEORY)
-    ax.set(yscale="log", xlabel="index", ylabel="σ / σ_max", title="Spectrum of the tangent kernel")
-    ax.legend(frameon=False)
     return figure

@@ -1,13 +1,14 @@
-"""Collapse of classes as torchmetrics: in one pass over batches, exact near collapse, the same for any number of processes.
+"""Collapse of classes as torchmetrics: in one pass over batches, numerically stable near collapse, for any number of processes.
 
-States are float64 whatever becomes of the module that holds them, and have one merge for `update`, `forward`, ``merge_state``
-and processes, in the order of ranks. Needs torchmetrics: ``pip install 'torch_adapted_gd[lightning]'``.
+States are float64, also after a cast of the module that holds them. `update`, `forward`, ``merge_state`` and processes use the
+same merge, in the order of ranks. Needs torchmetrics: ``pip install 'torch_adapted_gd[lightning]'``.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,9 @@ except Exception as error:  # RuntimeError too: torchmetrics imports torchvision
         f"torch): pip install 'torch_adapted_gd[lightning]'. It could not be imported: {error}"
     ) from error
 
-from ..checks import floating_tensor, one_of, positive_integer, real_number, true_or_false
-from .features import FeatureOptions, Head, Means, collapse_of_features, mismatches
-from .labels import ClassTargets, Samples, check_settings, read_samples
+from ..checks import a_tensor, floating_tensor, one_of, positive_integer, real_number, true_or_false
+from .features import FeatureOptions, Head, caveat, collapse_of_features, mismatches
+from .labels import ClassTargets, SampleReader, Samples, as_float64_rows
 from .moments import ClassMoments, merge_packed
 from .outputs import OUTPUT_KEYS, decompose
 
@@ -34,7 +35,7 @@ FULL_SCATTER_WIDTH = 2048
 
 
 class Float64Metric(Metric):
-    """A metric whose states stay float64, and on the CPU where the device has no float64 (MPS)."""
+    """A metric whose states stay float64, and on the CPU if the device has no float64 (MPS)."""
 
     is_differentiable = False
     higher_is_better: bool | None = False
@@ -48,16 +49,13 @@ class Float64Metric(Metric):
         return super()._apply(keeping_the_dtype, exclude_state)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric has gathered.
-
-        Args:
-            incoming_state: The other, or its ``metric_state``.
+        """Add the samples of another metric, given as the metric or its ``metric_state``.
 
         Raises:
-            ValueError: It is of other targets or settings.
+            ValueError: The other has other targets or settings.
         """
         super().merge_state(incoming_state)
-        # Metric leaves both as they were: `compute` would give what it gave before, or warn that there are no data.
+        # Metric leaves both as they are: `compute` would return its cached value, or warn that there are no data.
         self._computed = None
         self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
@@ -65,11 +63,11 @@ class Float64Metric(Metric):
         """Plot values on a log axis.
 
         Args:
-            val: From `compute` or ``forward``, one or a list of them; by default what `compute` gives now.
+            val: One value of `compute` or ``forward``, or a list of them; by default the present value.
             ax: Matplotlib axes to draw on; by default new ones.
 
         Returns:
-            Figure and axes, as torchmetrics has them.
+            Figure and axes.
         """
         figure, axes = self._plot(val, ax)
         for one in axes.flat if hasattr(axes, "flat") else [axes]:
@@ -78,79 +76,59 @@ class Float64Metric(Metric):
 
 
 class _ClassMomentsMetric(Float64Metric):
-    """A metric from the moments of classes, in one state with one merge."""
+    """A metric of moments of classes, which are one state with one merge."""
 
-    values_name = "preds"
-
-    def __init__(
-        self,
-        targets: ClassTargets,
-        width: int,
-        *,
-        pooled: bool,
-        ignore_index: int | None,
-        nan_strategy: str,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, reader: SampleReader, *, pooled: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_settings(ignore_index, nan_strategy)
-        self.targets = targets  # not a buffer: those are cast with the module
-        self.width = width
-        self.pooled = pooled
-        self.ignore_index = ignore_index
-        self.nan_strategy = nan_strategy
-        # A MetricCollection shares states that have the same names and are close, as all are near collapse.
-        self._state = f"moments_{targets.digest(width, pooled, ignore_index, nan_strategy)}"
-        merge = partial(merge_packed, num_classes=targets.num_classes, width=width)
-        device = torch.empty(0).device  # torch.get_default_device() of torch 2.6 knows nothing of `with torch.device(…)`
-        nothing = ClassMoments.zeros(targets.num_classes, width, pooled=pooled, device=device)
+        self.reader = reader  # the targets are not a buffer, because buffers are cast with the module
+        self.targets, self.width, self.pooled = reader.targets, reader.width, pooled
+        # A MetricCollection shares states that have the same name and are close, and near collapse all are close.
+        name = self.targets.digest(self.width, pooled, reader.ignore_index, reader.nan_strategy)
+        self._state = f"moments_{name}"
+        device = torch.empty(0).device  # torch.get_default_device() of torch 2.6 ignores `with torch.device(…)`
+        nothing = ClassMoments.zeros(self.targets.num_classes, self.width, pooled=pooled, device=device)
+        merge = partial(merge_packed, num_classes=self.targets.num_classes, width=self.width)
         self.add_state(self._state, nothing.packed(), dist_reduce_fx=merge)
 
     @property
     def moments(self) -> ClassMoments:
-        """Of all samples so far: in this process, but for while `compute` runs."""
+        """Moments of the samples of this process; within `compute`, of all processes."""
         return ClassMoments.unpacked(getattr(self, self._state), self.targets.num_classes, self.width)
 
     def synced_moments(self) -> ClassMoments:
-        """Of all samples in all processes; each has to call it."""
+        """Moments of the samples of all processes. Each process has to call it."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=True):
             return self.moments
 
-    def read(self, values: Tensor, target: Tensor) -> Samples:
-        """Samples of a batch that count.
-
-        Args:
-            values: What `update` takes.
-            target: Their classes.
-        """
-        return read_samples(self.values_name, values, target, self.targets, self.width, self.ignore_index, self.nan_strategy)
-
-    def _add(self, values: Tensor, labels: Tensor) -> None:
+    def _add(self, values: Tensor, target: Tensor) -> Samples:
+        """Add a batch to the moments; returns the samples that count."""
+        kept = self.reader(values, target)
+        batch = ClassMoments.of(kept.rows, kept.labels, self.targets.num_classes, pooled=self.pooled).packed()
         state = getattr(self, self._state)
-        batch = ClassMoments.of(values, labels, self.targets.num_classes, pooled=self.pooled).packed()
-        both = torch.stack([state, batch.to(state.device)])
-        setattr(self, self._state, merge_packed(both, self.targets.num_classes, self.width))
+        merged = merge_packed(torch.stack([state, batch.to(state.device)]), self.targets.num_classes, self.width)
+        setattr(self, self._state, merged)
+        return kept
 
 
 class FinalLayerCollapse(_ClassMomentsMetric):
-    """Collapse of a classifier's outputs to the targets of their classes, (3.8)-(3.13), as `collapse.output_collapse`.
+    """Collapse of a classifier's outputs to the targets of their classes, (3.8)-(3.13): see `collapse.output_collapse`.
 
-    Exact to about 1e-15, relative, down to deviations of 1e-12 beside outputs near 1; but ``bias`` has the accuracy that its
-    own condition allows where class averages are much nearer to their targets than outputs are to their averages.
+    Relative errors are about 1e-15, down to deviations of 1e-12 beside outputs near 1. Only ``bias`` is less accurate where
+    class averages are much nearer to their targets than outputs are to their averages, because it is ill-conditioned there.
 
     Args:
         num_classes: K.
         class_targets: y_j, ``[K, d]``; by default the unit vectors e_j.
-        output: ``"dict"``, or the one key that `compute` is to give, as a scalar for ``self.log`` and ``MetricCollection``.
+        output: ``"dict"``, or one key that `compute` returns as a scalar, for ``self.log`` and ``MetricCollection``.
         scale: Multiplies ``loss``, ``within`` and ``bias``: 0.5 for `HalfSquaredLoss`.
         per_class: Add ``within_class_{j}`` and ``bias_class_{j}``.
-        ignore_index: Label of samples to leave out and to count in ``num_dropped``.
-        nan_strategy: What becomes of samples that are not finite: ``"propagate"`` (NaN, and nothing is looked at),
-            ``"error"``, or they are left out and counted, ``"warn"`` or ``"ignore"``.
+        ignore_index: Label of samples to leave out; ``num_dropped`` counts them.
+        nan_strategy: What to do with samples that are not finite: ``"propagate"`` (the result is NaN; nothing is checked),
+            ``"error"``, or leave them out and count them, with a warning (``"warn"``) or without (``"ignore"``).
         kwargs: For `torchmetrics.Metric`.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument has another type.
         ValueError: An argument is out of its range, or targets do not fit.
 
     Example:
@@ -177,7 +155,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         **kwargs: Any,
     ) -> None:
         targets = ClassTargets(num_classes, class_targets)
-        super().__init__(targets, targets.width, pooled=False, ignore_index=ignore_index, nan_strategy=nan_strategy, **kwargs)
+        super().__init__(SampleReader("preds", targets, targets.width, ignore_index, nan_strategy), pooled=False, **kwargs)
         self.scale = real_number("scale", scale, low=0)
         self.per_class = true_or_false("per_class", per_class)
         of_classes = [f"{key}_class_{j}" for key in ("within", "bias") for j in range(targets.num_classes)] if per_class else []
@@ -194,12 +172,11 @@ class FinalLayerCollapse(_ClassMomentsMetric):
             target: Integer labels ``[B]``, one-hot rows ``[B, K]``, or rows of ``class_targets``.
 
         Raises:
-            TypeError: These are no tensors of numbers.
-            ValueError: Shapes do not agree, targets are soft or no classes, or samples are not finite with ``"error"``.
+            TypeError: An argument is not a tensor of numbers.
+            ValueError: Shapes do not agree, targets are soft or not classes, or samples are not finite with ``"error"``.
         """
-        kept = self.read(preds, target)
+        kept = self._add(preds, target)
         residuals = kept.rows - self.targets.values.to(kept.rows.device)[kept.labels]
-        self._add(kept.rows, kept.labels)
         self.squares = self.squares + residuals.square().sum().to(self.squares.device)
         self.hits = self.hits + self.targets.hits(kept.rows, kept.labels).to(self.hits.device)
         self.dropped = self.dropped + kept.dropped.to(self.dropped.device)
@@ -214,23 +191,23 @@ class FinalLayerCollapse(_ClassMomentsMetric):
 class NeuralCollapse(_ClassMomentsMetric):
     """Neural collapse of the features before the last layer, NC1 to NC3, as `collapse.neural_collapse` defines them.
 
-    NC4 compares each feature vector with means that have to be known first: `NearestClassMeanAgreement`, in a second pass.
+    NC4 compares each feature vector with the class means, so it needs a second pass: `NearestClassMeanAgreement`.
 
     Args:
         num_classes: K.
         num_features: D.
-        cov: ``"full"`` holds the scatter within classes, D² numbers, which ``nc1_pinv`` is of; ``"trace"`` does without and
-            leaves that out; ``"auto"`` is ``"full"`` for D up to 2048.
-        weighting: ω_j in the mean over classes: ``"class"`` (1/K) or ``"sample"`` (N_j/N).
+        cov: ``"full"`` holds the scatter within classes, D² numbers, which ``nc1_pinv`` needs. ``"trace"`` leaves out both.
+            ``"auto"`` is ``"full"`` for D up to 2048.
+        weighting: ω_j in the mean over classes: ``"class"`` (1/K') or ``"sample"`` (N_j/N).
         rtol: Singular values of the means up to rtol times the largest count as zero.
         class_targets: y_j, ``[K, K]``, for ``hpd_lambda``; by default the unit vectors.
-        hpd_lambda: λ > 0, to add the split of Han, Papyan & Donoho where `compute` is given a weight.
+        hpd_lambda: λ > 0, to add the split of Han, Papyan & Donoho if `compute` gets a weight.
         ignore_index: Label of samples to leave out.
         nan_strategy: As for `FinalLayerCollapse`.
         kwargs: For `torchmetrics.Metric`.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument has another type.
         ValueError: An argument is out of its range.
 
     Example:
@@ -239,8 +216,6 @@ class NeuralCollapse(_ClassMomentsMetric):
         >>> float(metric.compute()["nc1_pinv"])
         0.0
     """
-
-    values_name = "features"
 
     def __init__(
         self,
@@ -261,25 +236,23 @@ class NeuralCollapse(_ClassMomentsMetric):
         if hpd_lambda is not None and cov == "trace":
             raise ValueError('`cov` should be "full" for `hpd_lambda`, which needs the whole scatter, but got "trace".')
         pooled = cov == "full" or (cov == "auto" and (num_features <= FULL_SCATTER_WIDTH or hpd_lambda is not None))
+        targets = ClassTargets(num_classes, class_targets)
         super().__init__(
-            ClassTargets(num_classes, class_targets),
-            num_features,
+            SampleReader("features", targets, num_features, ignore_index, nan_strategy),
             pooled=pooled,
-            ignore_index=ignore_index,
-            nan_strategy=nan_strategy,
-            compute_with_cache=False,  # what it gives depends on the weight
+            compute_with_cache=False,  # the value depends on the weight
             **kwargs,
         )
         self.options = FeatureOptions(weighting, rtol, hpd_lambda)
-        self._told = False
+        self._warned = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch; gives the figures of that batch alone."""
-        told, self._told = self._told, True  # a batch need not have all classes
+        """Add a batch; returns the figures of that batch alone."""
+        warned, self._warned = self._warned, True  # a batch need not have all classes
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._told = told
+            self._warned = warned
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch.
@@ -289,34 +262,39 @@ class NeuralCollapse(_ClassMomentsMetric):
             target: Integer labels ``[B]`` or one-hot rows ``[B, K]``.
 
         Raises:
-            TypeError: These are no tensors of numbers.
-            ValueError: Shapes do not agree, targets are soft or no classes, or samples are not finite with ``"error"``.
+            TypeError: An argument is not a tensor of numbers.
+            ValueError: Shapes do not agree, targets are soft or not classes, or samples are not finite with ``"error"``.
         """
-        kept = self.read(features, target)
-        self._add(kept.rows, kept.labels)
+        self._add(features, target)
 
     def compute(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
         """The figures of all batches.
 
         Args:
-            weight: W of the last layer, ``[K, D]``; without it there are no ``_weights``, no NC3 and no split.
+            weight: W of the last layer, ``[K, D]``. ``_weights``, NC3 and the split need it.
             bias: b, ``[K]``.
 
         Raises:
-            TypeError: They are no tensors.
-            ValueError: Their shapes do not fit.
+            TypeError: An argument is not a tensor.
+            ValueError: Shapes do not fit.
         """
         moments = self.moments
-        head = None
-        if weight is not None:
-            head = Head.of(weight, bias, self.targets.num_classes, self.width, moments.count.device)
-        options = self.options if head is not None else FeatureOptions(self.options.weighting, self.options.rtol)
-        along = None if moments.pooled is None else moments.within_along
-        means = Means.of(moments, options.weighting)
-        if means.caveat and not self._told:
-            self._told = True
-            warnings.warn(means.caveat, stacklevel=2)
-        return collapse_of_features(moments, means, options, self.targets, head, along)
+        return self._figures_of(moments, weight, bias, None if moments.pooled is None else moments.within_along)
+
+    def _figures_of(
+        self,
+        moments: ClassMoments,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        within_along: Callable[[Tensor], Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """The figures of moments of all samples; warns once about classes that are missing."""
+        head = Head.of(weight, bias, self.targets.num_classes, self.width, moments.count.device)
+        options = self.options if head is not None else replace(self.options, hpd_lambda=None)
+        if not self._warned and (text := caveat(moments)):
+            self._warned = True
+            warnings.warn(text, stacklevel=3)
+        return collapse_of_features(moments, options, self.targets, head, within_along)
 
     def class_means(self) -> Tensor:
         """μ_j of all batches and processes, ``[K, D]``, NaN for a class without samples: for `NearestClassMeanAgreement`."""
@@ -324,16 +302,16 @@ class NeuralCollapse(_ClassMomentsMetric):
 
 
 class NearestClassMeanAgreement(Float64Metric):
-    """NC4: the share of samples on which the classifier and the nearest class mean differ, argmax Wh + b ≠ argmin |h − μ_j|.
+    """NC4: the share of samples with argmax_j (Wh + b)_j ≠ argmin_j |h − μ_j|, so that classifier and nearest mean differ.
 
     Args:
-        means: μ_j, ``[K, D]``, of the training set also where it is test samples that are classified; NaN for classes that
-            have none: `NeuralCollapse.class_means` gives both.
+        means: μ_j of the training set, ``[K, D]``, also for test samples; NaN for a class without samples. See
+            `NeuralCollapse.class_means`.
         kwargs: For `torchmetrics.Metric`.
 
     Raises:
-        TypeError: ``means`` is no tensor.
-        ValueError: It is not two-dimensional.
+        TypeError: ``means`` is not a tensor.
+        ValueError: ``means`` does not have two dimensions.
 
     Example:
         >>> metric = NearestClassMeanAgreement(torch.eye(2))
@@ -347,12 +325,10 @@ class NearestClassMeanAgreement(Float64Metric):
 
     def __init__(self, means: Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(means, Tensor):
-            raise TypeError(f"`means` should be a tensor [classes, features], but got {type(means).__name__}.")
-        if means.ndim != 2:
+        if a_tensor("means", means, "[classes, features]").ndim != 2:
             raise ValueError(f"`means` should have shape [classes, features], but has {list(means.shape)}.")
         self.means = means.detach().cpu().double()
-        self.add_state("mismatches", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")  # float: NaN stays
+        self.add_state("mismatches", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")  # float, to keep NaN
         self.add_state("seen", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, logits: Tensor) -> None:
@@ -360,30 +336,28 @@ class NearestClassMeanAgreement(Float64Metric):
 
         Args:
             features: h, ``[B, ...]`` with D entries each.
-            logits: What the classifier says, ``[B, K]``, or the classes that it chooses, integers ``[B]``.
+            logits: The classifier's outputs, ``[B, K]``, or the classes that it chooses, integers ``[B]``.
 
         Raises:
-            TypeError: Features are no floating tensor, or logits no tensor.
+            TypeError: Features are not a floating tensor, or logits not a tensor.
             ValueError: Shapes do not fit.
         """
         floating_tensor("features", features)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"`logits` should be a tensor, but got {type(logits).__name__}.")
+        a_tensor("logits", logits)
         classes, width = self.means.shape
         if features.ndim == 0 or features.numel() != len(features) * width:
-            raise ValueError(f"`features` should have {width} entries a sample, but has shape {list(features.shape)}.")
+            raise ValueError(f"`features` should have {width} entries for each sample, but has shape {list(features.shape)}.")
         chosen = logits.argmax(1) if logits.shape == (len(features), classes) else logits
         if chosen.shape != (len(features),) or chosen.is_floating_point():
             raise ValueError(
                 f"`logits` should have shape {[len(features), classes]}, or be classes {[len(features)]}, but has "
                 f"{list(logits.shape)} and {logits.dtype}."
             )
-        rows = features.detach().reshape(-1, width)
-        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()
+        rows = as_float64_rows(features, width)
         differs = mismatches(chosen.to(rows.device), rows, self.means.to(rows.device))
         self.mismatches = self.mismatches + differs.sum().to(self.mismatches.device)
         self.seen = self.seen + len(rows)
 
     def compute(self) -> Tensor:
-        """The share of all samples; NaN without any, or where features are not finite."""
+        """The share of all samples; NaN without samples, or if features are not finite."""
         return self.mismatches.double() / self.seen

@@ -1,4 +1,4 @@
-"""The final layer (3.8)-(3.13): the squared distance to the class targets, split into what is within and what is between."""
+"""The split of the squared distance between outputs and class targets into a part within classes and a part between them."""
 
 import torch
 from torch import Tensor
@@ -20,27 +20,17 @@ def decompose(
     scale: float = 1.0,
     per_class: bool = False,
 ) -> dict[str, Tensor]:
-    """C = within + bias, equation (3.11), corrected, from moments of each class.
+    """C = within + bias, equation (3.11), corrected: the scalars that `collapse.output_collapse` describes.
 
-    Args:
-        residuals: Moments of x_i − y_c(i), whose scatter is that of x_i.
-        squares: Σ_i |x_i − y_c(i)|² over all samples, a scalar.
-        hits: How many samples are nearest to their own target.
-        dropped: How many samples were left out.
-        scale: Multiplies ``loss``, ``within``, ``bias`` and their values for each class.
-        per_class: Add those values.
-
-    Returns:
-        Float64 scalars by the names of `OUTPUT_KEYS`; NaN where there are no samples.
+    They come from the moments of x_i − y_c(i), Σ_i |x_i − y_c(i)|², and the numbers of samples that are nearest to their own
+    target and that were left out.
     """
-    count, scatter, total = residuals.count, residuals.scatter, residuals.total
-    seen = count > 0
-    at_least_one = count.clamp_min(1)
-    distance = residuals.mean.square().sum(1)  # [K], |x̄_j − y_j|²
+    count, total = residuals.count, residuals.total
+    by_class = of_classes(residuals)
+    variance, distance = (torch.where(count > 0, by_class[name], 0.0) for name in ("within", "bias"))
     loss = scale * squares / total  # 0/0 = NaN without samples
-    within = scale * scatter.sum() / total
-    bias = scale * torch.where(seen, count * distance, 0.0).sum() / total
-    nothing = total == 0
+    within = scale * residuals.scatter.sum() / total
+    bias = scale * (count * distance).sum() / total
     nan = torch.full_like(loss, torch.nan)
     result = {
         "loss": loss,
@@ -48,25 +38,20 @@ def decompose(
         "bias": bias,
         "gap": torch.where(loss == 0, 0.0, (loss - within - bias).abs() / loss),
         "within_fraction": within / loss,
-        "bias_max": torch.where(nothing, nan, torch.where(seen, distance, 0.0).max().sqrt()),
-        "within_max": torch.where(nothing, nan, (scatter / at_least_one).max().sqrt()),
-        "target_accuracy": torch.where(loss.isfinite(), hits.double() / total, nan),  # NaN is near to no target
-        "num_samples": total.clone(),
-        "classes_seen": seen.sum().double(),
+        "bias_max": torch.where(total == 0, nan, distance.max().sqrt()),
+        "within_max": torch.where(total == 0, nan, variance.max().sqrt()),
+        "target_accuracy": torch.where(loss.isfinite(), hits.double() / total, nan),  # no target is nearest to NaN
+        "num_samples": total,
+        "classes_seen": (count > 0).sum().double(),
         "num_dropped": dropped.double(),
     }
     if per_class:
-        for name, values in of_classes(residuals).items():
+        for name, values in by_class.items():
             result |= {f"{name}_class_{j}": value for j, value in enumerate((scale * values).unbind())}
     return result
 
 
 def of_classes(residuals: ClassMoments) -> dict[str, Tensor]:
-    """``within``, (1/N_j) Σ |Δx_i|², and ``bias``, |x̄_j − y_j|², of each class, ``[K]``; NaN for a class without samples.
-
-    Args:
-        residuals: Moments of x_i − y_c(i).
-    """
-    seen = residuals.count > 0
+    """``within``, (1/N_j) Σ |Δx_i|², and ``bias``, |x̄_j − y_j|², of each class, ``[K]``; NaN for a class without samples."""
     values = {"within": residuals.scatter / residuals.count, "bias": residuals.mean.square().sum(1)}
-    return {name: torch.where(seen, value, torch.nan) for name, value in values.items()}
+    return {name: torch.where(residuals.count > 0, value, torch.nan) for name, value in values.items()}

@@ -1,6 +1,6 @@
-"""LightningCLI whose configuration can name `AdaptedGD` as well as any optimizer of torch's.
+"""A mixin for LightningCLI, so that configuration files can name `AdaptedGD` or any optimizer of torch.
 
-LightningCLI itself gives an optimizer the parameters of the module; `AdaptedGD` is given the module. Needs jsonargparse:
+LightningCLI itself gives an optimizer the parameters of the module, but `AdaptedGD` needs the module. Needs jsonargparse:
 ``pip install 'torch_adapted_gd[lightning]' 'jsonargparse[signatures]'``.
 """
 
@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -29,39 +27,39 @@ __all__ = ["AdaptedCLIMixin"]
 
 
 class AdaptedCLIMixin(LightningCLI):
-    """Adds ``optimizer`` and ``lr_scheduler`` to a LightningCLI's configuration, `AdaptedGD` and any other alike.
+    """Adds ``optimizer`` and ``lr_scheduler`` to a LightningCLI's configuration, for `AdaptedGD` and any other optimizer.
 
-    To be put before the LightningCLI of either namespace: ``class CLI(AdaptedCLIMixin, LightningCLI): pass``. The
-    configuration then has
+    Put it before the LightningCLI of either namespace: ``class CLI(AdaptedCLIMixin, LightningCLI): pass``. The configuration
+    then has
 
     - ``optimizer``: ``class_path`` and ``init_args``, without ``model`` or ``params``;
-    - ``optimizer_module``: for `AdaptedGD`, the name of the submodule that the loss is computed from, ``net`` where
-      ``training_step`` calls ``self.net(x)``; by default the module itself, for ``self(x)``;
-    - ``optimizer_criterion``: for `AdaptedGD`, the name of the submodule that is its ``criterion``, ``loss`` where
-      ``training_step`` calls ``self.loss(outputs, targets)``: it has to be the very one, which no configuration could make;
+    - ``optimizer_module``: for `AdaptedGD`, the name of the submodule that computes the outputs: ``net`` if ``training_step``
+      calls ``self.net(x)``; by default the module itself, for ``self(x)``;
+    - ``optimizer_criterion``: for `AdaptedGD`, the name of the submodule that is its ``criterion``: ``loss`` if
+      ``training_step`` calls ``self.loss(outputs, targets)``;
     - ``lr_scheduler``: ``class_path`` and ``init_args``, without ``optimizer``;
     - ``lr_scheduler_interval``: ``step`` or ``epoch``; by default ``step`` for `LinearInterpolationLR`, else ``epoch``;
-    - ``lr_scheduler_monitor``: what a scheduler that looks at a metric looks at.
+    - ``lr_scheduler_monitor``: the metric that a scheduler such as `ReduceLROnPlateau` reads.
 
-    Where ``optimizer`` is left out, the module's own ``configure_optimizers`` is used.
+    Without ``optimizer``, the module's own ``configure_optimizers`` is used.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "auto_configure_optimizers": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is described above."""
+        """Add the options."""
         super().add_arguments_to_parser(parser)
         optimizer, scheduler = Callable[[Any], Optimizer], Callable[[Optimizer], LRScheduler]
-        parser.add_argument("--optimizer", type=optimizer | None, default=None, help="which optimizer")
-        parser.add_argument("--optimizer_module", type=str | None, default=None, help="what AdaptedGD is given, if not all")
-        parser.add_argument("--optimizer_criterion", type=str | None, default=None, help="the loss for AdaptedGD to watch")
-        parser.add_argument("--lr_scheduler", type=scheduler | None, default=None, help="which schedule")
+        parser.add_argument("--optimizer", type=optimizer | None, default=None, help="the optimizer")
+        parser.add_argument("--optimizer_module", type=str | None, default=None, help="the submodule for AdaptedGD")
+        parser.add_argument("--optimizer_criterion", type=str | None, default=None, help="the loss for AdaptedGD")
+        parser.add_argument("--lr_scheduler", type=scheduler | None, default=None, help="the schedule")
         parser.add_argument("--lr_scheduler_interval", choices=["step", "epoch"], help="how often it is stepped")
-        parser.add_argument("--lr_scheduler_monitor", type=str | None, default=None, help="the metric that it looks at, if any")
+        parser.add_argument("--lr_scheduler_monitor", type=str | None, default=None, help="the metric that it reads")
 
     def instantiate_classes(self) -> None:
-        """Make the classes, and give the module its optimizer."""
+        """Make the objects, and give the module its optimizer."""
         super().instantiate_classes()
         nested = self.subcommand is not None
         written = self.config[str(self.subcommand)] if nested else self.config
@@ -71,18 +69,7 @@ class AdaptedCLIMixin(LightningCLI):
                 if made.get(key) is not None:
                     raise ValueError(f"`{key}` should come with an `optimizer`, but there is none in the configuration.")
             return
-        configure = partial(
-            _configure_optimizers,
-            adapted=_is_adapted(written.optimizer),
-            make=made.optimizer,
-            inner=made.get("optimizer_module"),
-            criterion=made.get("optimizer_criterion"),
-            schedule=made.get("lr_scheduler"),
-            interval=made.get("lr_scheduler_interval"),
-            monitor=made.get("lr_scheduler_monitor"),
-        )
-        configure.__wrapped__ = configure.func  # type: ignore[attr-defined]  # Lightning looks there for the code of an override
-        self.model.configure_optimizers = MethodType(configure, self.model)
+        self.model.configure_optimizers = partial(_configure_optimizers, self.model, made, _is_adapted(written.optimizer))
 
 
 def _is_adapted(written: Any) -> bool:
@@ -92,27 +79,20 @@ def _is_adapted(written: Any) -> bool:
     return isinstance(found, type) and issubclass(found, AdaptedGD)
 
 
-def _configure_optimizers(
-    module: LightningModule,
-    *,
-    adapted: bool,
-    make: Callable[..., Optimizer],
-    inner: str | None,
-    criterion: str | None,
-    schedule: Callable[[Optimizer], LRScheduler] | None,
-    interval: str | None,
-    monitor: str | None,
-) -> Any:
-    """What the module's method of this name gives."""
+def _configure_optimizers(module: LightningModule, made: Any, adapted: bool) -> Any:
+    """What `configure_optimizers` of the module returns, from the objects that a configuration made."""
+    inner, criterion = made.get("optimizer_module"), made.get("optimizer_criterion")
     for key, value in (("optimizer_module", inner), ("optimizer_criterion", criterion)):
         if value is not None and not adapted:
             raise ValueError(f"`{key}` is for AdaptedGD, but got {value!r} with another optimizer. Leave it out.")
-    network: nn.Module = module if inner is None else module.get_submodule(inner)
+    network = module if inner is None else module.get_submodule(inner)
     watched = {} if criterion is None else {"criterion": module.get_submodule(criterion)}
-    optimizer = make(network, **watched) if adapted else make(module.parameters())
-    if schedule is None:
+    optimizer = made.optimizer(network, **watched) if adapted else made.optimizer(module.parameters())
+    if made.get("lr_scheduler") is None:
         return optimizer
-    scheduler = schedule(optimizer)
+    scheduler, interval = made.lr_scheduler(optimizer), made.get("lr_scheduler_interval")
     by_step = isinstance(scheduler, LinearInterpolationLR) if interval is None else interval == "step"
     settings = {"scheduler": scheduler, "interval": "step" if by_step else "epoch"}
-    return {"optimizer": optimizer, "lr_scheduler": settings if monitor is None else {**settings, "monitor": monitor}}
+    if made.get("lr_scheduler_monitor") is not None:
+        settings["monitor"] = made.lr_scheduler_monitor
+    return {"optimizer": optimizer, "lr_scheduler": settings}

@@ -2,99 +2,66 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import closing, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..collapse.features import FeatureOptions, Head, Means, collapse_of_features
+from ..collapse.features import FeatureOptions, mismatches
 from ..collapse.labels import ClassTargets
-from ..collapse.metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
+from ..collapse.metrics import FinalLayerCollapse, Float64Metric, NeuralCollapse
 from ..collapse.moments import ClassMoments
 from ..collapse.outputs import of_classes
-from .scatter import WithinScatterAlong
+from .batches import WatchedModule
 
 Figures = dict[str, Tensor]
-SecondPass = Callable[[ClassMoments, Tensor], tuple[Tensor, Tensor]]
+StepOnBatch = Callable[[Any], tuple[Tensor, Tensor]]
 
 
-@dataclass
-class Watched:
-    """What a module was given and gave, each time it was called."""
+class Evaluated(NamedTuple):
+    """A batch that the network has seen: outputs, targets, inputs of the last layer, and the classes ``[B]`` that it chose.
 
-    module: nn.Module
-    calls: list[tuple[Any, ...]] = field(default_factory=list)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Take calls down."""
-        handle = self.module.register_forward_hook(self.take, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The hook."""
-        del module
-        given = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
-        self.calls.append(tuple(value.detach() if isinstance(value, Tensor) else value for value in (given, output)))
-
-    def only_call(self, name: str) -> tuple[Tensor, Tensor]:
-        """Input and output of the one call since this was last asked.
-
-        Args:
-            name: Of the module, for the message.
-
-        Raises:
-            RuntimeError: There was none, or were several.
-        """
-        calls, self.calls = self.calls, []
-        if len(calls) != 1:
-            raise RuntimeError(
-                f"{name} should be called once for each batch, but was called {len(calls) or 'no'} times. Name the layer that "
-                "gives the outputs by `head`, or say by `step_fn` how outputs come about."
-            )
-        given, output = calls[0]
-        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
-            raise RuntimeError(f"{name} should be given a tensor and give a tensor, but gave {type(output).__name__}.")
-        return given, output
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A batch as the second pass needs it.
-
-    Attributes:
-        target: Classes, as the user has them.
-        features: What went into the last layer.
-        chosen: The class that the last layer chose, ``[B]``.
+    Without a known last layer, outputs and targets stand in for the last two.
     """
 
+    outputs: Tensor
     target: Tensor
     features: Tensor
     chosen: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """How much it takes to keep."""
-        return sum(part.nbytes for part in (self.target, self.features, self.chosen))
+
+class SecondPass(Float64Metric):
+    """What needs the class means first: u_kᵀ Σ_W u_k for directions ``[D, r]``, without the D² entries of Σ_W, and NC4."""
+
+    squares: Tensor
+    differ: Tensor
+    seen: Tensor
+
+    def __init__(self, moments: ClassMoments, directions: Tensor) -> None:
+        super().__init__()
+        self.moments, self.directions, self.means = moments, directions, moments.mean_or_nan
+        self.add_state("squares", directions.new_zeros(directions.shape[1]), dist_reduce_fx="sum")
+        self.add_state("differ", directions.new_zeros(()), dist_reduce_fx="sum")
+        self.add_state("seen", directions.new_zeros(()), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, labels: Tensor, chosen: Tensor) -> None:
+        """Add a batch: features ``[B, D]``, float64, their classes ``[B]``, and the classes that the last layer chose."""
+        self.squares = self.squares + (self.moments.deviations(features, labels) @ self.directions).square().sum(0)
+        self.differ = self.differ + mismatches(chosen.to(features.device), features, self.means).sum()
+        self.seen = self.seen + len(labels)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The scatter along the directions, ``[r]``, and the share of samples whose nearest mean is of another class."""
+        return self.squares / self.seen, self.differ / self.seen
 
 
 class Evaluation:
-    """The figures of a classifier on batches, of its outputs and, if its last layer is known, of the features before it.
+    """The figures of a classifier on batches: of its outputs and, if its last layer is known, of the features before it.
 
-    Args:
-        targets: The classes.
-        head: The last layer, linear; None for outputs alone.
-        options: Of the features' figures.
-        cache_bytes: Features up to so many bytes are kept for the second pass, which otherwise runs the network again.
-        one_pass: There will be no second pass: the scatter within classes is gathered in the first, and there is no NC4.
-        ignore_index: Label of samples to leave out.
+    Batches are kept for the second pass up to ``cache_bytes``; beyond, the network runs again. With ``one_pass``, the first
+    pass sums the scatter within classes, and there is no NC4.
     """
 
     def __init__(
@@ -103,15 +70,13 @@ class Evaluation:
         head: nn.Linear | None,
         options: FeatureOptions,
         *,
-        cache_bytes: int = 0,
-        one_pass: bool = False,
-        ignore_index: int | None = None,
+        cache_bytes: int,
+        one_pass: bool,
+        ignore_index: int | None,
     ) -> None:
         self.targets = targets
         self.head = head
-        self.options = options
         self.cache_bytes = cache_bytes
-        self._told = False
         given = targets.values if targets.given else None
         self.outputs = FinalLayerCollapse(targets.num_classes, given, ignore_index=ignore_index)
         self.features: NeuralCollapse | None = None
@@ -130,121 +95,87 @@ class Evaluation:
                 metric.to(device)
 
     def add(self, outputs: Tensor, target: Tensor, features: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            outputs: ``[B, ...]``.
-            target: Classes.
-            features: What went into the last layer; of no matter where that is not known.
-        """
+        """Add a batch: outputs, targets, and inputs of the last layer, which are not read if it is not known."""
         self.outputs.update(outputs, target)
         if self.features is not None:
             self.features.update(features, target)
 
-    def figures(self, second_pass: SecondPass | None = None) -> Figures:
-        """What the batches of all processes say; each process has to ask.
+    def figures(self) -> Figures:
+        """The figures of the batches that all processes added: scalars, and ``within_class`` and ``bias_class``, ``[K]``."""
+        result = self._of_outputs()
+        if self.features is not None and self.head is not None:
+            result |= self.features.compute(self.head.weight, self.head.bias)
+        return result
 
-        Args:
-            second_pass: From the features' moments and directions ``[D, r]`` to the scatter within classes along them,
-                ``[r]``, and the share that the nearest mean classifies differently; None without a second pass.
-
-        Returns:
-            Float64 scalars, and ``within_class`` and ``bias_class``, ``[K]``.
-        """
-        moments = self.outputs.synced_moments().relative_to(self.targets.values)
+    def _of_outputs(self) -> Figures:
         result = self.outputs.compute()
         assert isinstance(result, dict)
-        result |= {f"{name}_class": values for name, values in of_classes(moments).items()}
-        if self.features is None or self.head is None:
-            return result
-        if second_pass is None:
-            return result | self.features.compute(self.head.weight, self.head.bias)
-        moments = self.features.synced_moments()
-        means = Means.of(moments, self.options.weighting)
-        if means.caveat and not self._told:
-            self._told = True
-            warnings.warn(means.caveat, stacklevel=2)
-        found: Figures = {}
+        by_class = of_classes(self.outputs.synced_moments().relative_to(self.targets.values))
+        return result | {f"{name}_class": values for name, values in by_class.items()}
 
-        def within_along(directions: Tensor) -> Tensor:
-            along, found["nc4_mismatch"] = second_pass(moments, directions)
-            return along
+    def run(self, batches: Callable[[], Iterable[Any]], step: StepOnBatch, device: torch.device) -> Figures:
+        """Evaluate the network, on a device, in two passes if its last layer is known.
 
-        head = Head.of(self.head.weight, self.head.bias, self.targets.num_classes, self.head.in_features, moments.count.device)
-        result |= collapse_of_features(moments, means, self.options, self.targets, head, within_along)
-        return result | found
-
-    def run(
-        self, batches: Callable[[], Iterable[Any]], step: Callable[[Any], tuple[Tensor, Tensor]], device: torch.device
-    ) -> Figures:
-        """Evaluate the network on batches.
-
-        Args:
-            batches: Begins a pass over them.
-            step: From a batch to outputs and target.
-            device: Where the network is.
-
-        Raises:
-            RuntimeError: The last layer is not called just once for a batch.
-            ValueError: Outputs and targets do not fit.
+        ``batches()`` begins a pass over the batches, and ``step`` returns outputs and target of a batch.
         """
         self.reset(device)
-        kept: list[Seen] | None = []
+        kept: list[Evaluated] = []
         size = 0
-        for outputs, seen in _joined(self._pass(batches(), step)):
-            self.add(outputs, seen.target, seen.features)
-            if self.head is not None and kept is not None:
-                size += seen.nbytes
-                kept.append(seen)
-                if size > self.cache_bytes:
-                    kept = None
+        for batch in joined(self._pass(batches(), step)):
+            self.add(batch.outputs, batch.target, batch.features)
+            size += _nbytes(batch)
+            if self.features is not None and size <= self.cache_bytes:
+                kept.append(batch)
+            else:
+                kept.clear()
+        result = self._of_outputs()
+        if self.features is None or self.head is None:
+            return result
+        features, moments = self.features, self.features.synced_moments()
+        nc4: Figures = {}
 
-        def second_pass(moments: ClassMoments, directions: Tensor) -> tuple[Tensor, Tensor]:
-            assert self.features is not None
-            agreement = NearestClassMeanAgreement(moments.mean_or_nan).to(device)
-            along = WithinScatterAlong(moments, directions)
-            for seen in kept if kept is not None else (seen for _, seen in _joined(self._pass(batches(), step))):
-                samples = self.features.read(seen.features, seen.target)
-                along.update(samples.rows, samples.labels)
-                agreement.update(samples.rows, seen.chosen[samples.places])
-            return along.compute(), agreement.compute()
+        def within_along(directions: Tensor) -> Tensor:
+            second = SecondPass(moments, directions)
+            for batch in kept if size <= self.cache_bytes else joined(self._pass(batches(), step)):
+                samples = features.reader(batch.features, batch.target)
+                second.update(samples.rows, samples.labels, batch.chosen[samples.places])
+            along, nc4["nc4_mismatch"] = second.compute()
+            return along
 
-        return self.figures(second_pass)
+        return result | features._figures_of(moments, self.head.weight, self.head.bias, within_along) | nc4
 
-    def _pass(self, batches: Iterable[Any], step: Callable[[Any], tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Seen]]:
-        """Outputs of each batch, and what the second pass needs of it."""
-        watched = Watched(self.head) if self.head is not None else None
-        with watched.watching() if watched else nullcontext():
+    def _pass(self, batches: Iterable[Any], step: StepOnBatch) -> Iterator[Evaluated]:
+        """Run the network on batches."""
+        watched = None if self.head is None else WatchedModule(self.head, "`head`")
+        with nullcontext() if watched is None else closing(watched):
             for batch in batches:
-                outputs, target = step(batch)
                 if watched is None:
-                    yield outputs, Seen(target, outputs, target)
+                    outputs, target = step(batch)
+                    yield Evaluated(outputs, target, outputs, target)
                 else:
-                    features, logits = watched.only_call("`head`")
-                    yield outputs, Seen(target, features, logits.argmax(1))
+                    watched.begin()
+                    outputs, target = step(batch)
+                    features, logits = watched.only_call()
+                    yield Evaluated(outputs, target, features, logits.argmax(1))
 
 
-def _joined(passed: Iterable[tuple[Tensor, Seen]], most: int = 2**25) -> Iterator[tuple[Tensor, Seen]]:
-    """Batches of one shape put together up to ``most`` bytes: an update of a metric costs as much as a small network."""
-    pending: list[tuple[Tensor, Seen]] = []
+def _nbytes(batch: Evaluated) -> int:
+    return sum(part.nbytes for part in batch)
+
+
+def joined(batches: Iterable[Evaluated], most: int = 2**25) -> Iterator[Evaluated]:
+    """Batches joined to about ``most`` bytes, because an update of a metric costs as much as a small network."""
+
+    def together() -> Evaluated:
+        return Evaluated(*map(torch.cat, zip(*pending, strict=True))) if len(pending) > 1 else pending[0]
+
+    pending: list[Evaluated] = []
     size = 0
-    for outputs, seen in passed:
-        if pending and (size > most or _shapes(*pending[0]) != _shapes(outputs, seen)):
-            yield _join(pending)
+    for batch in batches:
+        if size > most:
+            yield together()
             pending, size = [], 0
-        pending.append((outputs, seen))
-        size += outputs.nbytes + seen.nbytes
+        pending.append(batch)
+        size += _nbytes(batch)
     if pending:
-        yield _join(pending)
-
-
-def _shapes(outputs: Tensor, seen: Seen) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(part.shape[1:], part.dtype) for part in (outputs, seen.target, seen.features)]
-
-
-def _join(pending: list[tuple[Tensor, Seen]]) -> tuple[Tensor, Seen]:
-    if len(pending) == 1:
-        return pending[0]
-    parts = ([outputs for outputs, _ in pending], *zip(*((s.target, s.features, s.chosen) for _, s in pending), strict=True))
-    outputs, target, features, chosen = (torch.cat(list(part)) for part in parts)
-    return outputs, Seen(target, features, chosen)
+        yield together()

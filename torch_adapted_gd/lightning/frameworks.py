@@ -1,6 +1,6 @@
 """Lightning under both of its names: ``lightning.pytorch`` and ``pytorch_lightning`` are two packages with equal contents.
 
-A callback of one is none of the other's, and so with their exceptions. What is defined here is of every one that is installed.
+The callbacks and exceptions of one are not those of the other. The classes here inherit from each package that is installed.
 """
 
 import importlib
@@ -44,4 +44,4 @@ else:
 
 
 class CollapseConfigError(MisconfigurationException, ValueError):
-    """A monitor cannot work as it was set up: raised before training begins, a MisconfigurationException of each Lightning."""
+    """The options of a monitor do not fit. Raised before training begins; a MisconfigurationException of each Lightning."""

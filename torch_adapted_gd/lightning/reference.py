@@ -1,4 +1,4 @@
-"""A fixed set of samples to evaluate a network on, shared out among processes without doubles."""
+"""A fixed set of samples to evaluate a network on; each process has a part of it, without duplicates."""
 
 import random
 import sys
@@ -28,29 +28,31 @@ Reference = str | Iterable[Any] | Callable[[Trainer, LightningModule], Iterable[
 
 
 @contextmanager
-def isolated_rng() -> Iterator[None]:
-    """Context in which random numbers of torch, NumPy and Python may be drawn: their streams are put back, whatever happens.
+def isolated_rng(*generators: torch.Generator) -> Iterator[None]:
+    """Context that restores the random states of torch, NumPy, Python and these generators.
 
-    Even an unshuffled pass through a DataLoader draws from torch's.
+    Even an unshuffled pass over a DataLoader draws from torch's.
     """
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    states += [(generator.set_state, generator.get_state()) for generator in generators]
+    if "numpy" in sys.modules:
+        numpy_random = sys.modules["numpy"].random
+        states.append((numpy_random.set_state, numpy_random.get_state()))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
-            if mps_state is not None:
-                torch.mps.set_rng_state(mps_state)
+            for restore, state in states:
+                restore(state)
 
 
-def seed_all(seed: int) -> None:
-    """Seed what `isolated_rng` puts back."""
-    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes two milliseconds to note who called it
+def seed_all(seed: int, *generators: torch.Generator) -> None:
+    """Seed what `isolated_rng` restores."""
+    for generator in (torch.default_generator, *generators):  # `torch.manual_seed` takes 2 ms to record its caller
+        generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
@@ -62,11 +64,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Context in which a network is evaluated and nothing else happens to it.
-
-    All submodules are in evaluation mode, no gradient is recorded and compiled parts run uncompiled (hooks would not be seen);
-    afterwards everything is as it was.
-    """
+    """Context in which a network is in evaluation mode, without gradients and without compiled code, so that hooks work."""
     modes = [(part, part.training) for part in module.modules()]
     dynamo = "torch._dynamo" in sys.modules
     with torch.no_grad(), torch.compiler.set_stance("force_eager") if dynamo else nullcontext():
@@ -80,42 +78,28 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class ReferenceSet:
-    """Batches that are the same in every evaluation.
+    """Batches that are the same in each pass, and the generators that they draw from.
 
-    Args:
-        batches: What to iterate over.
-        share: This process's batches: each ``world``-th from ``rank`` on. ``(0, 1)`` where samples are shared out already.
-        limit: At most so many batches in all processes together, or None.
+    ``share`` is rank and number of processes; each process takes its share of the first ``limit`` batches.
     """
 
     def __init__(self, batches: Iterable[Any], share: tuple[int, int] = (0, 1), limit: int | None = None) -> None:
         self._batches = batches
         self._rank, self._world = share
         self._limit = limit
-        self._states: list[tuple[torch.Generator, Tensor]] = []
+        sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+        holders = (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = (getattr(holder, "generator", None) for holder in holders)
+        self.generators = {generator for generator in found if isinstance(generator, torch.Generator)}
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of this process: within `replayed`, the same each time."""
-        seed_all(0)
-        for generator, state in self._states:
-            generator.set_state(state)
+        """The batches of this process, from the same random numbers each time; use it within `isolated_rng`."""
+        seed_all(0, *self.generators)
         yield from islice(self._batches, self._rank, self._limit, self._world)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Context in which each pass draws the same random numbers; generators of the loader's own are put back."""
-        with isolated_rng():
-            self._states = [(generator, generator.get_state()) for generator in _generators(self._batches)]
-            try:
-                yield
-            finally:
-                for generator, state in self._states:
-                    generator.set_state(state)
-                self._states = []
 
     @property
     def num_batches(self) -> int | None:
-        """How many batches this process has; None if the loader does not say."""
+        """The number of batches of this process; None if the loader does not know it."""
         if not isinstance(self._batches, Sized):
             return None
         total = len(self._batches) if self._limit is None else min(len(self._batches), self._limit)
@@ -123,44 +107,30 @@ class ReferenceSet:
 
     @classmethod
     def of(cls, reference: Reference, trainer: Trainer, module: LightningModule, limit: int | None) -> "ReferenceSet":
-        """Set up what a user named.
-
-        Args:
-            reference: ``"train"`` or ``"val"``, the dataset of that loader, in order, whole, with its collation; a loader or a
-                function of trainer and module that gives one, whose batches are taken as they come.
-            trainer: Lightning's.
-            module: The user's.
-            limit: At most so many batches, or None.
-
-        Raises:
-            CollapseConfigError: There is no such loader, or its samples are not the same each time.
-        """
-        rank, world = trainer.global_rank, trainer.world_size
-        if isinstance(reference, str):
-            loader = _loader_of(reference, trainer)
-            with isolated_rng():
-                return cls(_in_order(reference, loader, trainer, rank, world, limit))
+        """The batches that a user named, at most ``limit`` in all processes together: see `CollapseMonitor`."""
+        share = (trainer.global_rank, trainer.world_size)
         with isolated_rng():
+            if isinstance(reference, str):
+                return cls(_in_order(reference, _loader_of(reference, trainer), trainer, *share, limit))
             given = reference(trainer, module) if callable(reference) else reference
         if not isinstance(given, Iterable):
             raise CollapseConfigError(f"`reference` should give batches to iterate over, but gave {type(given).__name__}.")
         if isinstance(given, Iterator):
             raise CollapseConfigError(
-                "`reference` should give what can be iterated over in each evaluation, a loader or a list of batches, but gave "
-                f"an iterator, {type(given).__name__}."
+                "`reference` should give a loader or a list of batches, for one pass in each evaluation, but gave an iterator, "
+                f"{type(given).__name__}."
             )
-        return cls(given, (rank, world), limit)
+        return cls(given, share, limit)
 
 
-def _generators(batches: Any) -> list[torch.Generator]:
-    sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
-    holders = (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if isinstance(g, torch.Generator)}
-    return list(found.values())
+def _unfit(name: str, problem: str) -> CollapseConfigError:
+    return CollapseConfigError(
+        f'`reference` is "{name}", but {problem}. Pass a DataLoader or a list of batches with the samples to evaluate on.'
+    )
 
 
 def _loader_of(reference: str, trainer: Trainer) -> DataLoader[Any]:
-    if reference == "val" and trainer.val_dataloaders is None:  # Lightning waits for the first epoch that validates
+    if reference == "val" and trainer.val_dataloaders is None:  # Lightning makes them in the first epoch that validates
         trainer.validating = True
         try:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
@@ -170,30 +140,22 @@ def _loader_of(reference: str, trainer: Trainer) -> DataLoader[Any]:
     if isinstance(found, Sequence) and len(found) == 1:
         found = found[0]
     if found is None:
-        raise CollapseConfigError(f'`reference` is "{reference}", but the trainer has no such loader. Give it a DataLoader.')
+        raise _unfit(reference, "the trainer has no such loader")
     if not isinstance(found, DataLoader):
-        raise CollapseConfigError(
-            f'`reference` is "{reference}", but that is a {type(found).__name__} and not one torch DataLoader. Give it the '
-            "DataLoader to evaluate on."
-        )
+        raise _unfit(reference, f"that is a {type(found).__name__} and not one torch DataLoader")
     return found
 
 
 def _in_order(
     name: str, loader: DataLoader[Any], trainer: Trainer, rank: int, world: int, limit: int | None
 ) -> DataLoader[Any]:
-    """The samples of a loader in the order of its dataset, none left out, up to the limit; those of this process."""
+    """A loader of this process's part of the samples of a loader, all of them in the order of the dataset, up to the limit."""
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise CollapseConfigError(
-            f'`reference` is "{name}", whose dataset {type(dataset).__name__} has no fixed order. Give it a DataLoader or a '
-            "list of batches to evaluate on."
-        )
+        raise _unfit(name, f"its dataset {type(dataset).__name__} has no fixed order")
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     if not isinstance(size, int):
-        raise CollapseConfigError(
-            f'`reference` is "{name}", whose loader has batches but no batch size. Give it a DataLoader to evaluate on.'
-        )
+        raise _unfit(name, "its loader has batches but no batch size")
     indices = _indices(name, loader)
     if name == "train" and trainer.overfit_batches:  # type: ignore[attr-defined]
         indices = indices[: int(trainer.num_training_batches) * size * world]
@@ -215,7 +177,7 @@ def _in_order(
 
 def _indices(name: str, loader: DataLoader[Any]) -> Sequence[int]:
     sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-    # For several processes Lightning wraps a sampler of the user's that it does not know.
+    # For several processes Lightning wraps the user's sampler if it does not know its type.
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return sorted(int(i) for i in sampler.indices)
@@ -223,27 +185,21 @@ def _indices(name: str, loader: DataLoader[Any]) -> Sequence[int]:
         return [int(i) for i in torch.as_tensor(sampler.weights).nonzero().flatten()]
     if isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
         return range(len(loader.dataset))  # type: ignore[arg-type]
-    raise CollapseConfigError(
-        f'`reference` is "{name}", whose loader draws samples by a {type(sampler).__name__}: which of them should be '
-        "evaluated? Give it a DataLoader."
-    )
+    raise _unfit(name, f"its loader draws samples by a {type(sampler).__name__}, so it is unknown which to evaluate")
 
 
 def _check_fixed(name: str, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], indices: Sequence[int]) -> None:
-    """Fetch a few samples several times with other random numbers: augmentation would show, be it a coin that is thrown."""
+    """Refuse random augmentation: fetch a few samples several times with different seeds, and compare."""
     for index in sorted({indices[0], indices[len(indices) // 2], indices[-1]}):
         fetched = []
         for seed in range(8):
             seed_all(seed)
             fetched.append(tree_flatten(collate([dataset[index]]))[0])
         if not all(_same(a, b) for other in fetched[1:] for a, b in zip(fetched[0], other, strict=True)):
-            raise CollapseConfigError(
-                f'`reference` is "{name}", but sample {index} of its dataset is another each time it is fetched (random '
-                "augmentation?). Give it a DataLoader over the samples without augmentation."
-            )
+            raise _unfit(name, f"sample {index} of its dataset changes each time it is fetched (random augmentation?)")
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=a.is_floating_point()))
-    return isinstance(a, Tensor) == isinstance(b, Tensor)  # other things are no numbers to compare
+    return isinstance(a, Tensor) == isinstance(b, Tensor)  # other values are not compared

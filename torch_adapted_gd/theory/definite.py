@@ -1,4 +1,4 @@
-"""Is the tangent kernel positive-definite on the data (3.16)? Its blocks, and the kernel that outputs in fact follow (3.17)."""
+"""Positive-definiteness of the tangent kernel on the data (3.16), its blocks, and the effective kernel of a field (3.17)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .local import OutputMap
 
 @dataclass(frozen=True)
 class Definiteness:
-    """Whether Θ is positive-definite on the data: true or false as it stands.
+    """Whether Θ is positive-definite on the data. ``bool()`` of it is the answer.
 
     Attributes:
-        smallest: Smallest eigenvalue of Θ; below zero by rounding alone.
-        largest: Largest.
-        rank: Eigenvalues above ``cut``: rank of D.
+        smallest: Smallest eigenvalue of Θ; only rounding can make it negative.
+        largest: Largest eigenvalue.
+        rank: Rank of D, the number of eigenvalues above ``cut``.
         size: QN.
-        cut: What counts as zero, (rtol·σ_max)².
-        margin: ``smallest / cut``: above 1 if it is definite, and by how much; infinite for a cut of zero.
+        cut: The threshold for zero, (rtol·σ_max)².
+        margin: ``smallest / cut``, above 1 if Θ is definite; infinite for a cut of zero.
     """
 
     smallest: float
@@ -47,7 +47,7 @@ def is_positive_definite(model: nn.Module, x: Tensor | tuple[Any, ...], *, rtol:
     Args:
         model: The network; its trainable parameters are θ.
         x: Input with the batch first, ``[N, ...]``, or a tuple of positional inputs.
-        rtol: Singular values of D up to rtol·σ_max count as zero; by default what rounding of Θ makes of zero.
+        rtol: Singular values of D up to rtol·σ_max count as zero; by default those that rounding of Θ can cause.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -76,19 +76,19 @@ def is_positive_definite(model: nn.Module, x: Tensor | tuple[Any, ...], *, rtol:
 
 
 def kernel_block(model: nn.Module, x: Tensor | tuple[Any, ...], i: int, j: int) -> Tensor:
-    """Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, one block of the kernel (3.14), from these two samples alone.
+    """Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, one block of the kernel (3.14), computed from these two samples.
 
     Args:
-        model: The network, whose samples do not interact.
+        model: The network. Its samples must not interact.
         x: Input with the batch first, ``[N, ...]``, or a tuple of positional inputs, of which tensors have the batch first.
-        i: Which sample, from 0; negative counts from the end.
-        j: Which other.
+        i: Index of the first sample; negative counts from the end.
+        j: Index of the second.
 
     Returns:
         ``[Q, Q]``, float64.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``i`` or ``j`` not a whole number.
+        TypeError: ``model`` is not a module, or an index not a whole number.
         IndexError: There is no such sample.
 
     Example:
@@ -110,17 +110,17 @@ def effective_kernel(
     step: float = 1e-4,
     rank_rtol: float | None = None,
 ) -> Tensor:
-    """The kernel K that outputs in fact follow, ∂_s x = −K ∇ₓC, measured from their motion; δ_ij 1 for the adapted flow (3.17).
+    """The kernel K in ∂_s x = −K ∇ₓC, measured from the motion of the outputs; δ_ij 1 for the adapted flow (3.17).
 
-    For each unit vector e_k in the place of ∇ₓC the parameters are moved along the field V_α, forth and back, and the outputs
-    computed anew: K e_k = [x(θ + hv_k) − x(θ − hv_k)]/2h, v_k = α D⁺e_k + (1−α) Dᵀe_k. It is P for α = 1, with full rank the
-    identity, and Θ for α = 0, up to O(h²).
+    For each unit vector e_k in place of ∇ₓC, the parameters move along the field V_α, forwards and backwards:
+    K e_k = [x(θ + hv_k) − x(θ − hv_k)]/2h, v_k = α D⁺e_k + (1−α) Dᵀe_k. Up to O(h²), K is P for α = 1 (the identity at full
+    rank), and Θ for α = 0.
 
     Args:
         model: The network; it is left as it was.
         x: Input with the batch first, or a tuple of positional inputs.
         alpha: α in [0, 1].
-        step: How long the moves are, relative to |θ|. A float32 network needs about 1e-2.
+        step: Length of the moves relative to |θ|. A float32 network needs about 1e-2.
         rank_rtol: Singular values of D up to this times the largest count as zero.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The family of gradient fields of Theorem 2.3, in parameter space and in output space, its metric and its equilibria."""
+"""The gradient fields V_α of Theorem 2.3, in parameter space and in output space, their metric and their equilibria."""
 
 from __future__ import annotations
 
@@ -20,30 +20,15 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of the outputs, C(x).
+    """A loss of the outputs, C(x)."""
 
-    Attributes:
-        loss: From outputs ``[N, ...]`` to a scalar.
-        shape: Of the outputs.
-        target: y, ``[QN]``, for C = |x − y|²/2N (2.48); None for another loss.
-    """
-
-    loss: Loss
-    shape: tuple[int, ...]
-    target: Tensor | None
+    loss: Loss  # from outputs [N, ...] to a scalar
+    shape: tuple[int, ...]  # of the outputs
+    target: Tensor | None  # [QN], y for C = |x − y|²/2N (2.48); None for another loss
 
     @classmethod
     def of(cls, y_or_loss: Tensor | Loss, network: OutputMap) -> Objective:
-        """Read targets or a loss.
-
-        Args:
-            y_or_loss: Targets of the outputs' shape, or a function from outputs to a scalar.
-            network: What gives the outputs.
-
-        Raises:
-            TypeError: It is neither.
-            ValueError: Targets are of another shape, or not finite.
-        """
+        """The loss for targets, or the loss itself."""
         if isinstance(y_or_loss, Tensor):
             if tuple(y_or_loss.shape) != network.shape:
                 raise ValueError(
@@ -53,7 +38,7 @@ class Objective:
             if not torch.isfinite(y_or_loss).all():
                 raise ValueError("Targets should be finite, but have NaN or infinite entries.")
             with torch.inference_mode(False):
-                y = y_or_loss.detach().clone().double()  # a copy: of inference tensors too, which autograd would not take
+                y = y_or_loss.detach().clone().double()  # autograd refuses inference tensors, but not a copy
             criterion = HalfSquaredLoss()
             return cls(lambda outputs: criterion(outputs, y), network.shape, y.flatten())
         if not callable(y_or_loss):
@@ -67,12 +52,7 @@ class Objective:
         return float(self.loss(outputs.reshape(self.shape)))
 
     def gradient(self, outputs: Tensor) -> Tensor:
-        """G = ∇ₓC at outputs ``[QN]``, of the same shape, float64.
-
-        Raises:
-            TypeError: The loss is no tensor.
-            ValueError: It is no scalar, or does not depend on the outputs.
-        """
+        """The gradient g = ∇ₓC at outputs ``[QN]``, float64."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = outputs.detach().clone().reshape(self.shape).requires_grad_()
             value = self.loss(leaf)
@@ -85,16 +65,10 @@ class Objective:
             raise ValueError("The loss should be a differentiable function of the outputs, but has no gradient in them.")
         return gradient.flatten()
 
-
-def field_of_parameters(tangent: Tangent, g: Tensor, alpha: float) -> Tensor:
-    """V_α in parameter space, −[α Dᵀψ + (1−α) Dᵀg] ``[K]`` (2.31): one pull, Dᵀ of α ψ + (1−α) g."""
-    return -tangent.pull(alpha * tangent.solve(g) + (1 - alpha) * g if alpha else g)
-
-
-def field_of_outputs(tangent: Tangent, g: Tensor, alpha: float) -> Tensor:
-    """V_α in output space, −(α 1 + (1−α) Θ) P g ``[QN]`` (2.41)."""
-    reach = tangent.project(g)
-    return -(alpha * reach + (1 - alpha) * (tangent.theta @ reach))
+    def field(self, tangent: Tangent, alpha: float) -> Tensor:
+        """V_α in parameter space, −Dᵀ[α ψ + (1−α) g] ``[K]`` (2.31)."""
+        g = self.gradient(tangent.outputs)
+        return -tangent.pull(alpha * tangent.solve(g) + (1 - alpha) * g if alpha else g)
 
 
 @dataclass(frozen=True)
@@ -104,7 +78,7 @@ class GradientField:
     Attributes:
         parameters: In parameter space, ``[K]`` (2.31), in the order of ``named_parameters()``.
         outputs: In output space, ``[N, ...]`` (2.41).
-        slope: V_α·∇_θC, how fast the loss changes along the field: never positive.
+        slope: V_α·∇_θC, the rate of change of the loss along the field; never positive.
         rank: Rank of D.
         off_range: |P⊥g|/|g|.
     """
@@ -126,18 +100,19 @@ def gradient_field(
 ) -> GradientField:
     """The field V_α of Theorem 2.3 at the network's present parameters.
 
-    V_α = −[α (DᵀD)⁺ + (1−α) 1] ∇_θC (2.31) in parameter space, −(α 1 + (1−α) Θ) P ∇ₓC (2.41) in output space, each computed on
-    its own: D takes the one to the other (2.39). α = 0 is gradient descent (2.33), α = 1 the adapted flow (2.34).
+    V_α = −[α (DᵀD)⁺ + (1−α) 1] ∇_θC (2.31) in parameter space, and −(α 1 + (1−α) Θ) P ∇ₓC (2.41) in output space. Both are
+    computed independently; D maps the first to the second (2.39). α = 0 is gradient descent (2.33), α = 1 the adapted flow
+    (2.34).
 
     Args:
         model: The network.
         x: Input with the batch first, or a tuple of positional inputs.
         y_or_loss: Targets, for C = |x − y|²/2N (2.48), or a function from outputs to a scalar loss.
         alpha: α in [0, 1].
-        rank_rtol: Singular values of D up to this times the largest count as zero; by default what rounding makes of zero.
+        rank_rtol: Singular values of D up to this times the largest count as zero; by default those that rounding can cause.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument has another type.
         ValueError: An argument is out of its range, or shapes do not fit.
 
     Example:
@@ -151,10 +126,10 @@ def gradient_field(
     objective = Objective.of(y_or_loss, network)
     tangent = network.tangent()
     g = objective.gradient(tangent.outputs)
-    parameters = field_of_parameters(tangent, g, alpha)
+    parameters, reached = objective.field(tangent, alpha), tangent.project(g)
     return GradientField(
         parameters=parameters,
-        outputs=field_of_outputs(tangent, g, alpha).reshape(network.shape),
+        outputs=-(alpha * reached + (1 - alpha) * (tangent.theta @ reached)).reshape(network.shape),
         slope=float(parameters @ tangent.pull(g)),
         rank=tangent.rank,
         off_range=tangent.off_range(g),
@@ -163,14 +138,14 @@ def gradient_field(
 
 @dataclass(frozen=True)
 class Equilibrium:
-    """Whether θ is an equilibrium: of one field V_α and so of all (Theorem 2.3). True or false as it stands.
+    """Whether θ is an equilibrium of one field V_α, and so of all (Theorem 2.3). ``bool()`` of it is the answer.
 
     Attributes:
         gradient: |∇_θC|, which is |V_0|.
         adapted: |V_1| = |Dᵀψ|.
-        reach: |P∇ₓC|, the same as |V_1| in output space (2.44).
-        off_range: |P⊥∇ₓC|, what is left of the output gradient there: not zero where the rank is short.
-        bound: What ``gradient`` was compared with: the tolerance times |D|·|∇ₓC|.
+        reach: |P∇ₓC|, which is |V_1| in output space (2.44).
+        off_range: |P⊥∇ₓC|, which can be above zero at an equilibrium if rank D < QN.
+        bound: The tolerance times |D|·|∇ₓC|; θ is an equilibrium if ``gradient`` is at most this.
     """
 
     gradient: float
@@ -199,11 +174,11 @@ def is_equilibrium(
         x: Input with the batch first, or a tuple of positional inputs.
         y_or_loss: Targets, for C = |x − y|²/2N (2.48), or a function from outputs to a scalar loss.
         tolerance: |∇_θC| up to this times |D|·|∇ₓC| counts as zero; by default the square root of the parameters' machine
-            epsilon. Where |∇ₓC| = 0, so is everything.
+            epsilon. If |∇ₓC| = 0, the answer is yes.
         rank_rtol: Singular values of D up to this times the largest count as zero.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument has another type.
         ValueError: An argument is out of its range, or shapes do not fit.
 
     Example:
@@ -228,7 +203,7 @@ def is_equilibrium(
 
 
 def metric_tensor(theta: Tensor, alpha: float, *, rank_rtol: float | None = None) -> Tensor:
-    """The metric h_α of which V_α is the gradient field: (α 1 + (1−α) Θ)⁻¹ on ran Θ (2.45)-(2.46), zero on its complement.
+    """The metric h_α for which V_α is the negative gradient: (α 1 + (1−α) Θ)⁻¹ on ran Θ (2.45)-(2.46), zero on its complement.
 
     Args:
         theta: Θ, ``[n, n]`` or ``[N, Q, N, Q]``.

@@ -1,4 +1,4 @@
-"""Ordinary differential equations, by torchdiffeq."""
+"""Integration of ordinary differential equations by torchdiffeq."""
 
 from __future__ import annotations
 
@@ -10,34 +10,21 @@ from torch import Tensor
 
 from ..checks import one_of, real_number
 
-METHODS = ("dopri5", "rk4", "euler")
-
-_MOST_STEPS = 1000  # between two records: a flow that is smooth takes a handful, one that meets a singular D has no end
+_MOST_STEPS = 1000  # between two records. A smooth flow needs a few; a flow that meets a singular D would never end
 
 
 @torch.no_grad()
 def integrate(
     field: Callable[[float, Tensor], Tensor], start: Tensor, grid: Tensor, method: str, rtol: float, atol: float
 ) -> tuple[Tensor, int]:
-    """Integrate ∂_t z = field(t, z) from the first time of the grid to its last, with a progress bar on a terminal.
+    """Integrate ∂_t z = field(t, z) along a grid of times, which are also the steps of ``"rk4"`` and ``"euler"``.
 
-    Args:
-        field: The right-hand side; it is never asked for times past the last.
-        start: z at the first time, ``[n]``, float64.
-        grid: Times to record at, ``[T]``; the steps of ``"rk4"`` and ``"euler"``.
-        method: One of `METHODS`.
-        rtol: Relative tolerance of ``"dopri5"``.
-        atol: Absolute tolerance of ``"dopri5"``.
+    The field is never evaluated past the last time. On a terminal there is a progress bar.
 
     Returns:
         z at those times, ``[T, n]``, and the number of evaluations of the field.
-
-    Raises:
-        ImportError: torchdiffeq is not installed.
-        ValueError: An unknown method, or a tolerance out of its range.
-        RuntimeError: The field is not finite somewhere, or steps became too small or too many.
     """
-    one_of("method", method, METHODS)
+    one_of("method", method, ("dopri5", "rk4", "euler"))
     real_number("rtol", rtol, low=0.0, below=1.0)
     real_number("atol", atol, low=0.0)
     try:
@@ -48,32 +35,32 @@ def integrate(
     if len(grid) < 2:
         return start[None], 0
     evaluations = 0
-    own: AssertionError | None = None  # of the user's model or loss
+    of_field: AssertionError | None = None
     first, last = float(grid[0]), float(grid[-1])
     with tqdm(total=last - first, desc=method, leave=False, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
 
         def right_hand_side(t: Tensor, z: Tensor) -> Tensor:
-            nonlocal evaluations, own
+            nonlocal evaluations, of_field
             evaluations += 1
-            at = min(float(t), last)  # the probe for the first step may look farther
-            bar.update(max(0.0, min(at, last) - first - bar.n))
+            at = min(float(t), last)  # torchdiffeq's first probe may be farther
+            bar.update(max(0.0, at - first - bar.n))
             try:
                 value = field(at, z)
             except AssertionError as error:
-                own = error
+                of_field = error
                 raise
             if not torch.isfinite(value).all():
                 raise RuntimeError(f"The flow is not finite at time {at:.6g}: it diverges. Stop before, or take smaller steps.")
             return value
 
+        options: dict[str, Any] = {}
+        if method == "dopri5":  # `step_t` ends a step at the last time; otherwise it steps past it and interpolates
+            limits = {"step_t": grid[-1:].to(start.device), "max_num_steps": _MOST_STEPS}
+            options = {"rtol": rtol, "atol": atol, "options": limits}
         try:
-            options: dict[str, Any] = {}
-            if method == "dopri5":  # its last step ends at the last time: by default it goes past and interpolates
-                limits = {"step_t": grid[-1:].to(start.device), "max_num_steps": _MOST_STEPS}
-                options = {"rtol": rtol, "atol": atol, "options": limits}
             path: Tensor = odeint(right_hand_side, start, grid.to(start.device), method=method, **options)
-        except AssertionError as error:  # torchdiffeq's own way to say so
-            if error is own:
+        except AssertionError as error:  # torchdiffeq's own failures, unless the user's model or loss raised it
+            if error is of_field:
                 raise
             raise RuntimeError(
                 f"The flow could not be integrated to the tolerances: {error}. The rank may change on the way, or the path be "

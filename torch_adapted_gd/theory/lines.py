@@ -1,4 +1,4 @@
-"""Straight lines between two states of a network: in parameter space (4.1) and in output space (2.51)."""
+"""The loss along straight lines between two states of a network, in parameter space (4.1) and in output space (2.51)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import positive_integer
 from .field import Loss, Objective
-from .local import OutputMap
+from .local import OutputMap, equal_steps
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,12 @@ class LineLosses:
 
     @property
     def monotone(self) -> bool:
-        """Whether the loss never rises along the line in parameter space: the property that (4.1) is asked for."""
+        """Whether the loss never rises along the line in parameter space, the question of (4.1)."""
         return self.rise == 0.0
 
     @property
     def rise(self) -> float:
-        """Largest rise of the loss along the line in parameter space above what it had been before; 0 if it is monotone."""
+        """Largest height of the loss above an earlier value along the line in parameter space; 0 if it is monotone."""
         lowest = torch.cummin(self.parameter_line, dim=0).values
         return float((self.parameter_line - lowest).max())
 
@@ -51,18 +50,18 @@ def line_losses(
     *,
     steps: int = 50,
 ) -> LineLosses:
-    """The loss between two states of a network: along the line in parameter space (4.1), beside the line in output space.
+    """The loss between two states of a network, along the line in parameter space (4.1) and along the line in output space.
 
     Args:
-        model: The network; it is left as it was. Buffers are its own.
+        model: The network; it is left as it was. Buffers and frozen parameters are its own.
         x: Input with the batch first, or a tuple of positional inputs.
         y_or_loss: Targets, for C = |x − y|²/2N (2.48), or a function from outputs to a scalar loss.
-        start: θ₀ as a ``state_dict``, of which the trainable parameters are read.
+        start: θ₀ as a ``state_dict``; only trainable parameters are read.
         end: θ₁.
-        steps: T: the loss is taken at T + 1 equal places.
+        steps: T; the loss is computed at T + 1 equally spaced places.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument has another type.
         ValueError: ``steps`` is smaller than 1, a parameter is missing, or shapes do not fit.
 
     Example:
@@ -70,14 +69,14 @@ def line_losses(
         >>> start = {name: p.clone() for name, p in model.state_dict().items()}
         >>> end = {name: torch.zeros_like(p) for name, p in start.items()}
         >>> x, y = torch.eye(2).double(), torch.zeros(2, 1)
-        >>> found = line_losses(model, x, y, start, end)  # linear in θ: both lines are one
+        >>> found = line_losses(model, x, y, start, end)  # linear in θ: both lines agree
         >>> found.monotone, torch.allclose(found.parameter_line, found.output_line)
         (True, True)
     """
     network = OutputMap(model, x)
     objective = Objective.of(y_or_loss, network)
     first, last = network.read("start", start), network.read("end", end)
-    t = torch.linspace(0.0, 1.0, positive_integer("steps", steps) + 1, dtype=torch.float64)
+    t = equal_steps(1.0, steps)
     with network.borrowed():
         outputs = torch.stack([network.outputs(torch.lerp(first, last, float(at))) for at in t])
     line = torch.stack([torch.lerp(outputs[0], outputs[-1], float(at)) for at in t])

@@ -1,4 +1,4 @@
-"""A network's outputs as a function of its parameters, x(θ), and its tangent: D, Dᵀ, Θ and what is in reach at one θ."""
+"""A network's outputs as a function of its parameters, x(θ), and its tangent at one θ: D, Θ and the projector P."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import real_number
+from ..checks import positive_integer, real_number
 from ..jacobian import Jacobian, tangent_jacobian
 from ..jacobian.definition import recorded
 from ..solve.choice import factorize
@@ -20,72 +20,57 @@ from ..tracking.calls import Call, underlying
 from ..tracking.replay import batch_and_outputs
 
 
+def equal_steps(end: float, steps: int) -> Tensor:
+    """``steps`` + 1 equally spaced float64 numbers from 0 to an end; ``steps`` is checked."""
+    return torch.linspace(0.0, end, positive_integer("steps", steps) + 1, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Tangent:
-    """What the outputs can do to first order at one θ.
+    """D, Θ = DDᵀ and what follows from them at one θ.
 
     Vectors are flat and float64: in output space ``[QN]``, sample-major (2.9); in parameter space ``[K]``, in the order of
     ``named_parameters()``.
-
-    Attributes:
-        outputs: x(θ), ``[QN]``.
-        theta: Θ = DDᵀ, ``[QN, QN]``.
-        factorization: Of Θ, its rank revealed.
-        jacobian: D.
-        sizes: Number of entries of each parameter.
     """
 
-    outputs: Tensor
-    theta: Tensor
-    factorization: Factorization
-    jacobian: Jacobian
-    sizes: dict[str, int]
+    outputs: Tensor  # x(θ)
+    theta: Tensor  # [QN, QN], Θ
+    factorization: Factorization  # of Θ
+    jacobian: Jacobian  # D
+    names: list[str]  # the parameters in θ, in order
 
     @property
     def rank(self) -> int:
         """Rank of D."""
         return self.factorization.rank
 
-    def push(self, change: Tensor) -> Tensor:
-        """Dv, how outputs move when parameters move by v ``[K]`` (2.15)."""
-        parts = change.double().split(list(self.sizes.values()))
-        return self.jacobian.mv(dict(zip(self.sizes, parts, strict=True)))
-
     def pull(self, u: Tensor) -> Tensor:
-        """Dᵀu ``[K]``: with u = ∇ₓC the gradient ∇_θC (2.16)."""
+        """Dᵀu ``[K]``. For u = ∇ₓC it is the gradient ∇_θC (2.16)."""
         parts = self.jacobian.rmv(u)
-        return torch.cat([parts[name].flatten().double() for name in self.sizes])
+        return torch.cat([parts[name].flatten().double() for name in self.names])
 
     def solve(self, u: Tensor) -> Tensor:
-        """ψ = Θ⁺u, the one of least norm (2.22)."""
+        """ψ = Θ⁺u, the solution of least norm (2.22)."""
         return self.factorization.solve(u)
 
     def project(self, u: Tensor) -> Tensor:
-        """Pu, the part of a motion of the outputs that is within reach of the parameters."""
+        """Pu, the part of an output motion that parameters can cause."""
         return self.factorization.project(u)
 
     def off_range(self, u: Tensor) -> float:
-        """|P⊥u|/|u|, the part that is not; 0 for u = 0."""
+        """|P⊥u|/|u|, the relative size of the other part; 0 for u = 0."""
         size = float(u.norm())
         return float((u - self.project(u)).norm()) / size if size > 0 else 0.0
 
     def lift(self, u: Tensor) -> Tensor:
-        """D⁺u = DᵀΘ⁺u ``[K]``, the least motion of the parameters that moves the outputs by Pu (3.1)."""
+        """D⁺u = DᵀΘ⁺u ``[K]``, the smallest parameter motion that moves the outputs by Pu (3.1)."""
         return self.pull(self.solve(u))
 
 
 class OutputMap:
-    """x(θ) of a network on a fixed input.
+    """x(θ) of a network in its present mode, on a fixed input; θ are its trainable parameters.
 
-    Args:
-        model: The network, in the mode that it should be taken in; its trainable parameters are θ.
-        x: Input with the batch first, or a tuple of positional inputs.
-        rtol: Singular values of D up to rtol·σ_max count as zero; by default what rounding of Θ makes of zero.
-
-    Raises:
-        TypeError: ``model`` is not a module, or ``rtol`` not a number.
-        ValueError: It has no trainable parameters, or gives something else than one floating tensor with the batch first and
-            entries; or ``rtol`` is out of range.
+    Singular values of D up to rtol·σ_max count as zero, by default those that rounding of Θ can cause.
     """
 
     def __init__(self, model: nn.Module, x: Tensor | tuple[Any, ...], rtol: float | None = None) -> None:
@@ -100,32 +85,15 @@ class OutputMap:
             raise ValueError(f"`x` should have samples, but the outputs have shape {list(self.shape)}.")
         parameters = dict(underlying(model).named_parameters())
         self._parameters = {name: parameters[name] for name in names}
-
-    @property
-    def num_params(self) -> int:
-        """K."""
-        return sum(p.numel() for p in self._parameters.values())
-
-    @property
-    def eps(self) -> float:
-        """Machine epsilon of the parameters."""
-        return max(torch.finfo(p.dtype).eps for p in self._parameters.values())
+        self.num_params = sum(p.numel() for p in self._parameters.values())
+        self.eps = max(torch.finfo(p.dtype).eps for p in self._parameters.values())
 
     def values(self) -> Tensor:
         """The network's present θ, ``[K]``, float64."""
         return torch.cat([p.detach().flatten().double() for p in self._parameters.values()])
 
     def read(self, argument: str, state: Mapping[str, Tensor]) -> Tensor:
-        """θ from a ``state_dict``, ``[K]``, float64.
-
-        Args:
-            argument: What the state is called in messages.
-            state: Parameters by name, with or without what ``torch.compile`` or data parallelism puts before it; others are
-                not looked at.
-
-        Raises:
-            ValueError: One is missing, or of another shape.
-        """
+        """θ from a ``state_dict``, ``[K]``, float64. Names may have the prefix of ``torch.compile`` or of data parallelism."""
         parts = []
         outer = {id(p): name for name, p in self.model.named_parameters()}
         for name, p in self._parameters.items():
@@ -138,52 +106,45 @@ class OutputMap:
 
     @torch.no_grad()
     def load(self, theta: Tensor) -> None:
-        """Give the network the parameters θ ``[K]``, rounded to their dtype."""
+        """Set the network's parameters to θ ``[K]``, rounded to their dtype."""
         parts = theta.split([p.numel() for p in self._parameters.values()])
         for p, part in zip(self._parameters.values(), parts, strict=True):
             p.copy_(part.view_as(p))
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Context in which the network's parameters may be changed: they are put back."""
-        kept = [p.detach().clone() for p in self._parameters.values()]
+        """Context that restores the network's parameters."""
+        kept = self.values()  # float64 holds every dtype exactly
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, value in zip(self._parameters.values(), kept, strict=True):
-                    p.copy_(value)
+            self.load(kept)
 
     def outputs(self, theta: Tensor | None = None) -> Tensor:
-        """x(θ), ``[QN]``, float64; of the present θ by default. Buffers and random numbers are those of `tangent`."""
+        """x(θ), ``[QN]``, float64; at the present θ by default. Buffers and random numbers are those of `tangent`."""
         if theta is not None:
             self.load(theta)
         return self._call()[1].flatten().double()
 
     def tangent(self, theta: Tensor | None = None) -> Tangent:
-        """D and Θ at θ; at the present one by default.
-
-        Raises:
-            RuntimeError: Outputs or Θ are not finite there.
-        """
+        """D and Θ at θ; at the present θ by default."""
         if theta is not None:
             self.load(theta)
         call, output, names = self._call()
         with torch.inference_mode(False), torch.enable_grad():
             jacobian = tangent_jacobian(self.model, [call], names)
-            theta = jacobian.gram()
-        # Rounding in Θ of the parameters' dtype is no rank.
+            gram = jacobian.gram()
+        # Θ is float64, but rounded as the parameters are.
         rtol = default_rtol(self.num_outputs, self.eps) if self.rtol is None else self.rtol
-        factorization = factorize(theta, rtol=rtol, eps=self.eps)
+        factorization = factorize(gram, rtol=rtol, eps=self.eps)
         if factorization.status in ("not_finite", "not_converged"):
             raise RuntimeError(
                 f"The tangent kernel is {factorization.status.replace('_', ' ')} there: the parameters have diverged."
             )
-        sizes = {name: self._parameters[name].numel() for name in names}
-        return Tangent(output.flatten().double(), theta, factorization, jacobian, sizes)
+        return Tangent(output.flatten().double(), gram, factorization, jacobian, names)
 
     def _call(self) -> tuple[Call, Tensor, list[str]]:
-        """A call of the network at its present θ, the one output of it, and the names of θ's parts."""
+        """A call of the network at its present θ, its one output, and the names of the parameters in θ."""
         with torch.inference_mode(False), torch.enable_grad():
             call, names = recorded(self.model, self.x)
         if len(call.outputs) != 1:

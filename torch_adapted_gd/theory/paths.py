@@ -27,7 +27,7 @@ class LinearPath:
             raise ValueError(
                 f"`start` and `target` should have one shape, but got {list(start.shape)} and {list(target.shape)}."
             )
-        with torch.inference_mode(False):  # copies: of inference tensors too, which autograd would not take
+        with torch.inference_mode(False):  # autograd refuses inference tensors, but not their copies
             self.start, self.target = start.detach().clone().double(), target.detach().clone().double()
 
     def __call__(self, s: Tensor) -> Tensor:
@@ -36,12 +36,12 @@ class LinearPath:
 
 
 class DetourPath(LinearPath):
-    """x(s) = (1−s) x₀ + s y + sin(πs) b: to the same end by a bend.
+    """x(s) = (1−s) x₀ + s y + sin(πs) b, a bent path to the same end.
 
     Args:
         start: x₀, ``[N, ...]``: the network's outputs.
         target: y, of the same shape.
-        bend: b, of a shape that fits: how far off the line half-way.
+        bend: b, the distance from the line at s = 1/2, of a shape that can be expanded to x₀'s.
 
     Raises:
         ValueError: The shapes differ, or do not fit.
@@ -62,16 +62,7 @@ class DetourPath(LinearPath):
 
 
 def motion(path: OutputPath, at: float, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Place x(s) and velocity ∂_s x(s), flat and float64.
-
-    Args:
-        path: The path.
-        at: s.
-        shape: Of the outputs.
-
-    Raises:
-        ValueError: The path gives another shape, or no tensor.
-    """
+    """Place x(s) and velocity ∂_s x(s) at s = ``at``, flat and float64, for outputs of a shape."""
     with torch.inference_mode(False), torch.enable_grad():
         s = torch.tensor(at, dtype=torch.float64, requires_grad=True)
         place = path(s)
@@ -79,7 +70,7 @@ def motion(path: OutputPath, at: float, shape: tuple[int, ...]) -> tuple[Tensor,
             found = list(place.shape) if isinstance(place, Tensor) else type(place).__name__
             raise ValueError(f"`path` should give outputs of shape {list(shape)}, but gave {found}.")
         velocity = torch.zeros_like(place)
-        if place.requires_grad:  # twice backward is once forward
+        if place.requires_grad:  # two backward passes give the forward derivative
             weights = torch.zeros_like(place, requires_grad=True)
             (pulled,) = torch.autograd.grad(place, s, weights, create_graph=True, allow_unused=True)
             if pulled is not None:
