@@ -68,6 +68,19 @@ def true_or_false(name: str, value: Any) -> bool:
     return value
 
 
+def real_tensor(name: str, value: Any, *, precise: bool = False) -> Tensor:
+    """Return ``value`` if it is a real tensor; with ``precise``, one of float32 or float64.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` should be a tensor, but got {type(value).__name__}. Convert it with torch.as_tensor.")
+    if value.dtype not in (torch.float32, torch.float64) and (precise or value.is_complex()):
+        raise TypeError(f"`{name}` should be float32 or float64, but is {value.dtype}. Convert it first.")
+    return value
+
+
 def floating_tensor(name: str, value: Any) -> Tensor:
     """Return ``value`` if it is a tensor of floating point numbers.
 
