@@ -1,4 +1,4 @@
-"""Options of AdaptedGD and what they have to be."""
+"""Options of AdaptedGD and their checks."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def check_damping(damping: Any) -> Policy | None:
-    """The policy that a ``damping`` means; None for the default.
+    """The policy for a ``damping``; None for the default.
 
     Raises:
         TypeError: It is neither a number nor a policy.
@@ -48,10 +48,10 @@ def check_damping(damping: Any) -> Policy | None:
 
 
 def check_solver(solver: Any) -> Dense | ConjugateGradients | None:
-    """How to solve; None for "auto".
+    """The solver; None for "auto".
 
     Raises:
-        TypeError: It is neither "auto" nor a way to.
+        TypeError: It is neither "auto" nor a solver.
     """
     if isinstance(solver, Dense | ConjugateGradients):
         return solver
@@ -62,11 +62,7 @@ def check_solver(solver: Any) -> Dense | ConjugateGradients | None:
 
 
 def check_parameter(name: str | None, p: Tensor) -> None:
-    """Check that a parameter can be stepped.
-
-    Args:
-        name: Its name in the model; None if it is not the model's.
-        p: The parameter.
+    """Check that a parameter can be stepped; ``name`` is None if it is not the model's.
 
     Raises:
         ValueError: It cannot.
@@ -95,10 +91,10 @@ def check_parameter(name: str | None, p: Tensor) -> None:
 
 
 def check_membership(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Check that no parameter was replaced in the model since it was given.
+    """Check that all parameters of the groups are still the model's.
 
     Raises:
-        RuntimeError: One was.
+        RuntimeError: One is not.
     """
     present = {id(p) for p in underlying(model).parameters()}
     lost = [list(p.shape) for group in groups for p in group["params"] if id(p) not in present]
@@ -110,10 +106,10 @@ def check_membership(model: nn.Module, groups: list[dict[str, Any]]) -> None:
 
 
 def shared_option(groups: list[dict[str, Any]], name: str) -> Any:
-    """An option of the system that all parameter groups share.
+    """An option that must be the same in all parameter groups.
 
     Raises:
-        ValueError: They have several.
+        ValueError: They differ.
     """
     values = {group[name] for group in groups}
     if len(values) > 1:

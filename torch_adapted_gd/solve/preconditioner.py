@@ -1,6 +1,6 @@
 """Approximations of (Θ + μ1)⁻¹ for conjugate gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -117,15 +117,15 @@ class Preconditioner:
         self._shift: float | None = None
         self.name = ", ".join(dict.fromkeys(inverse.name for _, inverse in parts))
 
-    def at(self, shift: float) -> Callable[[Tensor], Tensor]:
-        """The map r ↦ about (Θ + μ1)⁻¹r for μ > 0, valid until the next μ is asked for."""
+    def factor(self, shift: float) -> None:
+        """Make the factors for a μ > 0, unless they are those of the last time."""
         if shift != self._shift:
             for _, inverse in self._parts:
                 inverse.factor(shift)
             self._shift = shift
-        return self._apply
 
-    def _apply(self, r: Tensor) -> Tensor:
+    def __call__(self, r: Tensor) -> Tensor:
+        """About (Θ + μ1)⁻¹r."""
         result = torch.empty_like(r)
         for spans, inverse in self._parts:
             image = inverse(torch.cat([r[span] for span in spans]))
