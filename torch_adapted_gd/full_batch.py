@@ -10,12 +10,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 def full_loss(model: nn.Module, criterion: nn.Module, loader: Iterable[Any], device: torch.device) -> Tensor:
-    """The criterion's loss of all batches at once, with its graph: one call of the model for each batch, see `full_batch`.
-
-    Raises:
-        TypeError: A batch is not a pair, or the model returns something else than a tensor.
-        ValueError: There are no batches.
-    """
+    """The criterion's loss of all batches at once, with its graph: one call of the model for each batch, see `full_batch`."""
     outputs, targets = [], []
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):

@@ -81,11 +81,7 @@ class LossFunction(nn.Module):
 
 
 def check_criteria(criterion: Any) -> tuple[nn.Module, ...]:
-    """The criteria as a tuple of none, one or several.
-
-    Raises:
-        TypeError: One is not a module.
-    """
+    """The criteria as a tuple of none, one or several modules."""
     given = () if criterion is None else tuple(criterion) if isinstance(criterion, tuple | list) else (criterion,)
     for each in given:
         if not isinstance(each, nn.Module):

@@ -97,14 +97,12 @@ class Processes(World):
         self._data = new_group("nccl") if device.type == "cuda" else self._control
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """See `World`."""
         self.agree()
         total = tensor.detach().to(self._device, copy=True).contiguous()
         dist.all_reduce(total, group=self._data)
         return total
 
     def gather(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
-        """See `World`."""
         self.agree()
         mine = rows.new_zeros(max(1, *lengths), *rows.shape[1:], device=self._device)  # gloo takes equal sizes alone
         mine[: len(rows)] = rows
@@ -113,23 +111,19 @@ class Processes(World):
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def same(self, value: T) -> T:
-        """See `World`."""
         if isinstance(value, float):
             return self._sum_of_numbers(value if self.rank == 0 else 0.0)  # type: ignore[return-value]
         return self.from_rank(value, 0)
 
     def any(self, flag: bool) -> bool:
-        """See `World`."""
         return any(self.objects(flag))
 
     def objects(self, value: T) -> list[T]:
-        """See `World`."""
         self.agree()
         tensors, found = self._described(value)
         return [self._broadcast(described, tensors, rank) for rank, described in enumerate(found)]
 
     def from_rank(self, value: T | None, rank: int) -> T:
-        """See `World`."""
         self.agree()
         mine, tensors = _Described.of(value if rank == self.rank else None)
         found = [mine]
@@ -137,7 +131,6 @@ class Processes(World):
         return self._broadcast(found[0], tensors, rank)  # type: ignore[no-any-return]
 
     def collected(self, value: T, rank: int) -> list[T]:
-        """See `World`."""
         self.agree()
         tensors, found = self._described(value)
         if rank != self.rank:
@@ -157,7 +150,6 @@ class Processes(World):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """See `World`."""
         try:
             yield
         except PeerError:
@@ -168,7 +160,6 @@ class Processes(World):
             raise
 
     def agree(self) -> None:
-        """See `World`."""
         self._sum_of_numbers(0.0)
 
     def _sum_of_numbers(self, number: float) -> float:

@@ -34,11 +34,7 @@ class OutputBlockInverse:
         self._diagonals = blocks.diagonal(dim1=1, dim2=2).clone()  # [G, N]: factors are written over them
 
     def factor(self, shift: float) -> None:
-        """Make the factors for a μ.
-
-        Raises:
-            RuntimeError: A block has none.
-        """
+        """Make the factors for a μ, with a larger one where rounding made a block indefinite."""
         for block, diagonal, members in zip(self._blocks, self._diagonals, self._members, strict=True):
             part = shift / float(self._scales[members].mean())
             extra = 0.0

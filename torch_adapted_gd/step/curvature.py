@@ -23,17 +23,11 @@ _LANCZOS = 80  # steps that give it for more columns
 
 @dataclass(frozen=True)
 class OwnCurvature:
-    """The curvature of one call of a criterion without a closed form, as far as this process knows it.
+    """The curvature of one call of a criterion without a closed form, as far as this process knows it."""
 
-    Attributes:
-        squares: H, if the loss is a square.
-        touched: The rows that it depends on.
-        told: What all processes have to know: whether it is a square, the largest eigenvalue, |g|² and the value.
-    """
-
-    squares: Tensor | None
-    touched: Tensor
-    told: tuple[bool, float, float, float]
+    squares: Tensor | None  # H, if the loss is a square
+    touched: Tensor  # the rows that it depends on
+    told: tuple[bool, float, float, float]  # for all processes: whether it is a square, the largest eigenvalue, |g|², the value
 
     def shared(self, told: list[tuple[bool, float, float, float]]) -> Tensor:
         """The curvature of each row, given what all processes know."""
@@ -48,17 +42,11 @@ class OwnCurvature:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a Hessian.
+    """Blocks of a Hessian."""
 
-    Attributes:
-        index: The rows of each ``[G, m]``, −1 for none.
-        values: ``[G, m, m]``.
-        by_sample: Whether there is one for each sample.
-    """
-
-    index: Tensor
-    values: Tensor
-    by_sample: bool
+    index: Tensor  # the rows of each, [G, m], −1 for none
+    values: Tensor  # [G, m, m]
+    by_sample: bool  # whether there is one for each sample
 
     @classmethod
     def stacked(cls, parts: list[Blocks], lengths: list[int]) -> Blocks:

@@ -40,9 +40,11 @@ class Objective:
         for outputs, (n, q) in zip(stacked, self.sizes, strict=True):
             device = outputs.outputs[outputs.places[0]].device
             numbers = torch.arange(start, start + n * q, device=device).view(n, q)
-            widths = [outputs.outputs[place].shape[1:].numel() for place in outputs.places]
-            for place, part in zip(outputs.places, numbers.split(widths, 1), strict=True):
-                self._rows[id(outputs), place] = part.reshape(-1)
+            column = 0
+            for place in outputs.places:
+                width = outputs.outputs[place].shape[1:].numel()
+                self._rows[id(outputs), place] = numbers[:, column : column + width].reshape(-1)
+                column += width
             start += n * q
         self.size = start  # of the own part
         one_output = len(stacked) == 1 and len(stacked[0].places) == 1
@@ -87,12 +89,9 @@ class Objective:
         return term.called(arguments) / self._loss_scale
 
     def outputs_in(self, given: Given, before: int, x: Tensor) -> Tensor | None:
-        """The own part of x as criteria were given it when called again; None if their calls differ from the training step's.
+        """The own part of x as criteria got it when called again (``given``); None if these calls are not the training step's.
 
-        Args:
-            given: These calls.
-            before: How many calls there had been before those of the training step.
-            x: The own part in the training step.
+        ``before`` counts the calls before the training step, whose own part is x.
         """
         found = x.clone()
         for term in self._terms:
@@ -237,11 +236,7 @@ class Objective:
         return torch.cat(numbers).to(device)  # only asked for where there are rows
 
     def hessian_metric(self, x: Tensor, g: Tensor) -> Metric:
-        """H = SSᵀ at x, without its negative part.
-
-        Raises:
-            RuntimeError: H is zero, or couples too many samples.
-        """
+        """H = SSᵀ at x, without its negative part; a RuntimeError if H is zero, or couples too many samples."""
         part, own = x[self._shares.here], g[self._shares.here]
         own_keep, blocks = self._curved(part, own)
         keep = self._shares.gathered(own_keep)
@@ -262,11 +257,7 @@ class Objective:
         return BlockMetric(whole.index, whole.values, g, noise, keep, local=all(apart for _, apart in told))
 
     def _curved(self, x: Tensor, g: Tensor) -> tuple[Tensor, Blocks]:
-        """Which rows of the own part the loss depends on, and its Hessian in blocks; blocks of one row if it is a diagonal.
-
-        Raises:
-            RuntimeError: It couples too many samples.
-        """
+        """Which rows of the own part the loss depends on, and its Hessian in blocks; blocks of one row if it is a diagonal."""
         rows = torch.arange(self.size, device=x.device)
         diagonal, keep = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
         if self.size:

@@ -87,13 +87,7 @@ class Told:
 
 
 def shared_out(world: World, mine: Told, terms: Sequence[Term], criteria: Sequence[nn.Module]) -> tuple[Shares, list[Told]]:
-    """The shares of a step, and what each process tells of it.
-
-    Args:
-        world: The processes.
-        mine: What this one tells.
-        terms: Its terms of the loss.
-        criteria: Their criteria.
+    """The shares of a step, and what each process tells of it: ``mine`` is what this one tells, ``terms`` are its terms.
 
     Raises:
         RuntimeError: The processes do not train the same model in the same way.
@@ -183,11 +177,6 @@ def mean_or_sum(world: World, term: Term, loss: float) -> float:
 
 class TotalLoss:
     """The loss of the present step by the values of criteria, of all processes together; to judge the last step by.
-
-    Args:
-        recorder: The calls of the criteria.
-        shares: The part of each process in them.
-        loss_scale: The factor of a GradScaler in the loss.
 
     Attributes:
         job: A number for all that the loss is computed from except the parameters, see `CallRecorder.job`; NaN if chance is
