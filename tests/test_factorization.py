@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from torch_adapted_gd import solve_kernel
-from torch_adapted_gd.solve import default_rtol, factorize
+from torch_adapted_gd.solve import default_rtol, equilibrated, factorize
 from torch_adapted_gd.solve.cholesky import by_cholesky
 from torch_adapted_gd.solve.pivoted import by_pivots
 
@@ -166,3 +166,18 @@ def test_numbers_beyond_the_range_are_a_status():
     solution = solve_kernel(theta, torch.full((600,), 1e200, dtype=torch.float64), rtol=1e-6)
     assert solution.status == "not_finite"
     assert not solution.psi.any()
+
+
+def test_units_of_parameters_do_not_make_the_rank_short():
+    """Columns of D from 1e-7 to 1e7: DᵀD loses the small ones, and E DᵀD E does not."""
+    d = torch.randn(200, 30, dtype=torch.float64)
+    matrix, units = d.T @ d, torch.logspace(-7, 7, 30, dtype=torch.float64)
+    scaled, g = matrix * units[:, None] * units, torch.randn(30, 2, dtype=torch.float64)
+    options = {"rtol": default_rtol(30), "method": "auto", "firm": False}
+    found = factorize(scaled, **options)
+    assert found.status == "rank_deficient"
+    better = equilibrated(scaled, found, **options)
+    assert (better.status, better.rank) == ("full_rank", 30)
+    for shift in (0.0, 1e-3):  # (UMU + λ1)⁻¹Ug = U⁻¹(M + λU⁻²)⁻¹g
+        expected = torch.linalg.solve(matrix + torch.diag(shift / units**2), g) / units[:, None]
+        torch.testing.assert_close(better.solve(units[:, None] * g, shift), expected, rtol=1e-9, atol=0)

@@ -37,8 +37,9 @@ class StepReport:
         solver: ``"cholesky"``, ``"pivoted_cholesky"``, ``"eigh"``, ``"svd"``, or ``"cg"`` with its preconditioner.
         status: ``"full_rank"``, ``"rank_deficient"`` or ``"zero"`` (no parameter moves any output). By ``"cg"``
             ``"converged"``, ``"rank_deficient"`` (Θ was found singular, and small singular values count as zero) or
-            ``"not_converged"``, see `ConjugateGradients`. If nothing was changed: ``"rejected"`` (no trial lowered the loss
-            enough) or ``"skipped"`` (a GradScaler found scaled gradients that are not finite).
+            ``"not_converged"``, see `ConjugateGradients`. If nothing was changed: ``"stationary"`` (the predicted decrease of
+            the loss is within its rounding: training is done), ``"rejected"`` (no trial lowered the loss enough) or
+            ``"skipped"`` (a GradScaler found scaled gradients that are not finite).
         fraction: The part of ``lr`` that the step went: less than 1 if a policy shortened it.
         iterations: Of conjugate gradients, for all trials of the step; 0 for other solvers.
         residual: |g − (Θ + λ1)ψ|/|g| of conjugate gradients in the last trial: the predicted motion of the outputs is
@@ -95,7 +96,7 @@ class StepReport:
             num_calls=linearization.num_calls,
             kernel=system.jacobian.description,
             solver=system.factorization.method,
-            status=linearization.status if outcome.trial else "rejected",
+            status=linearization.status if outcome.trial else "stationary" if outcome.hidden else "rejected",
             fraction=outcome.trial.fraction if outcome.trial else 0.0,
             iterations=iterative.iterations if iterative else 0,
             residual=iterative.last.residual if iterative and iterative.last else None,

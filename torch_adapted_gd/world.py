@@ -45,7 +45,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
-        return flag
+        return any(self.objects(flag))
 
     def objects(self, value: T) -> list[T]:
         """The values of all processes, by rank; tensors in them stay on their device."""
@@ -114,9 +114,6 @@ class Processes(World):
         if isinstance(value, float):
             return self._sum_of_numbers(value if self.rank == 0 else 0.0)  # type: ignore[return-value]
         return self.from_rank(value, 0)
-
-    def any(self, flag: bool) -> bool:
-        return any(self.objects(flag))
 
     def objects(self, value: T) -> list[T]:
         self.agree()

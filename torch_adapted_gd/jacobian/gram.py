@@ -32,9 +32,9 @@ def product(matrix: Tensor, v: Tensor) -> Tensor:
     return total
 
 
-def _columns(matrix: Tensor) -> Sequence[Tensor]:
+def _columns(matrix: Tensor) -> list[Tensor]:
     """The matrix in blocks of columns that are small enough to be cast."""
-    return matrix.split(max(1, _CAST_ELEMENTS // max(1, matrix.shape[0])), 1)
+    return list(matrix.split(max(1, _CAST_ELEMENTS // max(1, matrix.shape[0])), 1))
 
 
 def spans(sizes: Sequence[int]) -> list[slice]:

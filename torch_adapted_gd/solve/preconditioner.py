@@ -85,33 +85,20 @@ class SampleBlockInverse:
         return image
 
 
-class Identity:
-    """No preconditioner."""
-
-    name = "none"
-
-    def factor(self, shift: float) -> None:
-        """Nothing to make."""
-
-    def __call__(self, r: Tensor) -> Tensor:
-        """The same r, as a copy."""
-        return r.clone()
-
-
-Inverse = OutputBlockInverse | SampleBlockInverse | Identity
+Inverse = OutputBlockInverse | SampleBlockInverse
 
 
 class Preconditioner:
     """An approximation for each set of rows, such as those of all calls with the same number of outputs.
 
     Args:
-        parts: The rows of each, in slices, and the approximation.
+        parts: The rows of each, in slices, and the approximation; none for no preconditioner.
     """
 
     def __init__(self, parts: Sequence[tuple[Sequence[slice], Inverse]]) -> None:
         self._parts = parts
         self._shift: float | None = None
-        self.name = ", ".join(dict.fromkeys(inverse.name for _, inverse in parts))
+        self.name = ", ".join(dict.fromkeys(inverse.name for _, inverse in parts)) or "none"
 
     def factor(self, shift: float) -> None:
         """Make the factors for a μ > 0, unless they are those of the last time."""
@@ -122,7 +109,7 @@ class Preconditioner:
 
     def __call__(self, r: Tensor) -> Tensor:
         """About (Θ + μ1)⁻¹r."""
-        result = torch.empty_like(r)
+        result = r.clone()
         for spans, inverse in self._parts:
             image = inverse(torch.cat([r[span] for span in spans]))
             for span, part in zip(spans, image.split([span.stop - span.start for span in spans]), strict=True):

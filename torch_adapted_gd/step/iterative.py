@@ -12,7 +12,7 @@ from ..jacobian import Jacobian
 from ..jacobian.gram import spans
 from ..memory import available_bytes, require_memory
 from ..solve.krylov import ConjugateGradients, Iterate, solve_by_cg
-from ..solve.preconditioner import Identity, Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
+from ..solve.preconditioner import Inverse, OutputBlockInverse, Preconditioner, SampleBlockInverse
 from ..world import ALONE, World
 from .output_metric import Metric
 
@@ -133,12 +133,10 @@ class KernelOperator:
         started = time.perf_counter()
         if self._preconditioner is None:
             parts: list[tuple[list[slice], Inverse]] = []
-            if self._options.preconditioner == "none":
-                parts = [([slice(0, self.size)], Identity())]
-            else:
-                for q in dict.fromkeys(q for _, q in self._jacobian.shapes):
-                    numbers = [number for number, (_, outputs) in enumerate(self._jacobian.shapes) if outputs == q]
-                    parts.append(([self._spans[number] for number in numbers], self._inverse_of(numbers, q)))
+            outputs = [q for _, q in self._jacobian.shapes]
+            for q in dict.fromkeys(outputs) if self._options.preconditioner != "none" else ():
+                numbers = [number for number, each in enumerate(outputs) if each == q]
+                parts.append(([self._spans[number] for number in numbers], self._inverse_of(numbers, q)))
             self._preconditioner = Preconditioner(parts)
         self._preconditioner.factor(shift)
         self._add_time("preconditioner", started)
