@@ -83,7 +83,7 @@ def test_small_matrices_are_served_or_declined(kind):
         rank = n if kind is by_cholesky or seed % 5 == 0 else int(torch.randint(1, n + 1, ()))
         matrix = Matrix.with_values(n, spread(rank, 10 ** (8 * float(torch.rand(())))))
         theta, rtol = matrix.d @ matrix.d.T, default_rtol(n)
-        found = kind(theta, rtol) if kind is by_cholesky else kind(theta, rtol, 0.0, firm=True)
+        found = kind(theta, rtol) if kind is by_cholesky else kind(theta, rtol, 0.0, truncate=True)
         if found is None:
             continue
         served += 1
@@ -99,7 +99,7 @@ def test_small_matrices_are_served_or_declined(kind):
 @pytest.mark.parametrize(("rank", "condition"), [(300, 10.0), (300, 1e2), (560, 1e3)])
 def test_refinement_pays(rank, condition):
     matrix = Matrix.with_values(600, spread(rank, condition))
-    found = by_pivots(matrix.d @ matrix.d.T, default_rtol(600), 0.0, firm=True)
+    found = by_pivots(matrix.d @ matrix.d.T, default_rtol(600), 0.0, truncate=True)
     g = torch.randn(600, 10, dtype=torch.float64)
     step, solutions = matrix.step(g, 0.0), (found.solve(g), found.rough_solve(found.project(g)))
     refined, rough = ((matrix.in_coordinates(psi) - step).norm() for psi in solutions)
@@ -173,7 +173,7 @@ def test_units_of_parameters_do_not_make_the_rank_short():
     d = torch.randn(200, 30, dtype=torch.float64)
     matrix, units = d.T @ d, torch.logspace(-7, 7, 30, dtype=torch.float64)
     scaled, g = matrix * units[:, None] * units, torch.randn(30, 2, dtype=torch.float64)
-    options = {"rtol": default_rtol(30), "method": "auto", "firm": False}
+    options = {"rtol": default_rtol(30), "method": "auto", "truncate": False}
     found = factorize(scaled, **options)
     assert found.status == "rank_deficient"
     better = equilibrated(scaled, found, **options)

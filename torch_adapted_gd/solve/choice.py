@@ -22,7 +22,7 @@ def factorize(
     method: str = "auto",
     eps: float | None = None,
     least_shift: float = 0.0,
-    firm: bool = True,
+    truncate: bool = True,
 ) -> Factorization:
     """Factor Θ with its rank revealed, for many shifts and right-hand sides.
 
@@ -33,7 +33,7 @@ def factorize(
         eps: Relative rounding of the entries of Θ; an eigenvalue more negative than that is an error.
         least_shift: The smallest shift that will be solved with. If it is large, an ambiguous rank is estimated, without
             the eigenvalue decomposition.
-        firm: Leave out directions below the cut for every shift. If False, only for shifts that rounding of Θ may exceed.
+        truncate: Leave out directions below the cut for every shift. If False, only for shifts that rounding of Θ may exceed.
 
     Returns:
         The factorization; its ``status`` tells of a failure.
@@ -46,10 +46,10 @@ def factorize(
     if method == "auto" and len(matrix) > _CHOLESKY_PAYS:
         try:
             found: Factorization | None = by_cholesky(matrix, rtol)
-            if found is None and (len(matrix) > _PIVOTS_PAY or (least_shift > 0 and not firm)):
-                found = by_pivots(matrix, rtol, least_shift, firm)
+            if found is None and (len(matrix) > _PIVOTS_PAY or (least_shift > 0 and not truncate)):
+                found = by_pivots(matrix, rtol, least_shift, truncate)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of numbers near the ends of float64's range
             found = None
         if found is not None:
             return found
-    return by_eigenvalues(matrix, rtol, eps, firm)
+    return by_eigenvalues(matrix, rtol, eps, truncate)

@@ -34,7 +34,7 @@ class EighFactorization(Factorization):
         return self._basis @ (self._basis.T @ g)
 
 
-def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None, firm: bool) -> Factorization:
+def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None, truncate: bool) -> Factorization:
     """Θ by its eigenvalues; see `factorize` for the arguments.
 
     Raises:
@@ -49,5 +49,5 @@ def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None, firm: bool) -
     if smallest < -1e2 * n * (eps or EPS) * max(largest, -smallest):
         raise ValueError(f"`theta` should be positive semi-definite, but has the eigenvalue {smallest:.3g}.")
     rank = int((eigenvalues > rtol**2 * largest).sum()) if largest > 0 else 0
-    exact_from = math.inf if firm or not rank else MARGIN * n * EPS * largest
+    exact_from = math.inf if truncate or not rank else MARGIN * n * EPS * largest
     return EighFactorization(eigenvalues, vectors, rank, exact_from)

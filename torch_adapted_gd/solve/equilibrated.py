@@ -37,7 +37,7 @@ class EquilibratedFactorization(Factorization):
         return g
 
 
-def equilibrated(matrix: Tensor, found: Factorization, *, rtol: float, method: str, firm: bool) -> Factorization:
+def equilibrated(matrix: Tensor, found: Factorization, *, rtol: float, method: str, truncate: bool) -> Factorization:
     """The factorization ``found`` of DᵀD, or that of M̂ where only the units make the rank of DᵀD short.
 
     Args:
@@ -45,7 +45,7 @@ def equilibrated(matrix: Tensor, found: Factorization, *, rtol: float, method: s
         found: What `factorize` made of it.
         rtol: See `factorize`.
         method: See `factorize`.
-        firm: See `factorize`.
+        truncate: See `factorize`.
     """
     if found.status != "rank_deficient":
         return found
@@ -55,5 +55,5 @@ def equilibrated(matrix: Tensor, found: Factorization, *, rtol: float, method: s
         return found
     e = diagonal.rsqrt()
     unit = matrix * e[:, None] * e
-    scaled = factorize(unit, rtol=rtol, method=method, firm=firm)
+    scaled = factorize(unit, rtol=rtol, method=method, truncate=truncate)
     return EquilibratedFactorization(unit, scaled, e) if scaled.status == "full_rank" else found

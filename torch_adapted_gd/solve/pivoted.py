@@ -27,9 +27,9 @@ class PivotedFactorization(Factorization):
 
     method = "pivoted_cholesky"
 
-    def __init__(self, matrix: Tensor, pivots: Pivots, largest: float, firm: bool) -> None:
+    def __init__(self, matrix: Tensor, pivots: Pivots, largest: float, truncate: bool) -> None:
         rank, n = pivots.rows.shape
-        super().__init__(n, rank, math.nan, exact_from=math.inf if firm else MARGIN * n * EPS * largest)
+        super().__init__(n, rank, math.nan, exact_from=math.inf if truncate else MARGIN * n * EPS * largest)
         self._matrix, self._order, self._largest = matrix, pivots.order, largest
         self._triangle = pivots.rows[:, :rank].contiguous()  # R [r, r]; a slice would be copied by each triangular solve
         self._rest = pivots.rows[:, rank:].contiguous()  # RX [r, n - r]
@@ -98,7 +98,7 @@ class PivotedFactorization(Factorization):
         return torch.empty_like(block).index_copy_(0, self._order, block)
 
 
-def by_pivots(matrix: Tensor, rtol: float, shift: float, firm: bool) -> PivotedFactorization | None:
+def by_pivots(matrix: Tensor, rtol: float, shift: float, truncate: bool) -> PivotedFactorization | None:
     """Θ by pivoted Cholesky, if its rank is unambiguous or ``shift`` makes the rank irrelevant; else None.
 
     With a remainder S = Θ − LLᵀ, at most r eigenvalues of Θ are above |S|, and at least r are as large as λ_min(LᵀL). If
@@ -109,12 +109,12 @@ def by_pivots(matrix: Tensor, rtol: float, shift: float, firm: bool) -> PivotedF
     largest = largest_eigenvalue(lambda block: matrix @ block, start)
     rounding = n * EPS * largest
     noise = max(rtol**2 * largest, rounding)
-    exact = not firm and shift >= MARGIN * rounding  # solved by the Cholesky factor of Θ + λ1, whatever the rank
+    exact = not truncate and shift >= MARGIN * rounding  # solved by the Cholesky factor of Θ + λ1, whatever the rank
     smooth = exact or shift >= _SMOOTH * noise
     pivots = pivoted_cholesky(matrix, noise, 0.0 if smooth else MARGIN * noise)
     if pivots is None or not len(pivots.rows):
         return None
-    found = PivotedFactorization(matrix, pivots, largest, firm)
+    found = PivotedFactorization(matrix, pivots, largest, truncate)
     remainder = largest_eigenvalue(found.remainder, start)
     smallest = 1 / largest_eigenvalue(lambda block: found.rough_solve(found.project(block)), start)
     unambiguous = smallest >= MARGIN * noise and remainder <= max(rtol**2 * largest, _ROUNDINGS * rounding)
