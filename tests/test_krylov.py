@@ -393,13 +393,6 @@ def test_bad_options(options, error):
         ConjugateGradients(**options)
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradients, 3])
-def test_bad_solvers(solver):
-    given = "the class. Write ConjugateGradients\\(\\)" if solver is ConjugateGradients else "3"
-    with pytest.raises(TypeError, match=rf'`solver` should be "auto", Dense\(\) or ConjugateGradients\(\), but got {given}'):
-        AdaptedGD(mlp(), solver=solver)
-
-
 @pytest.mark.parametrize(("max_iter", "converged"), [(36, False), (100, True)])
 def test_a_singular_system_settles_or_says_that_it_has_not(max_iter, converged):
     values = torch.tensor([1.0, 2.0, 5.0, 0.0], dtype=DOUBLE).repeat(3)

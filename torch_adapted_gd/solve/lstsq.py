@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..checks import all_finite, real_number, real_tensor
+from .cholesky import apply_inverse
 from .factorization import Status
-from .singular import by_singular_values
+from .singular import Reflections, by_singular_values
 from .spectrum import EPS, largest_eigenvalue, random_block
 
 _MARGIN = 10.0  # how far above the cut the smallest singular value has to be for R to be used without its SVD
@@ -90,19 +91,24 @@ def rank_revealing_lstsq(a: Tensor, b: Tensor, *, rtol: float | None = None) -> 
     scale = float(matrix.abs().max()) if matrix.numel() else 0.0
     if scale == 0:
         return failure("zero")
-    qr = _Householder(matrix / scale)  # scaled, so that no square of an entry overflows
+    unit = matrix / scale  # so that no square of an entry overflows
+    wide = m < n
+    packed, reflections = torch.geqrf(unit.mT if wide else unit)
+    q, r = Reflections(packed, reflections), packed[: min(m, n)].triu()  # A = QR, or Aᵀ = QR
     try:
-        condition = qr.condition()
+        condition = _condition(r)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return failure("not_converged")
     rank, method = min(m, n), "qr"
-    if condition * _MARGIN * max(rtol, max(m, n) * EPS) < 1:  # written so that NaN fails
-        x = qr.solve(right)
-    else:
-        svd = by_singular_values(matrix / scale, rtol)
+    if not condition * _MARGIN * max(rtol, max(m, n) * EPS) < 1:  # written so that NaN fails
+        svd = by_singular_values(unit, rtol)
         if svd.status == "not_converged":
             return failure("not_converged")
         x, rank, condition, method = svd.step(right), svd.rank, svd.condition, "svd"
+    elif wide:
+        x = q @ torch.linalg.solve_triangular(r.mT, right, upper=False)
+    else:
+        x = torch.linalg.solve_triangular(r, q.T @ right, upper=True)
     x = x / scale
     solution = x.to(a.dtype)
     if not all_finite(solution):  # near the ends of the dtype's range
@@ -112,36 +118,12 @@ def rank_revealing_lstsq(a: Tensor, b: Tensor, *, rtol: float | None = None) -> 
     return LeastSquares(solution.reshape(shape), norm.reshape(b.shape[1:]), rank, condition, status, method)
 
 
-class _Householder:
-    """A or, if it is wide, Aᵀ as QR, with Q kept in Householder vectors."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self._wide = matrix.shape[0] < matrix.shape[1]
-        self._packed, self._tau = torch.geqrf(matrix.mT if self._wide else matrix)
-        self._triangle = self._packed[: self._packed.shape[1]].triu()  # R [s, s], s = min(m, n)
-
-    def condition(self) -> float:
-        """σ_max/σ_min of R, estimated from below; NaN or infinite for a singular R."""
-        r, start = self._triangle, random_block(self._triangle)
-        if not bool(r.diagonal().all()):
-            return math.inf
-        largest = largest_eigenvalue(lambda block: r.mT @ (r @ block), start)
-
-        def inverse(block: Tensor) -> Tensor:  # of RᵀR
-            half: Tensor = torch.linalg.solve_triangular(r.mT, block, upper=False)
-            image: Tensor = torch.linalg.solve_triangular(r, half, upper=True)
-            return image
-
-        if not all_finite(inverse(start)):
-            return math.inf
-        return math.sqrt(largest * largest_eigenvalue(inverse, start))
-
-    def solve(self, right: Tensor) -> Tensor:
-        """A⁺b for A of full rank: R⁻¹Qᵀb, or QR⁻ᵀb if A is wide."""
-        s = len(self._triangle)
-        if not self._wide:
-            image = torch.ormqr(self._packed, self._tau, right, transpose=True)[:s]
-            x: Tensor = torch.linalg.solve_triangular(self._triangle, image, upper=True)
-            return x
-        x = torch.linalg.solve_triangular(self._triangle.mT, right, upper=False)
-        return torch.ormqr(self._packed, self._tau, torch.cat([x, x.new_zeros(len(self._packed) - s, x.shape[1])]))
+def _condition(r: Tensor) -> float:
+    """σ_max/σ_min of a triangular R, estimated from below; NaN or infinite for a singular R."""
+    if not bool(r.diagonal().all()):
+        return math.inf
+    start = random_block(r)
+    if not all_finite(apply_inverse(r.mT, start)):  # (RᵀR)⁻¹
+        return math.inf
+    largest = largest_eigenvalue(lambda block: r.mT @ (r @ block), start)
+    return math.sqrt(largest * largest_eigenvalue(lambda block: apply_inverse(r.mT, block), start))

@@ -80,13 +80,13 @@ class Reflections:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Q or Qᵀ times a vector, or columns."""
-        columns = v.reshape(len(v), -1)
+        columns = v if v.ndim == 2 else v[:, None]
         if self.transposed:
             found = torch.ormqr(self.packed, self.scales, columns, transpose=True)[: len(self.scales)]
         else:
             padding = columns.new_zeros(len(self.packed) - len(columns), columns.shape[1])
             found = torch.ormqr(self.packed, self.scales, torch.cat([columns, padding]))
-        return found.reshape(-1, *v.shape[1:])
+        return found if v.ndim == 2 else found[:, 0]
 
 
 @torch.no_grad()

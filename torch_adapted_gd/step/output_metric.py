@@ -14,14 +14,14 @@ _M = TypeVar("_M", bound="Metric")
 
 
 class Metric(ABC):
-    """H = SSᵀ of the outputs x ``[R]``. S has a column for each row that the loss looks at, ``[R, R']``.
+    """H = SSᵀ of the outputs x ``[R]``. S has a column for each row that the loss depends on, ``[R, R']``.
 
     Args:
-        keep: Which rows are looked at, ``[R]``.
+        keep: Which rows these are, ``[R]``.
         local: Whether S couples neither the samples of a call, nor calls.
 
     Attributes:
-        kept: The numbers of these rows ``[R']``; None for all.
+        kept: Their numbers ``[R']``; None for all.
         local: As given.
     """
 
