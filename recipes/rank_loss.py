@@ -4,6 +4,11 @@ Three ways to lose rank, on real digits: images that are there twice with confli
 (K < QN), and hidden units that are dead. Along the adapted flow, Proposition 2.5 predicts the deviation from the line from the
 projectors P met on the way alone; the recipe integrates both and compares. Where P does not change, the deviation is
 t P⊥(x₀ − y), and the loss that remains is |P⊥(x₀ − y)|²/2N.
+
+A fourth way costs nothing: one-hot targets sum to one, so at zero loss the outputs of each image do, too. With more images than
+features, either the columns of the last layer's W then sum to zero, or the features lie in a hyperplane. In the first case the
+sums of outputs depend on the last layer's parameters alone, and the rank falls by N − (features + 1). The residual of the
+sums is zero, too, so no target gets out of reach. The recipe trains such a network and shows the spectrum.
 """
 
 import argparse
@@ -16,14 +21,16 @@ import race
 import torch
 from digits import load_digits
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from torch_adapted_gd import InterpolationDeviation, interpolation_deviation
+from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, InterpolationDeviation, interpolation_deviation, ntk
 from torch_adapted_gd.plotting import plot_deviations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLASSES = 10
+LAYERS, STEPS = (32, 10), 16  # of the network that learns one-hot targets
 
 
 @dataclass
@@ -116,9 +123,83 @@ def draw(cases: Sequence[Case], results: Sequence[InterpolationDeviation]) -> "F
     )
 
 
+@dataclass
+class OneHot:
+    """What training on one-hot targets does to the rank.
+
+    Attributes:
+        images: N.
+        features: Units of the last hidden layer.
+        rows: Figures before the first step and after each.
+        spectra: Eigenvalues of Θ relative to the largest, at the start and at the end.
+    """
+
+    images: int
+    features: int
+    rows: list[dict[str, float]]
+    spectra: tuple[Tensor, Tensor]
+
+    def report(self) -> str:
+        """What happened, in lines."""
+        first, last = self.rows[0], self.rows[-1]
+        short = self.images - self.features - 1
+        return "\n".join(
+            [
+                f"one-hot targets: N = {self.images}, QN = {self.images * CLASSES}, {self.features} features, "
+                f"rank {first['rank']} to {last['rank']}",
+                f"  loss: {first['loss']:.4f} → {last['loss']:.1e} in {len(self.rows) - 1} steps",
+                f"  sums of the last layer's columns, |1ᵀW|/√Q|W|: {first['column sums']:.3f} → {last['column sums']:.1e}; "
+                f"if they vanish, the rank falls by {short}",
+                f"  σ_min/σ_max of the features with a column of ones: {first['hyperplane']:.1e} → {last['hyperplane']:.1e}; "
+                "if it vanishes, the rank stays",
+            ]
+        )
+
+
+def one_hot_targets(images: Tensor, labels: Tensor, hidden: int, features: int, steps: int) -> OneHot:
+    """Train a network with few features by `AdaptedGD` with its defaults, to zero loss."""
+    last = nn.Linear(features, CLASSES)
+    body = nn.Sequential(nn.Linear(784, hidden), nn.Tanh(), nn.Linear(hidden, features), nn.Tanh())
+    model, y, criterion = nn.Sequential(body, last).double(), one_hot(labels), HalfSquaredLoss()
+    optimizer = AdaptedGD(model, criterion=criterion)
+    rows, spectra = [], []
+    for step in tqdm(range(steps + 1), "one-hot targets", leave=False, disable=None):
+        optimizer.zero_grad()
+        loss = criterion(model(images), y)
+        theta = ntk(model, images).flatten(2).flatten(0, 1)  # [QN, QN]
+        values = torch.linalg.eigvalsh(theta).flip(0)
+        spectra.append(values / values[0])
+        weight = last.weight.detach()
+        rank = int((spectra[-1] > len(theta) * torch.finfo(torch.float64).eps).sum())
+        sums = float(weight.sum(0).norm() / (CLASSES**0.5 * weight.norm()))
+        with torch.no_grad():
+            singular = torch.linalg.svdvals(nn.functional.pad(body(images), (0, 1), value=1.0))
+        hyperplane = float(singular[-1] / singular[0])
+        rows.append({"step": step, "loss": loss.item(), "rank": rank, "column sums": sums, "hyperplane": hyperplane})
+        if step < steps:
+            loss.backward()
+            optimizer.step()
+    return OneHot(len(images), features, rows, (spectra[0], spectra[-1]))
+
+
+def draw_spectra(found: OneHot) -> "Figure":
+    """The spectrum of Θ before and after, and where the rank should fall to."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
+    ax = figure.subplots()
+    for name, values in zip(("at the start", f"after {len(found.rows) - 1} steps"), found.spectra, strict=True):
+        ax.plot(range(1, len(values) + 1), values.clamp_min(1e-20), linewidth=1.6, label=name)
+    kept = found.images * CLASSES - (found.images - found.features - 1)
+    ax.axvline(kept, color="black", linestyle="--", linewidth=1.2, label=f"QN − N + features + 1 = {kept}")
+    ax.set(yscale="log", xlabel="index", ylabel="eigenvalue of Θ / the largest", title="One-hot targets")
+    ax.legend(frameon=False)
+    return figure
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = race.new_parser(__doc__, "results/rank_loss", "metrics.csv and the figure", "8 images, narrow networks")
+    parser = race.new_parser(__doc__, "results/rank_loss", "metrics.csv and the figures", "8 images, narrow networks")
     parser.add_argument("--samples", type=race.positive, default=20, help="images (20)")
     parser.add_argument("--width", type=race.positive, default=32, help="of hidden layers (32)")
     parser.add_argument("--tolerance", type=race.above_zero, default=1e-8, help="of the integration, relative (1e-8)")
@@ -144,7 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cases.append(case)
             results.append(found)
             runs.append(race.Run(case.name, race.rows_of(columns)))
-        files = race.write_all(options.out, runs, {"deviation.png": draw(cases, results)})
+        torch.manual_seed(options.seed)
+        digits = load_digits("mnist5k", Path("data"), max(80, 4 * options.samples), options.seed)
+        learnt = one_hot_targets(digits.train_images, digits.train_labels, *LAYERS, STEPS)
+        print(learnt.report())
+        files = race.write_all(options.out, runs, {"deviation.png": draw(cases, results), "one_hot.png": draw_spectra(learnt)})
+        files.append(race.write_rows(options.out / "one_hot.csv", "method", [race.Run("one-hot targets", learnt.rows)]))
     print(f"wrote {', '.join(map(str, files))}")
     return 0
 

@@ -64,6 +64,17 @@ def test_rank_loss(tmp_path):
     closed = [t * constant["off_range"][0] for t in constant["t"]]
     assert constant["observed"] == pytest.approx(closed, abs=1e-5)
     assert "P is constant" in result.stdout
+    with (tmp_path / "one_hot.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    first, last = ({name: float(value) for name, value in row.items() if name != "method"} for row in (steps[0], steps[-1]))
+    assert first["rank"] == 800
+    assert last["loss"] < 1e-20
+    if last["column sums"] < last["hyperplane"]:
+        assert last["column sums"] < 1e-8
+        assert last["rank"] == 800 - (80 - 11)
+    else:
+        assert last["hyperplane"] < 1e-8
+        assert last["rank"] == 800
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightL
 from .report import StepReport
 from .solve import ConjugateGradients
 from .step.decision import Outcome, Step
+from .step.last import LastStep, expected
 from .step.linearization import METRICS, Linearization
 from .step.objective import Objective
 from .step.remembered import SamePoints
@@ -33,8 +34,6 @@ from .watching import WatchingOptimizer
 from .world import World
 
 _LEAST_UNDAMPED = 1e-3  # shorter undamped steps than that did not lead to the solution sooner
-# What is remembered of a step that the next loss is to judge.
-_OF_NEXT = ("previous", "previous_momentum", "predicted", "before", "job", "undone", "left")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,58 +67,56 @@ class AdaptedGD(WatchingOptimizer):
 
     so that Δx = −η (α 1 + (1−α) Θ) Pg + O(η²) (2.41): a Gauss–Newton step of least norm at α = 1, gradient descent at 0.
 
-    It replaces any torch optimizer in one line; the model is given instead of its parameters.
+    AdaptedGD replaces any torch optimizer in one line. Pass the model instead of its parameters.
 
-    With a ``criterion``, x are the entries of tensors that it was given and that were computed from trained parameters, in any
-    number of calls before ``backward``: the model's outputs, some of them, or anything that was made from them, such as the
-    residuals of a differential equation. What the loss makes of its values (multiples, sums, ``reduction="none"`` times
-    weights, accumulated gradients) is followed exactly. Without one, x are the outputs of the model that a gradient reached.
+    If you pass the loss as ``criterion``, x are the entries of the tensors that the criterion was called with and that depend
+    on trained parameters: the model's outputs, some of them, or anything computed from them, such as the residuals of a
+    differential equation. The criterion may be called several times before ``backward``. Multiples, sums,
+    ``reduction="none"`` with weights, and accumulated gradients are followed exactly. Without a criterion, x are the outputs
+    of the model that received a gradient.
 
-    What belongs to a step is what ``backward`` sends a gradient through into ``.grad``; what clears ``.grad`` drops it; `step`
-    uses it up. Calls before one step stack. What else a step reads and leaves:
+    A step uses all calls that ``backward`` sent a gradient through since the last `step` or `zero_grad`.
 
-    - The step is computed from the gradient that ``backward`` sends. ``.grad`` is filled as usual but not
-      read: clipping or editing it changes nothing, and a warning says so once.
-    - A loss that also depends on the parameters directly, as by a penalty on weights, has a part r in its gradient that x does
-      not carry. It takes a plain gradient step −lr·r, and a warning says so once.
-    - The Jacobian comes from the graph of the user's own ``backward``: uses of parameters are noted while the forward pass
-      runs, and differentiated when the loss's gradient arrives at x. The forward pass is repeated only for trials of
-      a policy, where the model was compiled, and where memory cannot hold the gradients at all uses: with the same random
-      numbers (dropout masks), autocast and modes; buffers, attributes of modules and the random stream are left as they were.
-    - The step is all or nothing: when anything is not finite it raises and
-      neither parameters nor state have changed.
+    - The step does not read ``.grad``, which is filled as usual. Clipping or editing it changes nothing, and a warning says so
+      once.
+    - A loss that also depends on the parameters directly, as by a penalty on weights, has a part r in its gradient that does
+      not come through x. The parameters take a plain gradient step −lr·r for it, and a warning says so once.
+    - The Jacobian comes from the graph of your own ``backward``. Each use of a parameter is noted during the forward pass and
+      differentiated when the loss's gradient arrives at x. The forward pass is repeated only for trials of a policy, for
+      compiled models, and if the gradients at all uses do not fit into memory. A repeated pass has the same random numbers
+      (dropout masks), autocast and modes; it leaves buffers, attributes of modules and the random stream as they were.
+    - A step is all or nothing. If anything is not finite, it raises, and neither parameters nor state have changed.
 
-    It costs two backward passes and Q more that stop at the uses of parameters, the kernel, (N·Q)² numbers in float64 summed
-    over the uses without the Jacobian (see `ntk`), or DᵀD, K² of them, and its Cholesky factorization, pivoted where the rank
-    is short, or an eigenvalue decomposition where that is not clear. In every step the uses are checked against a backward
-    pass; parameters for which they are not all are served by rows of the Jacobian, and a warning says so once.
+    A step costs two backward passes, Q more that stop at the uses of parameters, the kernel of (N·Q)² numbers in float64 (or
+    DᵀD, K² of them), and its factorization. Each step checks the uses against a backward pass. Parameters for which they are
+    incomplete are served by rows of the Jacobian, and a warning says so once.
 
     Args:
-        model: The module that is trained.
-        lr: η, at least 0, in units of the output curvature c of the loss, η = lr/c: ``lr=1`` is the full Gauss–Newton step of
-            a squared loss, whatever its reduction, multiples and weights, and for others the longest step that is sure to
-            descend if outputs followed it exactly (`Objective.curvatures`). Without ``criterion`` c is learned from a
-            closure's values, if there is one and the policy asks for the loss; else it is 1, and lr multiplies the gradient of
-            the loss as it is. Default 1.
-        criterion: The loss, a module, or several in a tuple: the very ones that the training step calls. A function is one as
+        model: The module to train.
+        lr: η ≥ 0, in units of the output curvature c of the loss: η = lr/c. ``lr=1`` (default) is the full Gauss–Newton step
+            of a squared loss, whatever its reduction, multiples and weights. For other losses it is the longest step that
+            is sure to descend if the outputs follow it exactly (`Objective.curvatures`). Without ``criterion``, c is learned
+            from the values of a closure, if there is one and the policy needs the loss. Else c is 1, and lr multiplies the
+            gradient of the loss.
+        criterion: The loss, a module, or several in a tuple: the same objects that the training step calls. Wrap a function in
             `LossFunction`.
-        params: What to step, as for any torch optimizer (parameters, named ones, groups with their own ``lr``, ``alpha``
-            and ``weight_decay``); by default the model's trainable parameters.
-        alpha: α in [0, 1]. Default 1. At 0 without ``criterion`` the step is that of `torch.optim.SGD`, to the bit.
-        damping: λ of Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹∇_θC relative to the mean of diag Θ, at least 0; or a policy that chooses it,
-            or the length of the step: `LevenbergMarquardt`, `Backtracking`, `StraightLine`. By default LevenbergMarquardt()
-            where a ``criterion`` or a closure tells the loss; but Backtracking() and Dense(factorization="svd") for residuals
-            with derivatives of the model, of a ``criterion``, on points that stay (docs/pinns.md). Else 0, which is the paper's
-            step: undamped full steps interpolate each mini-batch and undo the last one.
-        momentum: μ in [0, 1) of SPRING: what the last step leaves to be corrected on this batch is solved for, φ = D⁺(g − μDφ₋)
-            + μφ₋ in place of D⁺g. With a number for ``damping`` and an lr near 1 − μ, it averages over batches. Default 0.
-        weight_decay: w ≥ 0, decoupled: θ ← (1 − lr·w) θ beside the step, and no part of what trials are judged by. Default 0.
-        metric: Of the outputs: ``"euclidean"`` (default, the paper's; where c differs between outputs, as by weights, each is
-            measured by its own), or ``"ggn"``, the loss's Hessian H = SSᵀ there: a step Dᵀψ with
-            ψ = S(SᵀΘS + λ1)⁻¹S⁺g, Newton's but for the network's curvature. For squared losses they are the same.
-        solver: `Dense`, `ConjugateGradients`, or ``"auto"`` (default): Dense() up to 8,192 outputs or parameters, and while
-            memory suffices, then ConjugateGradients().
-        process_group: The processes that train together, each with its share of the batch (docs/distributed.md). By default
+        params: What to step, as for any torch optimizer (parameters, named ones, or groups with their own ``lr``, ``alpha``
+            and ``weight_decay``). Default: the model's trainable parameters.
+        alpha: α in [0, 1]. Default 1. At 0 without ``criterion``, the step is that of `torch.optim.SGD`, to the bit.
+        damping: λ ≥ 0 of Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹∇_θC, relative to the mean of diag Θ. Or a policy that chooses λ or the
+            length of the step: `LevenbergMarquardt`, `Backtracking`, `StraightLine`. Default: LevenbergMarquardt() if a
+            ``criterion`` or a closure tells the loss; Backtracking() with Dense(factorization="svd") if the criterion gets
+            derivatives of the model on points that stay the same (docs/pinns.md); else 0, the paper's step. Undamped full
+            steps interpolate each mini-batch and undo the last one.
+        momentum: μ in [0, 1) of SPRING: φ = D⁺(g − μDφ₋) + μφ₋ in place of D⁺g, where φ₋ is the last step's. With a number
+            for ``damping`` and an lr near 1 − μ, it averages over batches. Default 0.
+        weight_decay: w ≥ 0, decoupled: θ ← (1 − lr·w) θ beside the step. Trials are judged without it. Default 0.
+        metric: Of the outputs. ``"euclidean"`` (default) is the paper's; where c differs between outputs, as by weights, each
+            is measured by its own. ``"ggn"`` is the loss's Hessian H = SSᵀ: a step Dᵀψ with ψ = S(SᵀΘS + λ1)⁻¹S⁺g, which is
+            Newton's without the network's curvature. For squared losses both are the same.
+        solver: `Dense`, `ConjugateGradients`, or ``"auto"`` (default): Dense() up to 8,192 outputs or parameters if memory
+            suffices, else ConjugateGradients().
+        process_group: The processes that train together, each with its share of the batch (docs/distributed.md). Default:
             those of a model in DistributedDataParallel, else all that torch.distributed knows of.
 
     Attributes:
@@ -363,9 +360,8 @@ class AdaptedGD(WatchingOptimizer):
                         "`damping`."
                     )
             if later:
-                expected = linearization.expected({name: value - trained[name] for name, value in values.items()})
-                outcome.state.update(predicted=expected, job=total.job, noisy=kept.get("noisy", 0.0))
-                outcome.state.update({f"factor{i}": f for i, f in enumerate(total.factors)})
+                change = {name: value - trained[name] for name, value in values.items()}
+                outcome.state.update(expected(linearization, change, kept, total))
             move = self._move(linearization, outcome, values)
         report, move = world.same((StepReport.of(linearization, outcome), move))
         self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
@@ -475,15 +471,11 @@ class AdaptedGD(WatchingOptimizer):
 
     def _take(self, trained: dict[str, nn.Parameter], move: Move, *, keep: bool) -> None:
         """Move the parameters, and keep what the next step builds on."""
-        for p in self._groups_parameters():
-            state = self.state[p]  # of each, as tools that save states expect it
-            for name in [name for name in state if name in _OF_NEXT or name.startswith("factor")]:
-                del state[name]
+        last = LastStep(self.state, self._groups_parameters())
+        last.forget()
         for name, p in trained.items():
             if keep:
-                self.state[p]["previous"] = p.detach().clone()
-                if "momentum" in self.state[p]:
-                    self.state[p]["previous_momentum"] = self.state[p]["momentum"].clone()
+                last.keep(p)
             p.copy_(move.values[name])
             if name in move.momentum:
                 self.state[p]["momentum"] = move.momentum[name]
@@ -492,7 +484,7 @@ class AdaptedGD(WatchingOptimizer):
             self.state[first]["psi"] = move.psi.to(first.dtype)  # loading a state casts it to that
         remembered = dict(move.remembered)
         if keep:
-            remembered["left"] = checksum(underlying(self._model).parameters())
+            last.left(underlying(self._model))
         if (damping := remembered.pop("damping", None)) is not None:
             for group in self.param_groups:
                 group["damping"] = damping
@@ -503,36 +495,15 @@ class AdaptedGD(WatchingOptimizer):
         """What the policy remembers, once the loss has told what the last step did; and whether that is to be undone."""
         kept = {**self._kept, "damping": options.shared_option(self.param_groups, "damping")}
         policy = self._policy or LevenbergMarquardt()
-        if not ({"predicted", "undone"} & kept.keys()) or not isinstance(policy, LevenbergMarquardt):
+        if not isinstance(policy, LevenbergMarquardt):
             return kept, False
-        # By the weights that terms had then.
-        factors = [kept[f"factor{i}"] for i in range(len(kept)) if f"factor{i}" in kept]
-        comparable = len(factors) == len(total.factors)
-        now = total.value(factors if comparable else None)
-        same = comparable and kept["job"] == total.job
-        if (undone := kept.pop("undone", None)) is not None:
-            if same and abs(now - undone) > 1e-3 * abs(undone):
-                kept["noisy"] = 1.0  # the same parameters have another loss than before
-            return kept, False
-        if kept["left"] != checksum(underlying(self._model).parameters()):
-            del kept["predicted"]  # they are not where the last step had left them
-            return kept, False
-        return policy.looked_back(kept, now, same=same and not kept.get("noisy"), lost=total.lost)
+        return LastStep(self.state, self._groups_parameters()).look_back(policy, kept, total, underlying(self._model))
 
     def _undo(self, kept: dict[str, float]) -> None:
         """Take the last step back."""
+        LastStep(self.state, self._groups_parameters()).undo(kept)
         for group in self.param_groups:
             group["damping"] = kept["damping"]
-            for p in group["params"]:
-                state = self.state[p]
-                if "previous" in state:
-                    p.copy_(state.pop("previous"))
-                    state.pop("momentum", None)
-                if "previous_momentum" in state:
-                    state["momentum"] = state.pop("previous_momentum")
-        state = self.state[self.param_groups[0]["params"][0]]
-        del state["predicted"]
-        state["undone"], state["rejections"] = state.pop("before"), kept["rejections"]
         num_calls = len(self._recorder.terms)
         self.last_step = StepReport(status="rejected", fraction=0.0, num_calls=num_calls, relative_damping=kept["damping"])
         self._recorder.drop("step", spent=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import private
 from .calls import Outputs
-from .hooks import Hook, remove
+from .hooks import watch_calls
 from .terms import MARK, Entries, Graph, State, Term, entries_of
 
 if TYPE_CHECKING:
@@ -33,11 +33,7 @@ class CriterionWatch:
     def __init__(self, recorder: CallRecorder, criterion: nn.Module) -> None:
         self._recorder = weakref.ref(recorder)
         self._under_way: dict[int, list[Term | None]] = {}
-        self._handles = (
-            criterion.register_forward_pre_hook(Hook(self, CriterionWatch._before), prepend=True, with_kwargs=True),
-            criterion.register_forward_hook(Hook(self, CriterionWatch._after), with_kwargs=True, always_call=True),
-        )
-        weakref.finalize(self, remove, self._handles)
+        self._handles = watch_calls(criterion, self, CriterionWatch._before, CriterionWatch._after)
 
     def _before(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         private.outermost(criterion, *self._handles)

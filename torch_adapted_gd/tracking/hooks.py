@@ -1,49 +1,107 @@
-"""Hooks on modules that leave no trace: of copies, saved models and what outlives its watcher."""
+"""Hooks on modules that stay out of the way of copies, saved, scripted and exported models, and end with their watcher."""
 
 import contextlib
+import copy
+import functools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import private
 from .calls import replaying
 
+Handles = tuple[torch.utils.hooks.RemovableHandle, torch.utils.hooks.RemovableHandle]
+_PREPARE = "__prepare_scriptable__"  # what torch.jit.script asks each module for
 
-class Hook:
-    """A module hook that holds its recorder weakly and stays behind when the model is copied or saved."""
 
-    def __init__(self, recorder: Any, method: Callable[..., Any]) -> None:
-        self._recorder = weakref.ref(recorder)
-        self._method = method
+def watch_calls(module: nn.Module, watcher: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Handles:
+    """Have methods of a watcher called before and after each forward pass, for as long as the watcher lives.
 
-    @private.disable_compilation
-    def __call__(self, *arguments: Any) -> Any:
-        """Tell the recorder, but not of passes of our own."""
-        if replaying() or private.is_tracing():
-            return None
-        recorder = self._recorder()
-        return None if recorder is None else self._method(recorder, *arguments)
-
-    # Strict export refuses to trace what must not be compiled, and names it: that has to say what to do.
-    __call__.__qualname__ = "AdaptedGD's hook (delete the optimizer before exporting, or use torch.export with strict=False)"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "__name__":  # what torch.jit.script asks a hook for first
-            raise AttributeError(
-                "AdaptedGD watches this model by hooks, which torch.jit.script cannot compile. Delete the optimizer before "
-                "(del optimizer), or use torch.jit.trace or torch.export."
-            )
-        raise AttributeError(name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the model is not watched. nullcontext().__exit__ takes any arguments and does nothing, so that a
-        # saved model loads where this package is not installed.
-        return getattr, (contextlib.nullcontext(), "__exit__")
+    ``after`` is called after a forward pass that raised, too.
+    """
+    handles = (
+        module.register_forward_pre_hook(_Hook(watcher, before), prepend=True, with_kwargs=True),
+        module.register_forward_hook(_Hook(watcher, after), with_kwargs=True, always_call=True),
+    )
+    vars(module)[_PREPARE] = _WithoutHooks(module)
+    weakref.finalize(watcher, _unwatch, weakref.ref(module), handles)
+    return handles
 
 
 def remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
     """Take hooks away."""
     for handle in handles:
         handle.remove()
+
+
+def _unwatch(reference: weakref.ref[nn.Module], handles: Handles) -> None:
+    remove(handles)
+    module = reference()
+    if module is not None and not any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
+        vars(module).pop(_PREPARE, None)
+
+
+def _nobody() -> None:
+    pass
+
+
+class _Hook:
+    """A module hook that holds its watcher weakly. Copies and saved models have one that does nothing."""
+
+    def __init__(self, watcher: Any, method: Callable[..., Any]) -> None:
+        self._watcher: Callable[[], Any] = weakref.ref(watcher)
+        self._method = method
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Tell the watcher. Strict export traces this function, and ``_tell`` must not be."""
+        return None if private.is_exporting() else self._tell(*arguments)
+
+    @private.disable_compilation
+    def _tell(self, *arguments: Any) -> Any:
+        if replaying() or private.is_tracing():
+            return None
+        watcher = self._watcher()
+        return None if watcher is None else self._method(watcher, *arguments)
+
+    # Strict export of torch 2.6 does not say that it is at work. It refuses what must not be compiled by this name.
+    _tell.__qualname__ = "AdaptedGD's hook (delete the optimizer before exporting, or use torch.export with strict=False)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        inert = _Hook(self, self._method)
+        inert._watcher = _nobody
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # nullcontext().__exit__ takes any arguments and does nothing, so that a saved model loads where this package is
+        # not installed.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _WithoutHooks:
+    """Gives a watched module without our hooks, which `torch.jit.script` cannot compile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> nn.Module:
+        """A module that shares everything else with the watched one."""
+        module = self._module()
+        assert module is not None
+        bare = module.__new__(type(module))
+        bare.__dict__.update(vars(module))
+        del bare.__dict__[_PREPARE]
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = vars(module)[name]
+            bare.__dict__[name] = OrderedDict((key, hook) for key, hook in hooks.items() if not isinstance(hook, _Hook))
+        prepare = getattr(bare, _PREPARE, None)  # a method of the user's own
+        return bare if prepare is None else prepare()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_WithoutHooks":
+        return _WithoutHooks(memo[id(self._module())])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (copy.copy, self._module())

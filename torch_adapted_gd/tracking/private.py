@@ -95,6 +95,11 @@ def is_tracing() -> bool:
     return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return, no-untyped-call]
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work; torch 2.6 does not tell."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
 _opened: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 

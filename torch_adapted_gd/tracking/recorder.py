@@ -20,7 +20,7 @@ from ..checks import checksum
 from . import private
 from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying
 from .criteria import Argument, CriterionWatch
-from .hooks import Hook, remove
+from .hooks import remove, watch_calls
 from .live import linearized_live
 from .tape import Tape, constants_of
 from .terms import MARK, Term
@@ -99,12 +99,8 @@ class CallRecorder:
         self.parameters: dict[int, weakref.ref[nn.Parameter]] = {}
         self._incoming: dict[int, Tensor] = {}
         self._frozen: dict[int, nn.Parameter] = {}
-        before = model.register_forward_pre_hook(Hook(self, CallRecorder._before), prepend=True, with_kwargs=True)
-        # Called after a forward pass that raised, too, so that nothing of it is kept.
-        after = model.register_forward_hook(Hook(self, CallRecorder._after), with_kwargs=True, always_call=True)
-        self._handles = (before, after)
+        self._handles = watch_calls(model, self, CallRecorder._before, CallRecorder._after)
         self._watched = [CriterionWatch(self, criterion) for criterion in criteria]
-        weakref.finalize(self, remove, self._handles)
         weakref.finalize(self, _end_all, self._threads)
 
     @property
