@@ -25,7 +25,7 @@ from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, HalfSquaredLo
 from torch_adapted_gd.jacobian import Jacobian, tangent_jacobian
 from torch_adapted_gd.jacobian.definition import recorded
 from torch_adapted_gd.solve.krylov import Iterate, solve_by_cg
-from torch_adapted_gd.solve.preconditioner import Identity, OutputBlockInverse, SampleBlockInverse
+from torch_adapted_gd.solve.preconditioner import OutputBlockInverse, Preconditioner, SampleBlockInverse
 from torch_adapted_gd.step.iterative import KernelOperator
 
 from .classify import data
@@ -254,7 +254,7 @@ def preconditioners(
         f"Nyström, rank {rank}": nystroem,
         "sample blocks": sampled,
         "diagonal": diagonal,
-        "none": Identity,
+        "none": lambda: Preconditioner([]),
     }
 
 

@@ -28,7 +28,7 @@ from torch_adapted_gd import AdaptedGD, Backtracking, ConjugateGradients, Dense,
 SIZE = 3
 STEPS = 3
 CASES = {}
-FIELDS = ("status", "num_trials", "rank", "num_outputs", "num_calls", "damping", "fraction", "curvature", "space")
+FIELDS = ("status", "num_trials", "rank", "num_outputs", "num_calls", "relative_damping", "fraction", "curvature", "space")
 
 
 def case(function):

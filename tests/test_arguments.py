@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, Dense
+from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense
 
 from .cases import mlp
 
@@ -30,6 +30,7 @@ MSE = nn.MSELoss()
         ({"damping": math.nan}, ValueError, "`damping` should be"),
         ({"weight_decay": -1}, ValueError, "`weight_decay` should be at least 0 and finite, but got -1"),
         ({"solver": "qr"}, TypeError, r"`solver` should be \"auto\", Dense\(\) or ConjugateGradients\(\), but got 'qr'"),
+        ({"solver": ConjugateGradients}, TypeError, r"`solver` should be .*, but got the class. Write ConjugateGradients\(\)"),
         ({"criterion": "mse"}, TypeError, "`criterion` should be a loss module, or several in a tuple, .* but got 'mse'"),
         ({"criterion": nn.MSELoss}, TypeError, r"`criterion` should be a loss module.* Write MSELoss\(\)"),
         ({"criterion": (nn.MSELoss(), nn.functional.mse_loss)}, TypeError, r"Write LossFunction\(function\)"),

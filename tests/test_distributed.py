@@ -38,7 +38,7 @@ def test_the_same_as_one_process(name, results):
     for ours, expected in zip(together[0]["reports"], alone["reports"], strict=True):
         for field in ("status", "num_trials", "rank", "num_outputs", "space"):
             assert ours[field] == expected[field]
-        assert ours["damping"] == pytest.approx(expected["damping"], rel=1e-4)
+        assert ours["relative_damping"] == pytest.approx(expected["relative_damping"], rel=1e-4)
     for other in together[1:]:
         assert torch.equal(other["theta"], theta)
         assert repr(other["reports"]) == repr(together[0]["reports"])

@@ -247,7 +247,7 @@ def test_a_scale_that_was_taken_out_is_found_again():
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     before = flat(model)
-    with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(optimizer\) divided `.grad`.* Leave unscale_ and clip"):
+    with pytest.raises(RuntimeError, match=r"GradScaler.unscale_\(optimizer\) divided `.grad`.* Leave out unscale_ and clip"):
         scaler.step(optimizer)
     assert torch.equal(flat(model), before)
 

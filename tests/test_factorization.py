@@ -4,7 +4,8 @@ import re
 import pytest
 import torch
 
-from torch_adapted_gd.solve import KernelSolution, default_rtol, factorize, solve_symmetric
+from torch_adapted_gd import solve_kernel
+from torch_adapted_gd.solve import default_rtol, equilibrated, factorize
 from torch_adapted_gd.solve.cholesky import by_cholesky
 from torch_adapted_gd.solve.pivoted import by_pivots
 
@@ -82,7 +83,7 @@ def test_small_matrices_are_served_or_declined(kind):
         rank = n if kind is by_cholesky or seed % 5 == 0 else int(torch.randint(1, n + 1, ()))
         matrix = Matrix.with_values(n, spread(rank, 10 ** (8 * float(torch.rand(())))))
         theta, rtol = matrix.d @ matrix.d.T, default_rtol(n)
-        found = kind(theta, rtol) if kind is by_cholesky else kind(theta, rtol, 0.0, firm=True)
+        found = kind(theta, rtol) if kind is by_cholesky else kind(theta, rtol, 0.0, truncate=True)
         if found is None:
             continue
         served += 1
@@ -98,7 +99,7 @@ def test_small_matrices_are_served_or_declined(kind):
 @pytest.mark.parametrize(("rank", "condition"), [(300, 10.0), (300, 1e2), (560, 1e3)])
 def test_refinement_pays(rank, condition):
     matrix = Matrix.with_values(600, spread(rank, condition))
-    found = by_pivots(matrix.d @ matrix.d.T, default_rtol(600), 0.0, firm=True)
+    found = by_pivots(matrix.d @ matrix.d.T, default_rtol(600), 0.0, truncate=True)
     g = torch.randn(600, 10, dtype=torch.float64)
     step, solutions = matrix.step(g, 0.0), (found.solve(g), found.rough_solve(found.project(g)))
     refined, rough = ((matrix.in_coordinates(psi) - step).norm() for psi in solutions)
@@ -162,7 +163,21 @@ def test_a_factorization_that_failed_says_why(monkeypatch):
 
 def test_numbers_beyond_the_range_are_a_status():
     theta = 1e-200 * torch.eye(600).double()
-    solution = solve_symmetric(theta, torch.full((600,), 1e200, dtype=torch.float64), damping=0.0, rtol=1e-6)
-    assert isinstance(solution, KernelSolution)
+    solution = solve_kernel(theta, torch.full((600,), 1e200, dtype=torch.float64), rtol=1e-6)
     assert solution.status == "not_finite"
     assert not solution.psi.any()
+
+
+def test_units_of_parameters_do_not_make_the_rank_short():
+    """Columns of D from 1e-7 to 1e7: DᵀD loses the small ones, and E DᵀD E does not."""
+    d = torch.randn(200, 30, dtype=torch.float64)
+    matrix, units = d.T @ d, torch.logspace(-7, 7, 30, dtype=torch.float64)
+    scaled, g = matrix * units[:, None] * units, torch.randn(30, 2, dtype=torch.float64)
+    options = {"rtol": default_rtol(30), "method": "auto", "truncate": False}
+    found = factorize(scaled, **options)
+    assert found.status == "rank_deficient"
+    better = equilibrated(scaled, found, **options)
+    assert (better.status, better.rank) == ("full_rank", 30)
+    for shift in (0.0, 1e-3):  # (UMU + λ1)⁻¹Ug = U⁻¹(M + λU⁻²)⁻¹g
+        expected = torch.linalg.solve(matrix + torch.diag(shift / units**2), g) / units[:, None]
+        torch.testing.assert_close(better.solve(units[:, None] * g, shift), expected, rtol=1e-9, atol=0)

@@ -61,7 +61,7 @@ def test_keyword_and_integer_inputs():
     model = MaskedMean().double()
     tokens, weights = torch.randint(7, (5, 3)), torch.rand(5, 3, dtype=torch.float64)
     call = record(model, (tokens,), {"weights": weights})
-    matrix = call_jacobian(model, call, [n for n, _ in model.named_parameters()]).matrix
+    matrix = call_jacobian(model, call, [n for n, _ in model.named_parameters()])
     torch.testing.assert_close(matrix, dense_jacobian(model, tokens, weights=weights))
 
 
@@ -94,7 +94,7 @@ def test_random_numbers_are_drawn_at_once_whatever_the_chunk():
     model = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 2)).double()
     x = torch.randn(5, 4).double()
     expected = dense_jacobian(model, x)
-    matrix = call_jacobian(model, record(model, (x,)), [n for n, _ in model.named_parameters()], chunk_size=2).matrix
+    matrix = call_jacobian(model, record(model, (x,)), [n for n, _ in model.named_parameters()], chunk_size=2)
     torch.testing.assert_close(matrix, expected)
 
 
@@ -110,7 +110,7 @@ def test_compiled_parts_are_differentiated_as_eager_ones(method):
     outer = nn.Sequential(torch.compile(model, backend=backend))
     call = record(outer, (x,))
     compiled_calls.clear()
-    matrix = call_jacobian(outer, call, [n for n, _ in outer.named_parameters()], method=method).matrix
+    matrix = call_jacobian(outer, call, [n for n, _ in outer.named_parameters()], method=method)
     assert not compiled_calls
     torch.testing.assert_close(matrix, expected)
     torch.compiler.reset()

@@ -25,15 +25,6 @@ def test_ntk_is_the_product_of_jacobians(name, dtype):
         assert error < tolerance
 
 
-def test_ntk_symmetry_dtype_and_chunks():
-    model, x = make("mlp_tanh")
-    theta = ntk(model, x)
-    assert torch.equal(theta, theta.permute(2, 3, 0, 1))
-    torch.testing.assert_close(ntk(model, x, chunk_size=1), theta, rtol=1e-13, atol=0)
-    assert ntk(model, x, dtype=torch.float32).dtype == torch.float32
-    assert torch.linalg.eigvalsh(theta.reshape(18, 18)).min() > -1e-12
-
-
 @pytest.mark.parametrize("rows", [1, 5, 300, 700])
 def test_gram_in_tiles_and_blocks(rows, monkeypatch):
     monkeypatch.setattr("torch_adapted_gd.jacobian.gram._CAST_ELEMENTS", 16 * rows)
@@ -58,6 +49,9 @@ def test_bad_arguments(monkeypatch):
         ntk(mlp(), torch.ones(1, 4), method="fast")
     with pytest.raises(TypeError, match="`model` should be a torch.nn.Module"):
         ntk(None, torch.ones(1, 4))
+    for dtype in ("float64", torch.long):
+        with pytest.raises(TypeError, match="`dtype` should be a floating torch dtype, but got"):
+            ntk(mlp(), torch.ones(1, 4), dtype=dtype)
     monkeypatch.setattr(memory, "_ALWAYS_THERE", 0)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
     with pytest.raises(MemoryError, match="A kernel of 100 by 100 outputs in float64 needs .* grows with the square"):
@@ -80,9 +74,3 @@ def test_the_batch_size_is_that_of_the_outputs():
     d = dense_jacobian(model, edges, x)
     assert theta.shape == (6, 2, 6, 2)
     torch.testing.assert_close(theta.reshape(12, 12), d @ d.T)
-
-
-def test_dtypes_that_are_none():
-    for dtype in ("float64", torch.long):
-        with pytest.raises(TypeError, match="`dtype` should be a floating torch dtype, but got"):
-            ntk(mlp(), torch.ones(1, 4), dtype=dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, HalfSquaredLoss
+from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense, HalfSquaredLoss, LevenbergMarquardt
 from torch_adapted_gd.solve.krylov import solve_by_cg
 from torch_adapted_gd.solve.preconditioner import OutputBlockInverse
 from torch_adapted_gd.step.system import choose_solver
@@ -114,9 +114,30 @@ def test_cross_entropy_and_metrics(metric, parts):
     assert report.num_calls == parts
 
 
-def test_momentum():
+@pytest.mark.parametrize("options", [{"momentum": 0.7}, {"alpha": 0.5}, {"damping": LevenbergMarquardt()}])
+def test_other_options(options):
     model, x, y = of("mlp")
-    assert_like_dense(model, [(x, y)], steps=3, momentum=0.7, lr=0.3)
+    assert_like_dense(model, [(x, y)], steps=3, lr=0.3, **options)
+
+
+def test_blocks_are_weighed_like_the_system():
+    model, x, y = of("mlp", criterion=CE)
+    options = {"criterion": CE, "metric": "ggn", "damping": 1e-2}
+    solvers = ConjugateGradients(1e-11), ConjugateGradients(1e-11, preconditioner="samples")
+    blocks, samples = (stepped(model, [(x, y)], solver=solver, **options)[1].last_step for solver in solvers)
+    assert blocks.iterations < 0.5 * samples.iterations
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_undamped_steps_of_full_rank_equal_the_pseudoinverse(dtype):
+    model, x, y = mlp(sizes=(30, 80, 60, 10)).to(dtype), torch.randn(100, 30, dtype=dtype), torch.randn(100, 10, dtype=dtype)
+    d, g = dense_jacobian(model, x), output_gradient(copy.deepcopy(model).double(), x.double(), y.double())
+    expected = 100 * torch.linalg.pinv(d) @ g  # η = lr/c, c = 1/N
+    moved, optimizer = stepped(model, [(x, y)], solver=ConjugateGradients(1e-11), damping=0.0, lr=1.0)
+    step = (flat(model) - flat(moved)).double()
+    assert optimizer.last_step.status == "converged"
+    assert optimizer.last_step.projected_fraction == pytest.approx(1)
+    assert (step - expected).norm() < (1e-8 if dtype == torch.float64 else 1e-3) * expected.norm()  # θ is rounded to float32
 
 
 @pytest.mark.parametrize("preconditioner", ["outputs", "samples", "none"])
@@ -285,6 +306,17 @@ def test_a_state_goes_on_to_the_bit(dtype):
     assert not torch.equal(flat(model), flat(fresh))  # the state matters
 
 
+def test_a_step_that_fails_changes_nothing():
+    model, x, y = of("mlp")
+    optimizer = AdaptedGD(model, solver=ConjugateGradients(), damping=1e-3)
+    before = flat(model)
+    HALF(model(x), y).backward()
+    optimizer._recorder.calls[0].gradients[0][0] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite"):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+
+
 CPU = torch.device("cpu")
 
 
@@ -344,3 +376,36 @@ def test_one_iteration_for_each_eigenvalue(shift, start):
     torch.testing.assert_close(found.image, values * exact)
     assert found.converged
     assert found.iterations == (3 if start is None else 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"rtol": 0.0}, ValueError),
+        ({"rtol": "small"}, TypeError),
+        ({"max_iter": 0}, ValueError),
+        ({"preconditioner": "ilu"}, ValueError),
+        ({"warm_start": 1}, TypeError),
+    ],
+)
+def test_bad_options(options, error):
+    with pytest.raises(error, match=f"`{next(iter(options))}` should be"):
+        ConjugateGradients(**options)
+
+
+@pytest.mark.parametrize(("max_iter", "converged"), [(36, False), (100, True)])
+def test_a_singular_system_settles_or_says_that_it_has_not(max_iter, converged):
+    values = torch.tensor([1.0, 2.0, 5.0, 0.0], dtype=DOUBLE).repeat(3)
+    g = torch.randn(12, dtype=DOUBLE)
+    found = solve_by_cg(
+        lambda v: values * v,
+        g,
+        shift=0.0,
+        scale=float(values.mean()),
+        precondition=lambda mu: torch.clone,
+        options=ConjugateGradients(rtol=1e-6, max_iter=max_iter),
+    )
+    assert found.singular
+    assert found.converged == converged
+    if converged:
+        assert (found.image - torch.where(values > 0, g, 0.0)).norm() <= 1e-6 * g.norm()

@@ -108,6 +108,7 @@ def test_damping_is_levenberg_marquardt(name):
     expected = -0.7 * torch.linalg.solve(d.T @ d + shift * torch.eye(d.shape[1], dtype=d.dtype), d.T @ g)
     assert (flat(model) - before - expected).norm() < 1e-9 * expected.norm()
     assert optimizer.last_step.damping == pytest.approx(shift)
+    assert optimizer.last_step.relative_damping == pytest.approx(0.01)
 
 
 def test_weight_decay_is_decoupled():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, Dense, ntk, register_rule
+from torch_adapted_gd import AdaptedGD, AdaptedWarning, Dense, ntk, register_rule
 
 from .cases import MSE, assert_at, dense_jacobian, flat, pinv_step
 from .layers import Scale
@@ -94,7 +94,7 @@ def test_a_wrong_rule_is_found_out_and_never_stepped_on():
     message = r"rule that is wrong \(mul of '1.scale'\): what is known of it differs from a backward pass by 0.01 of its size"
     model, x, y = scaled(), torch.randn(3, 4).double(), torch.randn(3, 2).double()
     d = dense_jacobian(model, x)
-    with pytest.warns(UserWarning, match=message) as caught:
+    with pytest.warns(AdaptedWarning, match=message) as caught:
         theta = ntk(model, x)
     assert caught[0].filename == __file__
     torch.testing.assert_close(theta.reshape(6, 6), d @ d.T)
@@ -114,7 +114,7 @@ def test_a_wrong_rule_is_found_out_and_never_stepped_on():
         if step:
             optimizer.step()  # without a second warning, which would be an error
         else:
-            with pytest.warns(UserWarning, match=message) as caught:
+            with pytest.warns(AdaptedWarning, match=message) as caught:
                 optimizer.step()
             assert caught[0].filename == __file__
             assert_at(model, expected)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LinearInterpolationLR
+from torch_adapted_gd import AdaptedGD, AdaptedWarning, HalfSquaredLoss, LinearInterpolationLR
 
 from .cases import mlp
 
@@ -83,5 +83,6 @@ def test_bad_arguments():
 
 
 def test_damping_by_a_policy_is_warned_about():
-    with pytest.warns(UserWarning, match="Give AdaptedGD damping=0.0 to follow it"):
+    with pytest.warns(AdaptedWarning, match="Give AdaptedGD damping=0.0 to follow it") as caught:
         LinearInterpolationLR(AdaptedGD(mlp(), criterion=nn.MSELoss()), 5)
+    assert caught[0].filename == __file__

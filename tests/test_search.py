@@ -291,3 +291,23 @@ def test_what_rounding_hides_is_not_tried_over_and_over():
         trials.append(optimizer.last_step.num_trials)
     assert MSE(model(x), y).item() < 1e-9
     assert sum(trials[-20:]) <= 40
+
+
+@pytest.mark.parametrize("policy", [None, Backtracking(1e-6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_that_cannot_improve_is_stationary(dtype, policy):
+    model, criterion = mlp(sizes=(4, 20, 3)).to(dtype), nn.MSELoss()
+    x, y = torch.randn(30, 4, dtype=dtype), torch.randn(30, 3, dtype=dtype)
+    optimizer = AdaptedGD(model, criterion=criterion, damping=policy)
+    statuses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        before = flat(model)
+        optimizer.step()
+        statuses.append(optimizer.last_step.status)
+        assert torch.equal(flat(model), before) == (statuses[-1] == "stationary")
+    assert set(statuses[:5]) == {"full_rank"}
+    assert set(statuses[-20:]) == {"stationary"}
+    assert loss < 100 * torch.finfo(dtype).eps ** 1.5

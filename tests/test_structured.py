@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from torch_adapted_gd import ntk
 from torch_adapted_gd.jacobian import tangent_jacobian, written_if_small
@@ -111,3 +113,19 @@ def test_a_gram_of_wrong_rows_is_found_out(monkeypatch):
     monkeypatch.setattr(Parts, "rows", lambda self, samples: [(name, 1.01 * part) for name, part in rows(self, samples)])
     with pytest.raises(RuntimeError, match=r"Dᵀu differs by"):
         tangent_jacobian(model, [call], names).parameter_gram(torch.zeros(15, 1, dtype=torch.float64))
+
+
+class Overlapping(nn.Module):
+    """Two views of one weight that share a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        return F.linear(torch.tanh(F.linear(x, self.weight[:3])), self.weight[2:, :3])
+
+
+def test_views_that_overlap():
+    model, x = Overlapping().double(), torch.randn(6, 4, dtype=torch.float64)
+    assert relative_error(model, (x,)) <= 1e-12

@@ -19,7 +19,7 @@ from .theory.field import Equilibrium, GradientField, gradient_field, is_equilib
 from .theory.flow import FlowResult, InterpolationDeviation, PathResult, adapted_flow, follow_path, interpolation_deviation
 from .theory.lines import LineLosses, line_losses
 from .theory.paths import DetourPath, LinearPath
-from .watching import AdaptedWarning
+from .warning import AdaptedWarning
 
 try:
     __version__ = version("torch_adapted_gd")

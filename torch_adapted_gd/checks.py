@@ -1,4 +1,4 @@
-"""Checks of arguments: one text for all, "`name` should <rule>, but got <value>"."""
+"""Checks of arguments: "`name` should <rule>, but got <value>", a TypeError for a type and a ValueError for a value."""
 
 import math
 from collections.abc import Iterable
@@ -10,19 +10,7 @@ from torch import Tensor
 
 
 def real_number(name: str, value: Any, *, low: float, high: float = math.inf, below: float = math.inf) -> float:
-    """Return ``value`` as a float if it is a finite number in ``[low, high]`` and smaller than ``below``.
-
-    Args:
-        name: The argument's name, for the message.
-        value: What the user gave.
-        low: The smallest value allowed.
-        high: The largest value allowed.
-        below: A bound that the value must stay under.
-
-    Raises:
-        TypeError: ``value`` is not a real number (a bool, a string and a tensor are none).
-        ValueError: ``value`` is NaN, infinite or outside the range.
-    """
+    """Return ``value`` as a float if it is a finite number in ``[low, high]`` and smaller than ``below``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` should be a number, but got {value!r} of type {type(value).__name__}.")
     number = float(value)
@@ -33,12 +21,7 @@ def real_number(name: str, value: Any, *, low: float, high: float = math.inf, be
 
 
 def positive_integer(name: str, value: Any) -> int:
-    """Return ``value`` as an int if it is a whole number of at least 1.
-
-    Raises:
-        TypeError: ``value`` is not an integer.
-        ValueError: ``value`` is smaller than 1.
-    """
+    """Return ``value`` as an int if it is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` should be a whole number, but got {value!r} of type {type(value).__name__}.")
     if value < 1:
@@ -47,44 +30,37 @@ def positive_integer(name: str, value: Any) -> int:
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of the ``allowed`` words.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Return ``value`` if it is one of the ``allowed`` words."""
     if value not in allowed:
         raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
     return str(value)
 
 
 def true_or_false(name: str, value: Any) -> bool:
-    """Return ``value`` if it is a bool.
-
-    Raises:
-        TypeError: It is not.
-    """
+    """Return ``value`` if it is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` should be True or False, but got {value!r} of type {type(value).__name__}.")
     return value
 
 
 def a_tensor(name: str, value: Any, shape: str = "") -> Tensor:
-    """Return ``value`` if it is a tensor.
-
-    Raises:
-        TypeError: It is not. The message says which shape is expected.
-    """
+    """Return ``value`` if it is a tensor; the error says which shape is expected."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` should be a tensor{shape and f' {shape}'}, but got {type(value).__name__}.")
     return value
 
 
-def floating_tensor(name: str, value: Any) -> Tensor:
-    """Return ``value`` if it is a tensor of floating point numbers.
+def real_tensor(name: str, value: Any, *, precise: bool = False) -> Tensor:
+    """Return ``value`` if it is a real tensor; with ``precise``, one of float32 or float64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` should be a tensor, but got {type(value).__name__}. Convert it with torch.as_tensor.")
+    if value.dtype not in (torch.float32, torch.float64) and (precise or value.is_complex()):
+        raise TypeError(f"`{name}` should be float32 or float64, but is {value.dtype}. Convert it first.")
+    return value
 
-    Raises:
-        TypeError: It is not.
-    """
+
+def floating_tensor(name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a tensor of floating point numbers."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"`{name}` should be a floating tensor, but got {kind}.")
@@ -97,11 +73,11 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def checksum(values: Iterable[Any]) -> float:
-    """A number that is the same for the same numbers and tensors, and hardly for others."""
+    """A number that is the same for the same numbers and tensors, and almost surely another for others."""
     total = 0.0
     for number, value in enumerate(values, start=1):
         if isinstance(value, Tensor) and value.numel():
-            flat = value.detach().reshape(-1).nan_to_num().double() if not value.is_complex() else torch.view_as_real(value)
+            flat = torch.view_as_real(value.detach()) if value.is_complex() else value.detach().nan_to_num()
             flat = flat.double().reshape(-1)
             places = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
             total += number * (float(flat @ torch.cos(places)) + 1e-3 * len(flat))

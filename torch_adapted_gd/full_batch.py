@@ -10,18 +10,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 def full_loss(model: nn.Module, criterion: nn.Module, loader: Iterable[Any], device: torch.device) -> Tensor:
-    """The criterion's loss of all batches at once, by a call of the model for each, with their graphs.
-
-    Args:
-        model: The network.
-        criterion: The loss.
-        loader: Gives pairs (inputs, targets): inputs a tensor, a tuple of positional ones or a dict of keywords.
-        device: Where the network is; batches are moved there.
-
-    Raises:
-        TypeError: A batch is not a pair, or the model returns something else than a tensor.
-        ValueError: There are no batches.
-    """
+    """The criterion's loss of all batches at once, with its graph: one call of the model for each batch, see `full_batch`."""
     outputs, targets = [], []
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
@@ -51,21 +40,16 @@ def full_loss(model: nn.Module, criterion: nn.Module, loader: Iterable[Any], dev
 
 
 def repeated_samples(loader: Any) -> str | None:
-    """What to say of a loader that gives some samples to several processes; None if it does not.
-
-    Args:
-        loader: Anything that gives batches.
-    """
+    """The text of a warning for a loader that gives some samples to several processes; None for others."""
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return None
     samples = len(cast(Sized, sampler.dataset))
     if sampler.total_size == samples:
         return None
-    repeated = sampler.total_size - samples
     return (
-        f"DistributedSampler gives {repeated} of {samples} samples twice, so that all {sampler.num_replicas} processes have as "
-        "many. Outputs that are there twice make the kernel singular, and count twice in the loss. Use drop_last=True, or give "
-        "each process a share of its own, which need not be as large as others: Subset(dataset, range(rank, len(dataset), "
-        "processes))."
+        f"DistributedSampler gives {sampler.total_size - samples} of {samples} samples twice, so that all "
+        f"{sampler.num_replicas} processes have the same number. Duplicate outputs make the kernel singular, and count twice "
+        "in the loss. Use drop_last=True, or give each process a share of its own, of any size: "
+        "Subset(dataset, range(rank, len(dataset), processes))."
     )

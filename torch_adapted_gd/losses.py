@@ -12,8 +12,8 @@ from .checks import one_of
 class HalfSquaredLoss(nn.Module):
     """The paper's squared loss C = (1/2N) |x − y|², equation (2.48).
 
-    N counts samples, not entries: `torch.nn.MSELoss` divides by N·Q and has no ½. Its output gradient is (x − y)/N, the
-    one for which s = −N ln(1 − t) turns the adapted flow into a straight line (2.52)-(2.57).
+    N counts samples, not entries: `torch.nn.MSELoss` divides by N·Q and has no ½. The output gradient is (x − y)/N, for which
+    s = −N ln(1 − t) turns the adapted flow into a straight line (2.52)-(2.57).
 
     Args:
         reduction: ``"mean"`` over samples (the paper's, default), ``"sum"`` (½|x − y|²) or ``"none"`` (½|x_i − y_i|² for
@@ -81,11 +81,7 @@ class LossFunction(nn.Module):
 
 
 def check_criteria(criterion: Any) -> tuple[nn.Module, ...]:
-    """The criteria that were given: none, one or several.
-
-    Raises:
-        TypeError: One is no module.
-    """
+    """The criteria as a tuple of none, one or several modules."""
     given = () if criterion is None else tuple(criterion) if isinstance(criterion, tuple | list) else (criterion,)
     for each in given:
         if not isinstance(each, nn.Module):

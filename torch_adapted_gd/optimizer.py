@@ -381,7 +381,7 @@ class AdaptedGD(WatchingOptimizer):
         return carry_out
 
     def _skip(self) -> None:
-        self.last_step = StepReport.skipped(len(self._recorder.calls))
+        self.last_step = StepReport(status="skipped", num_calls=len(self._recorder.calls))
         self._recorder.drop("step")
 
     def _shared(
@@ -504,7 +504,8 @@ class AdaptedGD(WatchingOptimizer):
         LastStep(self.state, self._groups_parameters()).undo(kept)
         for group in self.param_groups:
             group["damping"] = kept["damping"]
-        self.last_step = StepReport.undone(len(self._recorder.terms), kept["damping"])
+        num_calls = len(self._recorder.terms)
+        self.last_step = StepReport(status="rejected", fraction=0.0, num_calls=num_calls, relative_damping=kept["damping"])
         self._recorder.drop("step", spent=True)
 
     def _kept_psi(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Options of AdaptedGD and what they have to be."""
+"""Options of AdaptedGD and their checks."""
 
 from typing import Any
 
@@ -15,12 +15,7 @@ SHARED = ("damping", "momentum")  # of the one system that all parameter groups 
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Check the options of a parameter group.
-
-    Raises:
-        TypeError: One has the wrong type.
-        ValueError: One is out of range.
-    """
+    """Check the options of a parameter group."""
     real_number("lr", options["lr"], low=0.0)
     real_number("alpha", options["alpha"], low=0.0, high=1.0)
     real_number("damping", options["damping"], low=0.0)
@@ -29,12 +24,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def check_damping(damping: Any) -> Policy | None:
-    """The policy that a ``damping`` means; None for the default.
-
-    Raises:
-        TypeError: It is neither a number nor a policy.
-        ValueError: It is negative, or not finite.
-    """
+    """The policy for a ``damping``; None for the default."""
     if damping is None or isinstance(damping, Backtracking | StraightLine | LevenbergMarquardt):
         return damping
     if damping in (Backtracking, StraightLine, LevenbergMarquardt):
@@ -48,11 +38,7 @@ def check_damping(damping: Any) -> Policy | None:
 
 
 def check_solver(solver: Any) -> Dense | ConjugateGradients | None:
-    """How to solve; None for "auto".
-
-    Raises:
-        TypeError: It is neither "auto" nor a way to.
-    """
+    """The solver; None for "auto"."""
     if isinstance(solver, Dense | ConjugateGradients):
         return solver
     if solver == "auto":
@@ -62,15 +48,7 @@ def check_solver(solver: Any) -> Dense | ConjugateGradients | None:
 
 
 def check_parameter(name: str | None, p: Tensor) -> None:
-    """Check that a parameter can be stepped.
-
-    Args:
-        name: Its name in the model; None if it is not the model's.
-        p: The parameter.
-
-    Raises:
-        ValueError: It cannot.
-    """
+    """Check that a parameter can be stepped; ``name`` is None if it is not the model's."""
     if name is None:
         raise ValueError(
             f"`params` should belong to `model`, but a parameter of shape {list(p.shape)} does not. Pass the module that "
@@ -95,11 +73,7 @@ def check_parameter(name: str | None, p: Tensor) -> None:
 
 
 def check_membership(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Check that no parameter was replaced in the model since it was given.
-
-    Raises:
-        RuntimeError: One was.
-    """
+    """Check that all parameters of the groups are still the model's."""
     present = {id(p) for p in underlying(model).parameters()}
     lost = [list(p.shape) for group in groups for p in group["params"] if id(p) not in present]
     if lost:
@@ -110,11 +84,7 @@ def check_membership(model: nn.Module, groups: list[dict[str, Any]]) -> None:
 
 
 def shared_option(groups: list[dict[str, Any]], name: str) -> Any:
-    """An option of the system that all parameter groups share.
-
-    Raises:
-        ValueError: They have several.
-    """
+    """An option that must be the same in all parameter groups."""
     values = {group[name] for group in groups}
     if len(values) > 1:
         raise ValueError(f"`{name}` should be the same in all parameter groups, but they have {sorted(map(str, values))}.")

@@ -1,9 +1,8 @@
-"""What an optimizer that is given a model has to do beside stepping: groups, calls and gradients, states, copies."""
+"""The part of AdaptedGD that is no step: parameter groups, state dicts, copies, GradScaler, joining, warnings."""
 
 import copy
 import math
 import sys
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -16,19 +15,15 @@ from . import options
 from .report import StepReport
 from .tracking.calls import underlying
 from .tracking.recorder import CallRecorder
+from .warning import warn_user
 from .world import World, group_of, world_of
 
 _OPTIONS = ("lr", "alpha", "damping", "momentum", "weight_decay")
-_PATIENCE = 10  # steps that are rejected one after the other before it is said
-_PASSED = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "transformers", "skorch", "ignite")
-
-
-class AdaptedWarning(UserWarning):
-    """What `AdaptedGD` warns of; each thing once for an optimizer."""
+_PATIENCE = 10  # rejected steps in a row before a warning
 
 
 class _WithoutSamples(JoinHook):
-    """The steps of a process that has run out of batches."""
+    """Steps of a process that has run out of batches."""
 
     def __init__(self, optimizer: "WatchingOptimizer") -> None:
         self._optimizer = optimizer
@@ -43,11 +38,7 @@ class _WithoutSamples(JoinHook):
 
 
 class WatchingOptimizer(Optimizer, Joinable):
-    """A torch optimizer that watches the calls of a model.
-
-    Attributes:
-        last_step: The `StepReport` of the last step, or None.
-    """
+    """A torch optimizer that watches the calls of a model; `AdaptedGD` adds the step."""
 
     _model: nn.Module
     _recorder: CallRecorder
@@ -59,11 +50,11 @@ class WatchingOptimizer(Optimizer, Joinable):
     last_step: StepReport | None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model to step, with options of their own (``lr``, ``alpha``, ``weight_decay``).
+        """Add parameters of the model, with options of their own (``lr``, ``alpha``, ``weight_decay``).
 
         Args:
-            param_group: As for any torch optimizer. ``damping`` and ``momentum`` belong to the one system that all
-                groups share, and have to be those of the other groups.
+            param_group: As for any torch optimizer. All groups share one system, so ``damping`` and ``momentum`` have to be
+                those of the other groups.
 
         Raises:
             TypeError: An option has the wrong type.
@@ -97,10 +88,10 @@ class WatchingOptimizer(Optimizer, Joinable):
         self._recorder.drop("zero_grad")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
+        """Load the state of an AdaptedGD with the same parameter groups.
 
         Args:
-            state_dict: State of an AdaptedGD with the same parameter groups.
+            state_dict: What `state_dict` returned.
 
         Raises:
             TypeError: An option has the wrong type.
@@ -117,7 +108,7 @@ class WatchingOptimizer(Optimizer, Joinable):
 
     @property
     def criterion(self) -> nn.Module | tuple[nn.Module, ...] | None:
-        """What is watched: the very loss that the training step has to call, also of an optimizer that was unpickled."""
+        """The loss that is watched: the training step has to call this very module, also after unpickling."""
         return self._criteria[0] if len(self._criteria) == 1 else self._criteria or None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,7 +126,7 @@ class WatchingOptimizer(Optimizer, Joinable):
                     self._recorder.watch(p)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copy is told of the loss by the same criterion, unless that is a part of what is copied along.
+        # A copy watches the same criterion, unless that was copied along.
         state = {**self.__getstate__(), "_process_group": self._process_group}
         for name in ("_model", "state", "param_groups", "defaults"):
             state[name] = copy.deepcopy(state[name], memo)
@@ -152,45 +143,42 @@ class WatchingOptimizer(Optimizer, Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        """For the same."""
+        """For `torch.distributed.algorithms.join.Join`."""
         device: torch.device = self.param_groups[0]["params"][0].device
         return device
 
     @property
     def join_process_group(self) -> Any:
-        """For the same."""
+        """For `torch.distributed.algorithms.join.Join`."""
         return self._group()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler should hand over its scale instead of dividing ``.grad``, which is not read.
-
-        It should; but others who ask take this for a reason not to clip, which does no harm.
-        """
+        """True for torch's GradScaler, which then hands its scale over; others would stop clipping for it."""
         return str(sys._getframe(1).f_globals.get("__name__", "")).startswith("torch.")
 
     def _asked_for_state(self) -> bool:
-        """Whether a step with gradients of zeros is asked for, as checkpointing tools do it to have the state made."""
+        """Whether all gradients are zero and no call was made: checkpointing tools step so to have the state created."""
         parameters = self._groups_parameters()
         if not all(p.grad is not None and not p.grad.any() for p in parameters if p.requires_grad):
             return False
         if self._recorder.dropped_by == "zero_grad" and any(float(group["lr"]) for group in self.param_groups):
-            return False  # cleared between backward and step
+            return False  # zero_grad came between backward and step
         for p in parameters:
             if p.requires_grad and options.shared_option(self.param_groups, "momentum"):
                 self.state[p].setdefault("momentum", p.new_zeros(p.shape))
         return True
 
     def _note_rejection(self, *, rejected: bool) -> None:
-        """Count steps that were rejected one after the other, and say so when they are many."""
+        """Count rejected steps in a row, and warn when they are many."""
         self._rejected = self._rejected + 1 if rejected else 0
         if self._rejected == _PATIENCE:
             self._warn_once(
                 "rejected",
-                f"The last {_PATIENCE} steps were rejected: no trial lowered the loss by what was predicted for it, and "
-                "parameters stay where they are. Where the loss is as low as it gets, that is the end. Else: use float64; "
-                "bring parameters and inputs to sizes near 1; give the damping a larger `initial` or more `num_trials`; and "
-                "see that the forward pass gives the same again for the same parameters.",
+                f"The last {_PATIENCE} steps were rejected: no trial lowered the loss as predicted, and parameters did not "
+                "change. If the loss is as low as it gets, training is done. Otherwise use float64, scale parameters and "
+                "inputs to sizes near 1, give the damping a larger `initial` or more `num_trials`, and check that the forward "
+                "pass repeats itself for the same parameters.",
             )
 
     def _loss_scale(self) -> float:
@@ -198,7 +186,7 @@ class WatchingOptimizer(Optimizer, Joinable):
         scale = getattr(self, "grad_scale", None)
         if scale is not None or not hasattr(self, "found_inf"):
             return 1.0 if scale is None else float(scale)
-        # The scaler has divided `.grad` before, as Lightning has it do: what backward delivered tells by how much.
+        # Lightning lets the scaler divide `.grad` first: the gradients that backward delivered tell by how much.
         arrived = self._recorder.gradients
         pairs = [(arrived[id(p)], p.grad) for p in self._groups_parameters() if id(p) in arrived and p.grad is not None]
         square = sum(float(g.double().square().sum()) for _, g in pairs)
@@ -208,7 +196,7 @@ class WatchingOptimizer(Optimizer, Joinable):
             return product / square
         raise RuntimeError(
             "GradScaler.unscale_(optimizer) divided `.grad`, which AdaptedGD does not read, and hides the scale that the "
-            "outputs' gradient still carries. Leave unscale_ and clipping out: scaler.step(optimizer) hands the scale over."
+            "outputs' gradient still carries. Leave out unscale_ and clipping: scaler.step(optimizer) hands the scale over."
         )
 
     def _world(self) -> World:
@@ -216,7 +204,7 @@ class WatchingOptimizer(Optimizer, Joinable):
         return world_of(self._group(), self.param_groups[0]["params"][0].device)
 
     def _group(self) -> Any:
-        """Their group; None where torch.distributed is not used."""
+        """Their group; None without torch.distributed."""
         return self._process_group or group_of(self._model)
 
     def _groups_parameters(self) -> list[nn.Parameter]:
@@ -226,11 +214,7 @@ class WatchingOptimizer(Optimizer, Joinable):
         return {id(p): group for group in self.param_groups for p in group["params"]}
 
     def _trained(self, elsewhere: Collection[str] = ()) -> dict[str, nn.Parameter]:
-        """The parameters to step, by name, in the order of the model: those that received a gradient, as in torch.
-
-        Args:
-            elsewhere: The names of those that received one in other processes.
-        """
+        """The parameters to step, by name, in the model's order: those that got a gradient here, or ``elsewhere`` by name."""
         groups = self._groups()
         named = underlying(self._model).named_parameters()
         ours = {name: p for name, p in named if id(p) in groups and p.requires_grad}
@@ -243,14 +227,7 @@ class WatchingOptimizer(Optimizer, Joinable):
         return trained
 
     def _warn_once(self, about: str, text: str) -> None:
-        """Warn of something, pointing at the line of the user's that called for the step."""
-        if about in self._said or self._world().rank:
-            return
-        self._said.add(about)
-        level, frame = 2, sys._getframe(1)
-        while frame.f_back is not None:
-            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if package not in (*_PASSED, __name__.partition(".")[0]):
-                break
-            level, frame = level + 1, frame.f_back
-        warnings.warn(text, AdaptedWarning, stacklevel=level)
+        """Warn, once for each word that it is ``about``, in process 0."""
+        if about not in self._said and not self._world().rank:
+            self._said.add(about)
+            warn_user(text)

@@ -1,5 +1,6 @@
 """A block of Θ made of the parts of its parameters, each contracted in its own way."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,13 @@ BLOCK_ELEMENTS = 2**22  # entries of a layer's Jacobian that are written out at 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parameters of module calls that share some, sorted by how they are contracted.
+    """The terms of parameters that have uses in common, sorted by how they are contracted.
 
     Attributes:
         terms: Their Jacobians as the rules gave them.
         families: Parameters in families of outer products.
-        written: Those whose Jacobian is written out, ``[N, Q, numel]``, and its counterpart on the columns' side if that is
-            another one.
+        written: Parameters whose Jacobian is written out, ``[N, Q, numel]``, and the one on the columns' side, None if it is
+            the same.
     """
 
     terms: Terms
@@ -32,12 +33,7 @@ class Parts:
 
     @classmethod
     def of(cls, first: Terms, second: Terms | None = None) -> "Parts":
-        """Sort terms. Several uses of one parameter add up; those of one kind do by standing one after the other.
-
-        Args:
-            first: The terms on the rows' side.
-            second: Those on the columns' side, or None if they are the same.
-        """
+        """Sort the terms of the rows' and of the columns' side (None if they are the same). Uses of one parameter add up."""
         outer: dict[tuple[Any, ...], tuple[list[Part], list[OuterProducts], list[OuterProducts]]] = {}
         written: dict[Part, tuple[Tensor, Tensor | None]] = {}
         for name, terms in first.items():
@@ -66,7 +62,7 @@ class Parts:
 
     @property
     def nbytes(self) -> int:
-        """What they take beside B."""
+        """The memory they take in addition to B."""
         rights = [t.right for terms in self.terms.values() for t in terms if isinstance(t, OuterProducts)]
         return sum(jacobian.nbytes for jacobian, _ in self.written.values()) + sum(
             right.untyped_storage().nbytes() for right in rights if isinstance(right, Tensor)
@@ -74,7 +70,7 @@ class Parts:
 
 
 def between(rows: Factors, columns: Factors) -> list[Parts]:
-    """What is between some rows of D and others."""
+    """The parts of the block of Θ between some rows of D and others."""
     return [Parts.of(terms, terms_of(names, columns.components)) for names, terms in rows.components]
 
 
@@ -89,58 +85,47 @@ def terms_of(names: set[str], components: Components) -> Terms:
 
 
 def _written(terms: list[Tensor | OuterProducts]) -> Tensor:
-    """Their sum written out, ``[N, Q, numel]``; those of one kind by one product."""
+    """The sum of terms written out, ``[N, Q, numel]``; outer products of one kind by one product."""
     kinds: dict[Any, list[OuterProducts]] = {}
-    total: Tensor | None = None
     for term in terms:
         if isinstance(term, OuterProducts):
             kinds.setdefault(term.kind, []).append(term)
-        else:
-            flat = term.reshape(*term.shape[:2], -1)
-            total = flat if total is None else total + flat
-    for alike in kinds.values():
-        part = OuterProducts.joined(alike).explicit()
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+    plain = [term.reshape(*term.shape[:2], -1) for term in terms if isinstance(term, Tensor)]
+    return functools.reduce(Tensor.add, [*plain, *(OuterProducts.joined(alike).explicit() for alike in kinds.values())])
 
 
 class KernelBlock:
-    """A block of Θ in the making: written-out Jacobians and general contractions first, then cheap ones tile by tile.
+    """Writes a block of Θ: written-out Jacobians and general contractions first, then families of one place tile by tile.
 
     Args:
-        theta: Where to write it, ``[N·Q, M·R]``; need not be initialized.
+        theta: Where to write it, ``[N·Q, M·R]``; need not be initialized. `finish` mirrors a symmetric block.
         shape: N, Q, M and R.
         symmetric: Rows and columns are the same.
         size: N and Q by which families choose between writing out and contracting, see `Family.explicit_is_cheaper`.
     """
 
     def __init__(self, theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, size: tuple[int, int]) -> None:
-        self.theta = theta  # of a symmetric block the part below the diagonal is filled in at the end
-        self.shape = shape
-        self.symmetric = symmetric
-        self.size = size
+        self.theta, self.shape, self.symmetric, self.size = theta, shape, symmetric, size
         self._started = False
         self._single: list[Family] = []
 
     def add(self, parts: Parts) -> None:
         """Add the part of some parameters."""
         for jacobian, other in parts.written.values():
-            self.add_jacobians(jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
+            self._add_jacobians(jacobian, other)
         for _, family in parts.families:
             if family.explicit_is_cheaper(self.size):
                 for jacobian, other in family.blocks(BLOCK_ELEMENTS):
-                    self.add_jacobians(jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
+                    self._add_jacobians(jacobian, other)
             elif family.single:
                 self._single.append(family)
             else:
                 self._start()
                 self._add_tiles([family])
 
-    def add_jacobians(self, first: Tensor, second: Tensor | None) -> None:
-        """Add products of rows, of ``first`` with itself where there is no second."""
+    def _add_jacobians(self, first: Tensor, second: Tensor | None) -> None:
         self._start()
-        add_gram(self.theta, first, second)
+        add_gram(self.theta, first.flatten(0, 1), None if second is None else second.flatten(0, 1))
 
     def finish(self) -> None:
         """Add what is left, and mirror a symmetric block."""
@@ -155,7 +140,7 @@ class KernelBlock:
 
     def _add_tiles(self, families: Iterable[Family], *, mirror: bool = False) -> None:
         n, q, m, r = self.shape
-        # Of a small kernel smaller tiles, as what is below the diagonal in those on it is computed in vain.
+        # Tiles on the diagonal compute the part below it in vain, so a small kernel has smaller tiles.
         rows = min(TILE_ROWS, max(TILE_ROWS // 2, n * q // 4)) if self.theta.device.type == "cpu" else 4096
         step = min((family.samples_at_a_time(rows) for family in families), default=max(1, rows // max(1, q, r)))
         contractions = [family.contraction(self.theta.dtype) for family in families]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,16 +19,11 @@ from .operator import Factors, Part, Rows, Terms
 from .sources import Derived, entries_of, is_transposed, is_whole, turned, written
 from .uses import Use
 
-Way = Literal["whole", "views", "written"]
+Way = Literal["whole", "views", "written"]  # how the Jacobian by a parameter is held: as it is, in views of it, or written out
 
 
 def views_in(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, set[Any]]:
-    """The views in which each parameter is used.
-
-    Args:
-        pieces: What is linearized.
-        numels: Entries of each parameter.
-    """
+    """The views in which each of the parameters ``numels`` is used."""
     views: dict[str, set[Any]] = {name: set() for name in numels}
     for piece in pieces:
         for use in piece.uses:
@@ -43,21 +38,18 @@ def views_in(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, 
 def agreed(
     world: World, views: dict[str, set[Any]], numels: dict[str, int], shapes: list[tuple[int, int]]
 ) -> tuple[dict[str, Way], tuple[int, int]]:
-    """What rows that belong to one D have to do alike.
+    """How rows that belong to one D hold each parameter, and the largest N and Q: the same in all processes.
 
     Args:
         world: The processes that have these rows.
-        views: The views in which each parameter is used; what is not there is used in none.
+        views: The views in which each parameter is used here; none if it is not there.
         numels: Entries of each parameter.
-        shapes: N and Q of each call.
-
-    Returns:
-        How each parameter is served: as it is, in views that do not overlap, or written out; and the largest N and Q.
+        shapes: N and Q of each call here.
     """
     together = world.objects((views, shapes))
-    ways = {}
-    for name, numel in numels.items():
-        ways[name] = _way(frozenset().union(*(each.get(name, ()) for each, _ in together)), numel)
+    ways = {
+        name: _way(frozenset().union(*(each.get(name, ()) for each, _ in together)), numel) for name, numel in numels.items()
+    }
     sizes = [shape for _, each in together for shape in each]
     return ways, (max((n for n, _ in sizes), default=0), max((q for _, q in sizes), default=0))
 
@@ -70,17 +62,13 @@ def _view(source: Source) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _way(views: frozenset[Any], numel: int) -> Way:
+    """Views can be held as such if they do not overlap."""
     if views <= {"whole"}:
         return "whole"
-    if "whole" in views or "written" in views:
+    if views & {"whole", "written"}:
         return "written"
-    taken = torch.zeros(numel, dtype=torch.bool)
-    count = 0
-    for view in views:
-        index = entries_of(view, numel)
-        taken[index] = True
-        count += len(index)
-    return "views" if int(taken.sum()) == count else "written"
+    entries = torch.cat([entries_of(view, numel) for view in views])
+    return "views" if len(entries) == len(entries.unique()) else "written"
 
 
 @dataclass
@@ -91,11 +79,11 @@ class Chunk(Rows):
         piece: What they are linearized by.
         number: Which of the calls it is.
         first: The output of the call that is the first of the piece.
-        ways: How each parameter is served.
+        ways: How each parameter is held.
         parameters: θ by name.
-        budget: Bytes that may be kept of parts made of the uses, if these are held.
-        held: The uses with B, where they need not be made again each time.
-        kept: Parts made of these, by the place of the component, as far as they are small.
+        budget: Bytes that kept parts may take, if the uses are held.
+        held: The uses with B, if they need not be made again each time.
+        kept: Parts made of these, by the place of the component, if they are small.
     """
 
     piece: Linearized
@@ -107,12 +95,9 @@ class Chunk(Rows):
     held: list[Use] | None = None
     kept: dict[int, Parts] = field(default_factory=dict)
 
-    def uses(self) -> list[Use]:
-        """The uses with B."""
-        return self.piece.at(self._own) if self.held is None else self.held
-
     @property
     def _own(self) -> range:
+        """Its outputs among those of the piece."""
         return range(self.outputs.start - self.first, self.outputs.stop - self.first)
 
     @property
@@ -120,18 +105,22 @@ class Chunk(Rows):
         """N and the number of outputs of each sample in the chunk."""
         return self.n, len(self.outputs)
 
+    def uses(self) -> list[Use]:
+        """The uses with B."""
+        return self.piece.at(self._own) if self.held is None else self.held
+
     def factors(self) -> Factors:
-        """What they are made of."""
+        """The terms of its rows."""
         made = [(names, self.terms(names, uses)) for names, uses in self.components(self.uses())]
         return Factors(self.start, self.n, self.q, self.outputs, made)
 
-    def sorted(self) -> list[tuple[set[str], Parts]]:
-        """The same, sorted."""
-        made = self.components(self.uses())
-        return [(names, self.parts(place, names, uses)) for place, (names, uses) in enumerate(made)]
+    def sorted(self) -> Iterator[tuple[set[str], Parts]]:
+        """The terms, sorted, one component after the other."""
+        for place, (names, uses) in enumerate(self.components(self.uses())):
+            yield names, self.parts(place, names, uses)
 
     def components(self, uses: list[Use]) -> list[tuple[set[str], list[Use]]]:
-        """Uses that share parameters, together, with the parameters' names; those of rows without uses, too."""
+        """Groups of uses that have parameters in common, with their names; and of parameters whose rows are written out."""
         groups: list[tuple[set[str], list[Use]]] = [({name}, []) for name in self.piece.rows if name in self.ways]
         for use in uses:
             names, members = use.names & self.ways.keys(), [use]
@@ -147,12 +136,12 @@ class Chunk(Rows):
         return groups
 
     def terms(self, names: set[str], uses: list[Use], rotation: Tensor | None = None) -> Terms:
-        """What the rules give for uses, and rows that were written out, by parameter or part of it.
+        """The terms of a component, by parameter or view of it.
 
         Args:
-            names: The parameters of a component.
+            names: Its parameters.
             uses: Its uses.
-            rotation: See `rotated`, for the rows.
+            rotation: See `rotated`, for rows that were written out.
         """
         terms: Terms = {}
         derived: dict[int, tuple[Source, Tensor]] = {}
@@ -196,7 +185,7 @@ class Chunk(Rows):
         return terms
 
     def parts(self, place: int, names: set[str], uses: list[Use]) -> Parts:
-        """The same of a component, sorted; kept for the next time if it is worth the memory."""
+        """The terms of a component, sorted; kept for the next time if they fit the budget."""
         if place in self.kept:
             return self.kept[place]
         parts = Parts.of(self.terms(names, uses))
@@ -205,11 +194,7 @@ class Chunk(Rows):
         return parts
 
     def rotated(self, rotation: Tensor) -> list[Use]:
-        """The uses with B for linear combinations of its outputs.
-
-        Args:
-            rotation: ``[N, len(outputs), C]``: column c of sample n has the weights of the outputs in combination c.
-        """
+        """The uses with B for C combinations of its outputs, whose weights are ``rotation``, ``[N, len(outputs), C]``."""
         uses = []
         for use in self.uses():
             gradients = {}
@@ -220,7 +205,7 @@ class Chunk(Rows):
         return uses
 
     def scatter(self, part: Part, vector: Tensor, totals: dict[str, Tensor]) -> None:
-        """Add a vector of a parameter or part of it to sums by parameter, flat."""
+        """Add a vector over a parameter or view of it to sums by parameter, flat."""
         name, index = self.place(part, vector.device)
         if index is None:
             totals[name] = totals[name] + vector if name in totals else vector
@@ -230,12 +215,12 @@ class Chunk(Rows):
         totals[name] = totals[name].index_add(0, index, vector)
 
     def gather(self, part: Part, vectors: dict[str, Tensor]) -> Tensor:
-        """That part of vectors by parameter, flat."""
+        """The entries of a parameter or view of it in flat vectors by parameter."""
         name, index = self.place(part, next(iter(vectors.values())).device)
         return vectors[name] if index is None else vectors[name][index]
 
     def place(self, part: Part, device: torch.device) -> tuple[str, Tensor | None]:
-        """A part's parameter, and which of its entries it has; None for all."""
+        """The parameter, and which of its entries a view has; None for all."""
         if isinstance(part, str):
             return part, None
         return part[0], entries_of(part[1], self.parameters[part[0]].numel(), device)

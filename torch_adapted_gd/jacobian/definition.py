@@ -1,8 +1,7 @@
-"""The output Jacobian D = ∂x/∂θ (2.12), by its definition: what every faster way is tested against."""
+"""The output Jacobian D = ∂x/∂θ (2.12), by its definition. Every faster way is tested against it."""
 
 import contextlib
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..tracking.replay import DisagreementError, Replay, State
 from .backward import BackwardPasses, allows_vmap
 
 METHODS = ("rows", "jacrev")
-_CHUNK_BYTES = 2**28  # what one chunk of D may take beside D itself, unless the caller says otherwise
+_CHUNK_BYTES = 2**28  # what one chunk of D may take in addition to D itself, by default
 
 
 def output_jacobian(
@@ -27,15 +26,15 @@ def output_jacobian(
     Row i·Q + q is output q of sample i (2.9); the columns follow ``model.named_parameters()``, frozen ones left out.
     Outputs may be any pytree of floating tensors with the batch first: a sample's Q outputs are their concatenation.
 
-    The model is called as it is (training mode, autocast, random state): dropout draws the mask that a call at this
-    moment would draw. Its buffers, modes and gradients and the random number stream are left as they were.
+    The model is called as it is (training mode, autocast, random state): dropout draws the mask that a call now would draw.
+    Its buffers, modes and gradients and the random number stream are left as they were.
 
     Args:
         model: The network f_θ.
         x: Its input with the batch first, ``[N, ...]``, or a tuple of positional inputs.
-        method: ``"rows"`` (a backward pass for each output, many at a time), or ``"jacrev"`` (`torch.func.jacrev` of all
-            outputs, for models that `torch.func` supports); ``"auto"`` is ``"rows"``, which any model allows.
-        chunk_size: Samples' worth of rows that are differentiated at a time; by default as many as keep a chunk near 256 MiB.
+        method: ``"rows"`` (a backward pass for each output, many at a time, for any model), ``"jacrev"`` (`torch.func.jacrev`
+            of all outputs, for models that `torch.func` supports), or ``"auto"``, which is ``"rows"``.
+        chunk_size: How many samples' rows are differentiated at a time; by default a chunk takes about 256 MiB.
 
     Returns:
         D of shape ``[N·Q, K]``, in the parameters' dtype and on their device.
@@ -46,8 +45,6 @@ def output_jacobian(
         MemoryError: D would not fit.
         RuntimeError: The model's call cannot be repeated with the same outputs, or `torch.func` does not support it.
 
-    Source: Chen & Muñoz Ewald, "Gradient flow in parameter space is equivalent to linear interpolation in output space".
-
     Example:
         >>> model = torch.nn.Linear(3, 2)
         >>> output_jacobian(model, torch.ones(5, 3)).shape
@@ -56,68 +53,34 @@ def output_jacobian(
     one_of("method", method, ("auto", *METHODS))
     with torch.inference_mode(False):
         call, names = recorded(model, x)
-        return call_jacobian(model, call, names, method=method, chunk_size=chunk_size).matrix
+        return call_jacobian(model, call, names, method=method, chunk_size=chunk_size)
 
 
 def recorded(model: nn.Module, x: Tensor | tuple[Any, ...]) -> tuple[Call, list[str]]:
-    """A call of the model with ``x``, and the names of its trainable parameters.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: No parameter is trainable, one is complex, or no output depends on one.
-    """
+    """A call of the model with ``x``, and the names of its trainable parameters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` should be a torch.nn.Module, but got {type(model).__name__}.")
-    names = [name for name, p in underlying(model).named_parameters() if p.requires_grad]
-    if not names:
+    trained = {name: p for name, p in underlying(model).named_parameters() if p.requires_grad}
+    if not trained:
         raise ValueError("`model` should have trainable parameters, but none requires a gradient.")
-    parameters = dict(underlying(model).named_parameters())
-    for name in names:
-        if not parameters[name].is_floating_point():
-            raise ValueError(f"`model` should have real parameters, but '{name}' is {parameters[name].dtype}. Freeze it.")
+    for name, p in trained.items():
+        if not p.is_floating_point():
+            raise ValueError(f"`model` should have real parameters, but '{name}' is {p.dtype}. Freeze it.")
     call = record(model, x if isinstance(x, tuple) else (x,))
     if not call.outputs:
         raise ValueError(
             "`model` should return floating tensors that depend on its parameters, alone or in tuples, lists, dicts or "
             "registered pytrees, but none does."
         )
-    return call, names
-
-
-@dataclass(frozen=True)
-class CallJacobian:
-    """D of one call.
-
-    Attributes:
-        matrix: D, ``[N·Q, K]``.
-        method: The one of `METHODS` that served.
-    """
-
-    matrix: Tensor
-    method: str
+    return call, list(trained)
 
 
 def call_jacobian(
     model: nn.Module, call: Call, names: list[str], *, method: str = "auto", chunk_size: int | None = None
-) -> CallJacobian:
-    """D of one recorded call.
-
-    Args:
-        model: The network.
-        call: The call whose outputs are differentiated: those that the loss saw.
-        names: The parameters to differentiate by, in the order of the columns.
-        method: As in `output_jacobian`.
-        chunk_size: As in `output_jacobian`.
-
-    Raises:
-        RuntimeError: The call cannot be repeated with the same outputs, or `torch.func` does not support it.
-        ValueError: The outputs do not have the batch first, the parameters are on several devices, or ``chunk_size`` is
-            below 1.
-        MemoryError: D would not fit.
-    """
+) -> Tensor:
+    """D ``[N·Q, K]`` of the outputs of one call that the loss saw, by the parameters ``names``; see `output_jacobian`."""
     if chunk_size is not None:
         positive_integer("chunk_size", chunk_size)
-    method = METHODS[0] if method == "auto" else method
     replay = Replay(underlying(model), call, names)
     parameters = dict(replay.model.named_parameters())
     dtype, device = dtype_and_device([parameters[name] for name in names])
@@ -130,17 +93,17 @@ def call_jacobian(
     )
     matrix = torch.empty(shape, dtype=dtype, device=device)  # [NQ, K]
     if matrix.numel() == 0:
-        return CallJacobian(matrix, method)
+        return matrix
     rows = max(1, _CHUNK_BYTES // max(1, shape[1] * dtype.itemsize)) if chunk_size is None else chunk_size * replay.q
     try:
-        (_by_rows if method == "rows" else _by_jacrev)(replay, matrix, min(rows, 256))
+        (_by_jacrev if method == "jacrev" else _by_rows)(replay, matrix, min(rows, 256))
     except DisagreementError as error:
         raise RuntimeError(
-            "The model's call could not be repeated with the same outputs, so its Jacobian is not known. A forward pass has to "
-            "depend on nothing but its inputs, parameters, buffers and torch's global random numbers (no numpy or Python "
-            f"random numbers, generators or counters): {error}."
+            "The model's call could not be repeated with the same outputs, so its Jacobian is not known. A forward pass may "
+            "depend only on its inputs, parameters, buffers and torch's global random numbers (no numpy or Python random "
+            f"numbers, generators or counters): {error}."
         ) from error
-    return CallJacobian(matrix, method)
+    return matrix
 
 
 def _by_rows(replay: Replay, matrix: Tensor, rows: int) -> None:
@@ -177,11 +140,7 @@ def _fill(matrix: Tensor, start: int, blocks: list[Tensor]) -> None:
 
 
 def dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:
-    """The dtype that holds all parameters, and their one device.
-
-    Raises:
-        ValueError: They are on several.
-    """
+    """The dtype that holds all parameters, and their one device."""
     devices = {p.device for p in parameters}
     if len(devices) > 1:
         raise ValueError(

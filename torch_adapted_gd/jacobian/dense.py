@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .definition import CallJacobian
 from .gram import ROWS_ELEMENTS, add_gram, add_products, gram, product, spans, summed, transpose_product
 from .operator import Components, Factors, Jacobian, Parts
 
@@ -29,12 +28,6 @@ class DenseJacobian(Jacobian):
         self.device = blocks[0].device
         self.description = description
         self.remark: str | None = None
-
-    @classmethod
-    def of(cls, parts: list[CallJacobian], shapes: list[tuple[int, int]], numels: dict[str, int]) -> DenseJacobian:
-        """That of the Jacobians of several calls."""
-        description = f"jacobian ({', '.join(sorted({part.method for part in parts}))})"
-        return cls([part.matrix for part in parts], shapes, numels, description)
 
     def mv(self, v: Parts) -> Tensor:
         """See `Jacobian`."""

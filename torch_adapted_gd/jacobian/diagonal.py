@@ -47,19 +47,14 @@ def output_blocks(make: Callable[[int, Tensor], Components], rotations: Sequence
 
 
 def combined(chunks: Sequence[Chunk], rotation: Tensor) -> Components:
-    """What D of one call is made of, its outputs combined.
-
-    Args:
-        chunks: Those of the call.
-        rotation: ``[N, Q, C]``.
-    """
+    """The components of combinations of the outputs of one call, with weights ``rotation``, ``[N, Q, C]``; by its chunks."""
     components: Components = []
-    for first in chunks:
-        if any(chunk.piece is first.piece for chunk in chunks[: chunks.index(first)]):
-            continue
-        together = [chunk for chunk in chunks if chunk.piece is first.piece]
+    by_piece: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        by_piece.setdefault(id(chunk.piece), []).append(chunk)
+    for first, *others in by_piece.values():
         uses = first.rotated(rotation[:, first.outputs.start : first.outputs.stop])
-        for chunk in together[1:]:
+        for chunk in others:
             for use, more in zip(uses, chunk.rotated(rotation[:, chunk.outputs.start : chunk.outputs.stop]), strict=True):
                 for place, gradient in more.gradients.items():
                     use.gradients[place] += gradient
@@ -81,14 +76,10 @@ def add_output_blocks(out: Tensor, rows: Components, columns: Components | None)
     for names, terms in rows:
         parts = Parts.of(terms) if columns is None else Parts.of(terms, terms_of(names, columns))
         for first, second in parts.written.values():
-            _add_grams(out, first, second)
+            for c, block in enumerate(out):
+                add_gram(block, first[:, c], None if second is None else second[:, c])
         for _, family in parts.families:
             _add_family(out, family, columns is None)
-
-
-def _add_grams(out: Tensor, first: Tensor, second: Tensor | None) -> None:
-    for c, block in enumerate(out):
-        add_gram(block, first[:, c], None if second is None else second[:, c])
 
 
 def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
@@ -107,8 +98,7 @@ def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
             for i, j in tiles(n, m, step, symmetric):
                 contraction(i, j, block[i, j], True)
         return
-    everything = slice(None)
-    products = family.right_products(everything, everything, out.dtype)[0]  # [N, M], the same for all combinations
+    products = family.right_products(slice(None), slice(None), out.dtype)[0]  # [N, M], the same for all combinations
     memory = out.new_empty(step * step)
     for block, single in zip(out, singles, strict=True):
         left1 = single.first[0].left.reshape(n, -1).to(out.dtype).contiguous()
@@ -120,7 +110,7 @@ def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
 
 
 def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
-    """Add what two chunks of one call have in common: the rows of the first with those of the second, and the reverse."""
+    """Add the products of two chunks' rows of one call; of different chunks, also the transposed ones."""
     rows, columns = (slice(c.outputs.start, c.outputs.stop) for c in (first, second))
     block = total[:, rows, columns]
     part = block if first is second else torch.zeros_like(block)
@@ -132,28 +122,28 @@ def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
             add_products(part, jacobian, jacobian if other_jacobian is None else other_jacobian)
         for _, family in parts.families:
             for a, b in zip(family.first, family.second, strict=True):
-                _add_term(part, a, b)
+                _add_outer_products(part, a, b)
     if first is not second:
         total[:, rows, columns] += part
         total[:, columns, rows] += part.transpose(1, 2)
 
 
-def _add_term(total: Tensor, first: OuterProducts, second: OuterProducts) -> None:
-    """The same for outer products."""
+def _add_outer_products(total: Tensor, first: OuterProducts, second: OuterProducts) -> None:
+    """Add the products of outer products, written out or contracted, whichever takes fewer operations."""
     _, q, g, o, t = first.left.shape
     r, s = second.left.shape[1], second.left.shape[4]
     onehot = isinstance(first.right, OneHot)
     contracted = t * s * (0 if onehot else first.width) + q * o * t * s + q * r * o * t
     written = (q * t + r * s) * o * (1 if onehot else first.width) + q * r * o * first.width
     if written < contracted:
-        for samples in ranges_of_samples(first.left, g * o * first.width * q):
+        for samples in ranges_of_samples(len(total), g * o * first.width * q):
             mine = first.of_samples(samples, torch.float64)
             theirs = mine if second is first else second.of_samples(samples, torch.float64)
             for columns in mine.column_blocks(BLOCK_ELEMENTS):
                 jacobian = mine.explicit(columns)
                 total[samples].baddbmm_(jacobian, (jacobian if theirs is mine else theirs.explicit(columns)).transpose(1, 2))
         return
-    for samples in ranges_of_samples(first.left, max(1, g * t * (s + q * o))):
+    for samples in ranges_of_samples(len(total), g * t * (s + q * o)):
         for group in range(g):
             left = first.left[samples, :, group].double()  # [n, Q, O, T]
             other = left if second is first else second.left[samples, :, group].double()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..memory import require_memory
 
-_CAST_ELEMENTS = 2**20  # entries of D that are turned to float64 (8 MiB) at a time
+_CAST_ELEMENTS = 2**20  # entries of D that are cast to float64 (8 MiB) at a time
 _LEAST_WIDTH = 1024  # columns multiplied at a time: fewer would read and write Θ too often
 ROWS_ELEMENTS = 2**22  # entries of D that are written out at a time for DᵀD
 TILE_ROWS = 64  # the least number of rows of a symmetric product that are computed at a time
@@ -19,20 +19,22 @@ TILE_ROWS = 64  # the least number of rows of a symmetric product that are compu
 
 def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
     """Dᵀu in float64, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
-    product = torch.empty(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    width = max(1, _CAST_ELEMENTS // max(1, matrix.shape[0]))
-    for column in range(0, matrix.shape[1], width):
-        product[column : column + width] = matrix[:, column : column + width].double().T @ u
-    return product
+    return torch.cat([part.double().T @ u for part in _columns(matrix)])
 
 
 def product(matrix: Tensor, v: Tensor) -> Tensor:
     """Dv in float64, ``[R, K]`` and ``[K]`` → ``[R]``, cast block by block."""
     total = torch.zeros(matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    width = max(1, _CAST_ELEMENTS // max(1, matrix.shape[0]))
-    for column in range(0, matrix.shape[1], width):
-        total += matrix[:, column : column + width].double() @ v[column : column + width]
+    column = 0
+    for part in _columns(matrix):
+        total += part.double() @ v[column : column + part.shape[1]]
+        column += part.shape[1]
     return total
+
+
+def _columns(matrix: Tensor) -> list[Tensor]:
+    """The matrix in blocks of columns that are small enough to be cast."""
+    return list(matrix.split(max(1, _CAST_ELEMENTS // max(1, matrix.shape[0])), 1))
 
 
 def spans(sizes: Sequence[int]) -> list[slice]:
@@ -54,29 +56,17 @@ def norm(parts: Mapping[str, Tensor]) -> float:
 def gram(first: Tensor, second: Tensor | None = None) -> Tensor:
     """Products of rows in float64: ``first @ second.T``, ``[R1, K]`` and ``[R2, K]`` → ``[R1, R2]``.
 
-    Columns are cast block by block, so that no float64 copy of the whole is made, and for one matrix with itself only
-    the tiles on and above the diagonal are computed.
-
-    Args:
-        first: The rows on the left.
-        second: The rows on the right; by default those on the left.
-
-    Raises:
-        MemoryError: The result would not fit.
+    Columns are cast block by block, so no float64 copy of the whole is made. Without a ``second``, it is ``first`` itself, and
+    only the tiles on and above the diagonal are computed.
     """
     other = first if second is None else second
-    shape = (first.shape[0], other.shape[0])
-    theta = new_kernel(*shape, first.device, torch.float64).zero_()
+    theta = new_kernel(len(first), len(other), first.device, torch.float64).zero_()
     add_gram(theta, first, second)
     return theta if second is not None else theta.triu_().add_(theta.triu(1).T)
 
 
 def new_kernel(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Memory for a kernel, not initialized.
-
-    Raises:
-        MemoryError: It would not fit.
-    """
+    """Memory for a kernel, not initialized; a MemoryError if it would not fit."""
     require_memory(
         dtype.itemsize * rows * columns,
         device,
@@ -87,12 +77,9 @@ def new_kernel(rows: int, columns: int, device: torch.device, dtype: torch.dtype
 
 
 def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Add products of rows to Θ, in its dtype; of one matrix with itself only the tiles on and above the diagonal.
+    """Add products of rows ``[R1, K]`` and ``[R2, K]`` to Θ ``[R1, R2]``, in its dtype.
 
-    Args:
-        theta: ``[R1, R2]``.
-        first: ``[R1, K]``.
-        second: ``[R2, K]``, or None for ``first``.
+    Without a ``second``, it is ``first`` itself, and only tiles on and above the diagonal are added to.
     """
     width = max(_LEAST_WIDTH, _CAST_ELEMENTS // max(1, *theta.shape))
     for column in range(0, first.shape[1], width):
@@ -108,19 +95,13 @@ def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None
 def parameter_gram(
     blocks: Iterable[Tensor], size: int, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """DᵀD, DᵀV and |D|² in float64, added up over blocks of D's rows, so that D need never be held.
+    """DᵀD ``[K, K]``, DᵀV ``[K, v]`` and |D|² in float64, added up over blocks of D's rows, so that D is never held.
 
     Args:
         blocks: Rows ``[r, K]``, in their order.
         size: K.
         vectors: V, ``[R, v]`` in float64.
-        weigh: Makes SᵀD of rows of D, given these and the number of the first; then DᵀSSᵀD it is.
-
-    Returns:
-        DᵀD ``[K, K]``, DᵀV ``[K, v]`` and |D|².
-
-    Raises:
-        MemoryError: The result would not fit.
+        weigh: Makes SᵀD of rows of D and the number of the first. With it, the first result is DᵀSSᵀD.
     """
     require_memory(
         2 * 8 * size**2,
@@ -142,16 +123,14 @@ def parameter_gram(
 
 def add_products(total: Tensor, first: Tensor, second: Tensor) -> None:
     """Add products of written-out rows of each sample, ``[N, Q, numel]`` and ``[N, R, numel]``, to ``[N, Q, R]``."""
-    for samples in ranges_of_samples(first):
+    for samples in ranges_of_samples(len(first), first[:1].numel()):
         left = first[samples].double()
         right = left if second is first else second[samples].double()
         total[samples].baddbmm_(left, right.transpose(1, 2))
 
 
-def ranges_of_samples(tensor: Tensor, elements: int | None = None) -> Iterator[slice]:
-    """Ranges of samples of at most 4 million entries, or one sample."""
-    n = len(tensor)
-    each = tensor[0].numel() if elements is None and n else elements or 1
-    step = max(1, ROWS_ELEMENTS // max(1, each))
+def ranges_of_samples(n: int, elements: int) -> Iterator[slice]:
+    """Ranges of samples, each of ``elements`` entries, that have at most 4 million entries, or one sample."""
+    step = max(1, ROWS_ELEMENTS // max(1, elements))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))

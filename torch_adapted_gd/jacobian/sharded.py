@@ -23,8 +23,8 @@ T = TypeVar("T")
 class ShardedJacobian(Jacobian):
     """The rows of all processes, one process after the other.
 
-    Vectors of R or K numbers are the same in all processes. Dv is gathered, Dᵀu is summed. For Θ the factors of rows travel:
-    each process computes blocks of its own rows with those of others, and the blocks are summed.
+    Vectors of R or K numbers are the same in all processes. Dv is gathered, Dᵀu is summed. For Θ, processes exchange the
+    factors of their rows. Each one computes blocks between its own rows and those of others, and the blocks are summed.
 
     Args:
         local: D of this process; None if it has no rows.
@@ -48,14 +48,10 @@ class ShardedJacobian(Jacobian):
         self.remark = next((remark for *_, remark in said if remark), None)
 
     def mv(self, v: Parts) -> Tensor:
-        """See `Jacobian`."""
-        return self._world.gather(self._own_product(v), self.lengths)
-
-    def _own_product(self, v: Parts) -> Tensor:
-        return torch.zeros(0, dtype=torch.float64, device=self.device) if self.local is None else self.local.mv(v)
+        own = torch.zeros(0, dtype=torch.float64, device=self.device) if self.local is None else self.local.mv(v)
+        return self._world.gather(own, self.lengths)
 
     def rmv(self, u: Tensor) -> Parts:
-        """See `Jacobian`."""
         total = torch.zeros(sum(self.numels.values()), dtype=torch.float64, device=self.device)
         if self.local is not None:
             own = self.local.rmv(u[self.here])
@@ -63,7 +59,6 @@ class ShardedJacobian(Jacobian):
         return dict(zip(self.numels, self._world.sum(total).split(list(self.numels.values())), strict=True))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """See `Jacobian`."""
         size = self.shape[0]
         theta = new_kernel(size, size, self.device, dtype).zero_()
         if self.local is not None:
@@ -90,25 +85,24 @@ class ShardedJacobian(Jacobian):
             yield dataclasses.replace(factors, start=factors.start + self._spans[rank].start)
 
     def _from(self, rank: int, make: Callable[[Jacobian], Iterator[T]]) -> Iterator[T]:
-        """What one process makes of its rows, one after the other, in all processes."""
+        """Send what one process makes of its rows to all processes, one item after the other."""
         own = make(self.local) if rank == self._world.rank and self.local is not None else iter(())
         while found := self._world.from_rank([*itertools.islice(own, 1)], rank):
             yield found[0]
 
     def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """See `Jacobian`."""
         rows, columns = spans([n * q for n, q in self.shapes])[:2]
         return self.gram(dtype)[rows, columns]
 
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
-        """See `Jacobian`; each block goes to all processes."""
+        """Blocks of `Jacobian.rows`; each goes to all processes."""
         for rank in range(self._world.size):
             yield from self._from(rank, lambda local: local.rows(limit))
 
     def parameter_gram(
         self, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, float]:
-        """See `Jacobian`: a sum of K² numbers over processes."""
+        """As in `Jacobian`, a sum of K² numbers over processes."""
         k, first = self.shape[1], self.here.start
         total = torch.zeros(k * k + k * vectors.shape[1] + 1, dtype=torch.float64, device=self.device)
         if self.local is not None:
@@ -119,12 +113,11 @@ class ShardedJacobian(Jacobian):
         return gram.view(k, k), products.view(k, -1), float(square)
 
     def sample_blocks(self) -> list[Tensor]:
-        """See `Jacobian`."""
         found = self._world.objects([] if self.local is None else self.local.sample_blocks())
         return [block for blocks in found for block in blocks]
 
     def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
-        """See `Jacobian`: each process may ask for other combinations, and is sent what they are made of."""
+        """As in `Jacobian`. Each process may ask for other combinations, and is sent their components."""
         own = [place for place, number in enumerate(numbers) if number in self._calls]
         step = min(self._world.objects(self.combinations_at_once(max(1, rotations[0].shape[2]))))
         places = spans([len(r) for r in rotations])
@@ -142,20 +135,18 @@ class ShardedJacobian(Jacobian):
                     del parts
 
     def combinations_at_once(self, count: int) -> int:
-        """See `Jacobian`."""
         return count if self.local is None else self.local.combinations_at_once(count)
 
     def factors(self) -> Iterator[Factors]:
-        """See `Jacobian`; those of all processes."""
+        """The factors of the rows of all processes."""
         for rank in range(self._world.size):
             yield from self._factors_of(rank)
 
     def combined(self, number: int, rotation: Tensor) -> Components:
-        """See `Jacobian`; of a call of this process."""
+        """As in `Jacobian`, of a call of this process."""
         assert self.local is not None
         return self.local.combined(number - self._calls.start, rotation)
 
     def check_products(self) -> None:
-        """See `Jacobian`."""
         if self.local is not None:
             self.local.check_products()

@@ -1,7 +1,6 @@
-"""The empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15): summed over layers where it can be, from D where it must."""
+"""The empirical neural tangent kernel Θ = DDᵀ (3.14)-(3.15), and D of recorded calls."""
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..checks import one_of, positive_integer
 from ..tracking.calls import Call, Outputs, underlying
 from ..tracking.replay import Replay, State, batch_and_outputs, precision
 from ..tracking.tape import Tape, constants_of
+from ..warning import warn_user
 from ..world import ALONE, World
 from .backward import allows_vmap
 from .chunks import agreed
@@ -37,21 +37,21 @@ def ntk(
 ) -> Tensor:
     """Neural tangent kernel Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, equations (3.14)-(3.15).
 
-    It is summed over all uses of parameters in the forward pass, each by the rule of the function that they are used in
-    (`register_rule`), without D = ∂x/∂θ ever being held; and from rows of D where samples interact, as in BatchNorm in training
-    mode, or a parameter is used out of sight.
+    Θ is summed over all uses of parameters in the forward pass, each by the rule of its function (`register_rule`), without
+    holding D = ∂x/∂θ. Where samples interact, as in BatchNorm in training mode, or a use of a parameter cannot be seen, it is
+    computed from rows of D.
 
     Args:
         model: The network f_θ; its trainable parameters are θ.
         x1: Input with the batch first, ``[N1, ...]``, or a tuple of positional inputs.
         x2: A second input, ``[N2, ...]``; by default ``x1``.
-        method: ``"structured"`` (by rules; raises for a model that they do not serve), ``"jacobian"`` (products of
+        method: ``"structured"`` (by rules; raises for a model that they do not support), ``"jacobian"`` (products of
             Jacobians, see `output_jacobian`), or ``"auto"``: structured where that is right, which is checked with random
-            vectors. It warns when it had to take the Jacobian for a reason that you may not know of.
-        chunk_size: Samples' worth of rows of D (N·Q in all) that are differentiated at a time. By default as many as keep
-            the working memory within a small multiple of Θ, or 512 MiB where that is more.
-        dtype: Dtype of the result, in which products are formed and added up. float64 whatever the model's dtype, unless you
-            know Θ to be well-conditioned: forming Θ squares the condition number of D. float32 takes half the time.
+            vectors. An `AdaptedWarning` says where the Jacobian was needed for a reason that you may not know of.
+        chunk_size: How many samples' rows of D (N·Q in all) are differentiated at a time. By default the working memory stays
+            within a small multiple of Θ, or 512 MiB if that is more.
+        dtype: Dtype of the result, in which products are formed and added up. float64 is right for a model of any dtype,
+            because forming Θ squares the condition number of D. float32 takes half the time, for a well-conditioned Θ.
 
     Returns:
         Θ of shape ``[N1, Q, N2, Q]``: entry (i, q, j, r) is ⟨∂x_iq/∂θ, ∂x_jr/∂θ⟩. ``.reshape(N1 * Q, N2 * Q)`` is DDᵀ.
@@ -83,7 +83,7 @@ def ntk(
         products = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         theta = jacobian.gram(products) if x2 is None else jacobian.cross(products)
     if jacobian.remark:
-        warnings.warn(jacobian.remark, stacklevel=2)
+        warn_user(jacobian.remark)
     (n1, q1), (n2, q2) = jacobian.shapes[0], jacobian.shapes[-1]
     return theta.to(dtype).reshape(n1, q1, n2, q2)
 
@@ -101,19 +101,14 @@ def tangent_jacobian(
 
     Args:
         model: The network.
-        calls: Its calls, and what else was linearized; their rows are stacked.
+        calls: Its calls, and other outputs that were linearized; their rows are stacked.
         names: The parameters θ.
         method: One of `METHODS`.
         chunk_size: See `ntk`.
-        world: The processes that have other rows of D; these calls may then be none.
-
-    Raises:
-        RuntimeError: A call cannot be repeated, or ``method="structured"`` is not right for the model.
-        ValueError: The outputs do not have the batch first.
-        MemoryError: It would not fit.
+        world: The processes that have other rows of D; ``calls`` may then be empty.
     """
-    parameters = {name: p for name, p in underlying(model).named_parameters() if name in set(names)}
-    parameters = {name: parameters[name] for name in names}
+    named = dict(underlying(model).named_parameters())
+    parameters = {name: named[name] for name in names}
     dtype, device = dtype_and_device(list(parameters.values()))
     shapes = [batch_and_outputs(call) for call in calls]
     numels = {name: p.numel() for name, p in parameters.items()}
@@ -131,35 +126,26 @@ def tangent_jacobian(
             )
         jacobian = factored
     else:
-        parts = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
+        blocks = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
         agreed(world, {name: {"written"} for name in numels}, numels, shapes)  # others may have factors
-        jacobian = DenseJacobian.of(parts, shapes, numels)
+        jacobian = DenseJacobian(blocks, shapes, numels, "jacobian (rows)")
     return jacobian if world.size == 1 else ShardedJacobian(jacobian, world, numels, device)
 
 
 def _repeatable(outputs: Outputs) -> Call:
-    """Outputs, if a call can be repeated for them.
-
-    Raises:
-        RuntimeError: They were computed outside of the model.
-    """
+    """The call that gave these outputs; a RuntimeError if they were computed outside of the model."""
     if isinstance(outputs, Call) and not outputs.nested:
         return outputs
     raise RuntimeError(
-        "The Jacobian of what `criterion` was given has to be had in the training step's own backward pass, as it was computed "
-        "outside of the model or from several calls of it, and could not: memory does not suffice, the graph is hidden by "
+        "The arguments of `criterion` were computed outside of the model or from several calls of it, so their Jacobian has to "
+        "come from the training step's own backward pass. It could not: there is not enough memory, the graph is hidden by "
         'torch.utils.checkpoint with use_reentrant=True, or kernel="jacobian" was asked for. Nothing was changed. Use fewer '
-        "samples at a time, or compute it within the model."
+        "samples at a time, or compute the arguments within the model."
     )
 
 
 def _traced(model: nn.Module, outputs: Outputs, names: list[str], dtype: torch.dtype) -> list[Piece]:
-    """A call repeated under a tape, and linearized by the parameters.
-
-    Raises:
-        DisagreementError: It gave other outputs than the call.
-        RuntimeError: It is no call.
-    """
+    """A call repeated under a tape, and linearized by the parameters; a DisagreementError if its outputs differ."""
     call = _repeatable(outputs)
     replay = Replay(underlying(model), call, names)
     tapes: list[Tape] = []
@@ -183,7 +169,7 @@ def _traced(model: nn.Module, outputs: Outputs, names: list[str], dtype: torch.d
 
 
 def written_if_small(jacobian: Jacobian, limit: int = ROWS_ELEMENTS) -> Jacobian:
-    """The same with D held, where it has at most so many entries."""
+    """The same, with D held if it has at most ``limit`` entries."""
     rows, columns = jacobian.shape
     return jacobian if rows * columns > limit else written(jacobian)
 

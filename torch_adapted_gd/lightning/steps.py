@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..full_batch import repeated_samples
 from ..optimizer import AdaptedGD
 from ..report import StepReport
-from ..watching import AdaptedWarning
+from ..warning import AdaptedWarning
 from .frameworks import Callback, LightningModule, Trainer
 
 _NUMBERS = (

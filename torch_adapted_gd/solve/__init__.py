@@ -1,23 +1,20 @@
 """The tangent-kernel system Θψ = Pg (2.22), solved with its rank revealed."""
 
-from .api import solve_kernel, solve_symmetric
+from .api import KernelSolution, solve_kernel
 from .choice import factorize
 from .equilibrated import equilibrated
-from .factorization import Factorization, Status
+from .factorization import Factorization
 from .krylov import ConjugateGradients
 from .lstsq import LeastSquares, rank_revealing_lstsq
 from .singular import SingularValueFactorization, by_singular_values, default_svd_rtol
-from .solution import METHODS, KernelSolution
 from .spectrum import default_rtol
 
 __all__ = [
-    "METHODS",
     "ConjugateGradients",
     "Factorization",
     "KernelSolution",
     "LeastSquares",
     "SingularValueFactorization",
-    "Status",
     "by_singular_values",
     "default_rtol",
     "default_svd_rtol",
@@ -25,5 +22,4 @@ __all__ = [
     "factorize",
     "rank_revealing_lstsq",
     "solve_kernel",
-    "solve_symmetric",
 ]

@@ -1,4 +1,4 @@
-"""Which factorization serves: the cheapest one that can be trusted with the rank."""
+"""Chooses the factorization: the cheapest whose rank can be trusted."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .eigen import by_eigenvalues
 from .factorization import Factorization, NoFactorization
 from .pivoted import by_pivots
 
-# Up to these n the eigenvalue decomposition is as fast as the factorization and the estimates that make it trustworthy.
+# Up to these n the eigenvalue decomposition is as fast as a factorization and its condition estimates.
 _CHOLESKY_PAYS = 128
 _PIVOTS_PAY = 512
 
@@ -22,19 +22,18 @@ def factorize(
     method: str = "auto",
     eps: float | None = None,
     least_shift: float = 0.0,
-    firm: bool = True,
+    truncate: bool = True,
 ) -> Factorization:
     """Factor Θ with its rank revealed, for many shifts and right-hand sides.
 
     Args:
-        matrix: Θ ``[n, n]``, symmetric and positive semi-definite, float64; kept, not copied, so it has to stay as it is.
-        rtol: Singular values of D up to ``rtol``·σ_max count as zero, that is, eigenvalues of Θ up to its square.
+        matrix: Θ ``[n, n]``, symmetric and positive semi-definite, float64. It is not copied and must not change.
+        rtol: Singular values of D up to ``rtol``·σ_max count as zero: eigenvalues of Θ up to its square.
         method: ``"auto"`` or ``"eigh"``, see `solve_kernel`.
-        least_shift: The smallest shift that will be solved with. A large one spares the eigenvalue decomposition of a Θ whose
-            rank is ambiguous; the rank is then an estimate.
-        firm: Directions below the cut are left out whatever the shift. Else they are for the sake of rounding alone: where a
-            shift is far above that, they count.
-        eps: Relative rounding of the entries of Θ; a more negative eigenvalue than that explains is an error.
+        eps: Relative rounding of the entries of Θ; an eigenvalue more negative than that is an error.
+        least_shift: The smallest shift that will be solved with. If it is large, an ambiguous rank is estimated, without
+            the eigenvalue decomposition.
+        truncate: Leave out directions below the cut for every shift. If False, only for shifts that rounding of Θ may exceed.
 
     Returns:
         The factorization; its ``status`` tells of a failure.
@@ -46,11 +45,11 @@ def factorize(
         return NoFactorization(len(matrix), "not_finite")
     if method == "auto" and len(matrix) > _CHOLESKY_PAYS:
         try:
-            factorization: Factorization | None = by_cholesky(matrix, rtol)
-            if factorization is None and (len(matrix) > _PIVOTS_PAY or (least_shift > 0 and not firm)):
-                factorization = by_pivots(matrix, rtol, least_shift, firm)
+            found: Factorization | None = by_cholesky(matrix, rtol)
+            if found is None and (len(matrix) > _PIVOTS_PAY or (least_shift > 0 and not truncate)):
+                found = by_pivots(matrix, rtol, least_shift, truncate)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of numbers near the ends of float64's range
-            factorization = None
-        if factorization is not None:
-            return factorization
-    return by_eigenvalues(matrix, rtol, eps, firm)
+            found = None
+        if found is not None:
+            return found
+    return by_eigenvalues(matrix, rtol, eps, truncate)

@@ -23,10 +23,9 @@ class CholeskyFactorization(Factorization):
         """ψ = (Θ + λ1)⁻¹g by the Cholesky factor of Θ + λ1."""
         if shift != self._shift:
             self._shift, self._shifted = shift, self._factor if shift == 0 else shifted_cholesky(self._matrix, shift)
-        columns = g if g.ndim == 2 else g[:, None]
-        return apply_inverse(self._shifted, columns).reshape(g.shape)
+        return apply_inverse(self._shifted, g)
 
-    def project(self, g: Tensor) -> Tensor:
+    def _project(self, g: Tensor) -> Tensor:
         """The same g: every direction can be reached."""
         return g
 
@@ -38,8 +37,8 @@ def apply_inverse(factor: Tensor, block: Tensor) -> Tensor:
     return image
 
 
-def shifted_cholesky(matrix: Tensor, shift: float) -> Tensor:
-    """The Cholesky factor of Θ + λ1; not finite if there is none."""
+def shifted_cholesky(matrix: Tensor, shift: float | Tensor) -> Tensor:
+    """The Cholesky factor of Θ + λ1, or Θ + diag λ; not finite if there is none."""
     shifted = matrix.clone()
     shifted.diagonal().add_(shift)
     factor, info = torch.linalg.cholesky_ex(shifted)

@@ -14,29 +14,27 @@ class EighFactorization(Factorization):
 
     method = "eigh"
 
-    def __init__(self, eigenvalues: Tensor, vectors: Tensor, rank: int, plain_from: float) -> None:
+    def __init__(self, eigenvalues: Tensor, vectors: Tensor, rank: int, exact_from: float) -> None:
         kept = eigenvalues[len(eigenvalues) - rank :]  # [r] ascending
         condition = math.sqrt(float(kept[-1]) / float(kept[0])) if rank else math.nan
-        super().__init__(len(eigenvalues), rank, condition, plain_from=plain_from)
+        super().__init__(len(eigenvalues), rank, condition, exact_from=exact_from)
         self._eigenvalues, self._vectors = eigenvalues, vectors
         self._kept, self._basis = kept, vectors[:, len(eigenvalues) - rank :]  # basis [n, r]
 
     def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
         """ψ = Σ v(vᵀg)/(σ² + λ)."""
-        scale = self._kept + shift
-        return self._basis @ ((self._basis.T @ g) / (scale if g.ndim == 1 else scale[:, None]))
+        return self._basis @ ((self._basis.T @ g) / (self._kept + shift)[:, None])
 
-    def _solve_plainly(self, g: Tensor, shift: float) -> Tensor:
+    def _solve_exactly(self, g: Tensor, shift: float) -> Tensor:
         """The same over all eigenvalues."""
-        scale = self._eigenvalues.clamp(min=0) + shift
-        return self._vectors @ ((self._vectors.T @ g) / (scale if g.ndim == 1 else scale[:, None]))
+        return self._vectors @ ((self._vectors.T @ g) / (self._eigenvalues.clamp(min=0) + shift)[:, None])
 
-    def project(self, g: Tensor) -> Tensor:
+    def _project(self, g: Tensor) -> Tensor:
         """Σ v(vᵀg)."""
         return self._basis @ (self._basis.T @ g)
 
 
-def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None, firm: bool) -> Factorization:
+def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None, truncate: bool) -> Factorization:
     """Θ by its eigenvalues; see `factorize` for the arguments.
 
     Raises:
@@ -51,5 +49,5 @@ def by_eigenvalues(matrix: Tensor, rtol: float, eps: float | None, firm: bool) -
     if smallest < -1e2 * n * (eps or EPS) * max(largest, -smallest):
         raise ValueError(f"`theta` should be positive semi-definite, but has the eigenvalue {smallest:.3g}.")
     rank = int((eigenvalues > rtol**2 * largest).sum()) if largest > 0 else 0
-    plain_from = math.inf if firm or not rank else MARGIN * n * EPS * largest
-    return EighFactorization(eigenvalues, vectors, rank, plain_from)
+    exact_from = math.inf if truncate or not rank else MARGIN * n * EPS * largest
+    return EighFactorization(eigenvalues, vectors, rank, exact_from)

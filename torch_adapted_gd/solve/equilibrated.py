@@ -1,12 +1,9 @@
-"""DᵀD whose columns have very different sizes, as parameters in different units give them."""
+"""DᵀD whose columns have very different sizes, as for parameters in different units."""
 
-import math
-
-import torch
 from torch import Tensor
 
 from .choice import factorize
-from .cholesky import apply_inverse
+from .cholesky import apply_inverse, shifted_cholesky
 from .factorization import Factorization
 
 _UNEVEN = 1e4  # ratio of diagonal entries from which it is tried
@@ -16,50 +13,47 @@ class EquilibratedFactorization(Factorization):
     """M = E⁻¹M̂E⁻¹ of full rank, M̂ with a diagonal of ones: its rank does not depend on the units of the parameters.
 
     Args:
-        matrix: M.
-        scaled: The factorization of M̂.
+        unit: M̂.
+        found: The factorization of M̂.
         e: The diagonal of E.
     """
 
-    def __init__(self, matrix: Tensor, scaled: Factorization, e: Tensor) -> None:
-        super().__init__(len(matrix), scaled.rank, scaled.condition)
-        self._scaled, self._e = scaled, e
-        self._unit = matrix * e[:, None] * e
-        self._shift, self._factor = 0.0, self._unit
-        self.method = f"equilibrated {scaled.method}"
+    def __init__(self, unit: Tensor, found: Factorization, e: Tensor) -> None:
+        super().__init__(len(unit), found.rank, found.condition)
+        self._unit, self._found, self._e = unit, found, e[:, None]
+        self._shift, self._factor = 0.0, unit
+        self.method = f"equilibrated {found.method}"
 
     def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
         """E(M̂ + λE²)⁻¹Eg."""
-        e = self._e if g.ndim == 1 else self._e[:, None]
         if shift == 0:
-            return e * self._scaled.solve(e * g)
+            return self._e * self._found.solve(self._e * g)
         if shift != self._shift:
-            shifted = self._unit + torch.diag(shift * self._e**2)
-            factor, info = torch.linalg.cholesky_ex(shifted)
-            self._shift, self._factor = shift, torch.full_like(factor, math.nan) if int(info) else factor
-        right = e * g
-        return e * apply_inverse(self._factor, right if g.ndim == 2 else right[:, None]).reshape(g.shape)
+            self._shift, self._factor = shift, shifted_cholesky(self._unit, shift * self._e[:, 0] ** 2)
+        return self._e * apply_inverse(self._factor, self._e * g)
 
-    def project(self, g: Tensor) -> Tensor:
+    def _project(self, g: Tensor) -> Tensor:
         """The same g."""
         return g
 
 
-def equilibrated(matrix: Tensor, found: Factorization, *, rtol: float, method: str, firm: bool) -> Factorization:
-    """What `factorize` found of DᵀD, or better: a rank that is short for the units' sake alone is full.
+def equilibrated(matrix: Tensor, found: Factorization, *, rtol: float, method: str, truncate: bool) -> Factorization:
+    """The factorization ``found`` of DᵀD, or that of M̂ where only the units make the rank of DᵀD short.
 
     Args:
         matrix: DᵀD.
-        found: Its factorization.
-        rtol: See `factorize`, like the others.
-        method: See there.
-        firm: See there.
+        found: What `factorize` made of it.
+        rtol: See `factorize`.
+        method: See `factorize`.
+        truncate: See `factorize`.
     """
-    diagonal = matrix.diagonal()
-    if found.status != "rank_deficient" or not bool((diagonal > 0).all()):
+    if found.status != "rank_deficient":
         return found
-    if float(diagonal.max()) <= _UNEVEN * float(diagonal.min()):
+    diagonal = matrix.diagonal()
+    least = float(diagonal.min())
+    if not least > 0 or float(diagonal.max()) <= _UNEVEN * least:
         return found
     e = diagonal.rsqrt()
-    scaled = factorize(matrix * e[:, None] * e, rtol=rtol, method=method, firm=firm)
-    return EquilibratedFactorization(matrix, scaled, e) if scaled.status == "full_rank" else found
+    unit = matrix * e[:, None] * e
+    scaled = factorize(unit, rtol=rtol, method=method, truncate=truncate)
+    return EquilibratedFactorization(unit, scaled, e) if scaled.status == "full_rank" else found

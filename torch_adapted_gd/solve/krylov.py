@@ -10,42 +10,46 @@ from torch import Tensor
 from ..checks import one_of, positive_integer, real_number, true_or_false
 
 PRECONDITIONERS = ("outputs", "samples", "none")
-_ZERO = 1e-8  # relative to the mean of diag Θ: the shift of the systems that a singular one is solved by
-_ROUNDS = 30  # of these
-_PATIENCE = 60  # iterations without any progress of the residual after which a system without shift counts as singular
-_LEAST = 1e-6  # relative to that too: the least shift of the preconditioner
-_INNER = 0.1  # of the tolerance, for the systems of the rounds
-_AGAIN = 3  # times that the recurrence may start again from the residual itself, which rounding has taken it away from
+# Relative to the mean of diag Θ:
+_ZERO = 1e-8  # the shift of the systems by which a singular one is solved
+_LEAST = 1e-6  # the least shift of the preconditioner
+_ROUNDS = 30  # most of these systems
+_INNER = 0.1  # of the tolerance, for these systems
+_PATIENCE = 60  # iterations without progress of the residual after which a system without shift counts as singular
+_RESTARTS = 3  # of the recurrence from the true residual, which rounding has taken it away from
 
 
 @dataclass(frozen=True)
 class ConjugateGradients:
-    """Solve for steps by preconditioned conjugate gradients: N·Q of tens or hundreds of thousands, where no Θ would fit.
+    """Solve for steps by preconditioned conjugate gradients, for N·Q of tens or hundreds of thousands: Θ need not fit.
 
-    An iteration applies Θ = DDᵀ once, in float64, from the layers' factors: neither Θ nor D is formed. It ends when
-    r = g − (Θ + λ1)ψ is at most ``rtol``·|g|. The outputs' predicted motion Θψ is then within that of the exact one,
-    because Θ(Θ + λ1)⁻¹ shortens everything. So an rtol of 1e-2 means: the outputs are sent where they should go to within
-    1 % of the way. For λ = 0 and a Θ whose rank is short the right-hand side has a part out of reach, which no ψ removes from
-    r. This is noticed, and D⁺g = lim Dᵀ(Θ + μ1)⁻¹g is approached by repeated solutions with μ = 10⁻⁸ of the mean of diag Θ,
-    each for what the last ones left (iterated Tikhonov regularization), until Θψ settles to within the tolerance; the
-    report's status is ``"rank_deficient"`` then, as singular values of D far below √μ count as zero, if there are any.
-    Tolerances below 10⁻⁶ are beyond rounding there. If the iterations run out before, the report's status is
-    ``"not_converged"``, a warning says so once, and the step is taken with what was reached. Singular systems often end so, if
-    inputs are not simply there twice: damp.
+    Each iteration applies Θ = DDᵀ once, in float64, from the layers' factors. Neither Θ nor D is formed. Iterations end when
+    |g − (Θ + λ1)ψ| ≤ ``rtol``·|g|. The predicted motion of the outputs, Θψ, is then within ``rtol``·|g| of the exact one,
+    because Θ(Θ + λ1)⁻¹ shortens every vector: rtol=1e-2 sends the outputs where they should go to within 1 %.
 
-    ``preconditioner="outputs"``, the default: outputs are turned into the basis of the eigenvectors of the mean of Θ(x_n, x_n)
-    over samples, and blocks of Θ between all samples for each of these Q combinations are formed in float32 and factored. They
-    take 4 Q N² bytes, where Θ would take 8 Q² N². It contains the nearest Kronecker product K ⊗ C, whose blocks are
-    multiples of one another. Where memory is short, combinations with near eigenvalues share a block; where there is none for a
-    single one, ``"samples"`` takes its place: Θ(x_n, x_n), exact, and nothing between samples.
+    For λ = 0 and a singular Θ, part of g may be out of reach, and the residual cannot become small. The solver notices this
+    and approaches D⁺g = lim Dᵀ(Θ + μ1)⁻¹g by iterated Tikhonov regularization: it solves repeatedly with μ = 10⁻⁸ of the
+    mean of diag Θ, each time for what is left, until Θψ settles to within the tolerance. The report's status is then
+    ``"rank_deficient"``: singular values of D far below √μ count as zero. A tolerance below 10⁻⁶ is beyond rounding there.
+    If iterations run out, the status is ``"not_converged"``, a warning says so once, and the step uses the ψ reached so far.
+    This is common for singular systems, except where inputs are simply duplicated; use damping.
+
+    Preconditioners:
+
+    - ``"outputs"`` (default): rotate the outputs into the eigenbasis of the mean of Θ(x_n, x_n) over samples, and for each
+      of the Q rotated outputs form and factor the block of Θ between all samples, in float32. The blocks take 4 Q N² bytes (Θ
+      takes 8 Q² N²). The nearest Kronecker product K ⊗ C is the special case of blocks that are multiples of one another.
+      If memory is short, outputs with close eigenvalues share a block; if not even one block fits, ``"samples"`` is used.
+    - ``"samples"``: Θ(x_n, x_n) of each sample, exact, and nothing between samples.
+    - ``"none"``.
 
     Args:
-        rtol: Largest |r|/|g|.
+        rtol: Largest relative residual |g − (Θ + λ1)ψ|/|g|.
         max_iter: Most iterations of one solution.
         preconditioner: ``"outputs"``, ``"samples"`` or ``"none"``.
-        warm_start: Begin a step's solution with a multiple of the last step's ψ, the best one, if the number of outputs is the
-            same. It is kept in the optimizer's state, and helps where steps are short and the samples are the same, in the same
-            order. It takes one application of Θ, and other samples lose no more than that.
+        warm_start: Begin with the best multiple of the last step's ψ, if the number of outputs is the same. This costs one
+            application of Θ, and helps if steps are short and samples are the same, in the same order. ψ is kept in the
+            optimizer's state.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -71,14 +75,14 @@ class ConjugateGradients:
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where conjugate gradients have come to.
+    """A ψ found by conjugate gradients.
 
     Attributes:
         psi: ψ.
         image: Θψ.
-        residual: |g − (Θ + λ1)ψ|/|g|; for a system found singular, how far Θψ may still be from where it settles, over |g|.
+        residual: |g − (Θ + λ1)ψ|/|g|; for a singular system, how far Θψ may still be from where it settles, over |g|.
         iterations: Iterations made.
-        converged: Whether that is within the tolerance.
+        converged: Whether the residual is within the tolerance.
         singular: Whether the system was found singular, and g to have a part out of its range.
     """
 
@@ -90,20 +94,16 @@ class Iterate:
     singular: bool = False
 
 
-Product = Callable[[Tensor], Tensor]
-Agreed = Callable[[float], float]
-
-
 def solve_by_cg(
-    product: Product,
+    product: Callable[[Tensor], Tensor],
     g: Tensor,
     *,
     shift: float,
     scale: float,
-    precondition: Callable[[float], Product],
+    precondition: Callable[[float], Callable[[Tensor], Tensor]],
     options: ConjugateGradients,
     start: Tensor | None = None,
-    agreed: Agreed = float,
+    agreed: Callable[[float], float] = float,
 ) -> Iterate:
     """ψ = (Θ + λ1)⁻¹g; for λ = 0 a ψ with Dᵀψ = D⁺g.
 
@@ -114,11 +114,11 @@ def solve_by_cg(
         scale: The mean of diag Θ.
         precondition: Makes an approximation r ↦ (Θ + μ1)⁻¹r for a μ.
         options: When to stop.
-        start: A ψ to begin with a multiple of.
-        agreed: Gives processes that solve together the same number, where they decide by it.
+        start: Begin with a multiple of this ψ.
+        agreed: Makes a number the same in all processes that solve together, because it decides when to stop.
     """
     size = float(torch.linalg.vector_norm(g))
-    begin = _zero(g, 0)
+    begin = Iterate(torch.zeros_like(g), torch.zeros_like(g), 0.0, 0, True)
     if size == 0 or scale == 0:
         return begin
     if start is not None and float(torch.linalg.vector_norm(start)):
@@ -127,111 +127,89 @@ def solve_by_cg(
         if energy > 0:  # the multiple that is nearest to ψ in the energy: never farther than zero
             factor = float(start @ g) / energy
             begin = Iterate(factor * start, factor * image, 1.0, 1, False)
-    inverse = precondition(max(shift, _LEAST * scale))
-    found = _iterate(product, g, shift, inverse, options.rtol * size, options.max_iter, begin, agreed)
-    if found.converged or shift > 0 or found.iterations >= options.max_iter:
-        return replace(found, residual=found.residual / size)
-    return _in_rounds(product, g, _ZERO * scale, precondition, options, found.iterations, agreed)
+    system = _System(product, shift, precondition(max(shift, _LEAST * scale)), options.max_iter, agreed)
+    found = system.solve(g, options.rtol * size, begin)
+    if not (found.converged or shift > 0 or found.iterations >= options.max_iter):
+        regular = _System(product, _ZERO * scale, precondition(_ZERO * scale), options.max_iter, agreed)
+        found = regular.solve_in_rounds(g, options.rtol * size, found.iterations)
+    return replace(found, residual=found.residual / size)
 
 
-def _zero(g: Tensor, spent: int) -> Iterate:
-    return Iterate(torch.zeros_like(g), torch.zeros_like(g), 0.0, spent, True)
+@dataclass(frozen=True)
+class _System:
+    """(Θ + λ1)ψ = g with a preconditioner; residuals and goals are absolute here."""
 
+    product: Callable[[Tensor], Tensor]
+    shift: float
+    inverse: Callable[[Tensor], Tensor]
+    max_iter: int
+    agreed: Callable[[float], float]
 
-def _in_rounds(
-    product: Product,
-    g: Tensor,
-    shift: float,
-    precondition: Callable[[float], Product],
-    options: ConjugateGradients,
-    spent: int,
-    agreed: Agreed,
-) -> Iterate:
-    """Iterated Tikhonov regularization: ψ ← ψ + (Θ + μ1)⁻¹(g − Θψ), so that Dᵀψ → D⁺g with Pg, and no more, reached.
+    def size(self, v: Tensor) -> float:
+        """|v|, the same in all processes."""
+        return self.agreed(float(torch.linalg.vector_norm(v)))
 
-    Only solutions whose residual is small in all directions count, those out of reach too: then nothing above μ was missed.
-    """
-    size = float(torch.linalg.vector_norm(g))
-    inverse, goal = precondition(shift), _INNER * options.rtol * size
-    psi, image = torch.zeros_like(g), torch.zeros_like(g)
-    for number in range(_ROUNDS):
-        part = _iterate(product, g - image, shift, inverse, goal, options.max_iter, _zero(g, spent), agreed)
-        spent = part.iterations
-        psi, image = psi + part.psi, image + part.image
-        # What the first moved is the step.
-        left = agreed(float(torch.linalg.vector_norm(part.image))) if number else part.residual
-        settled = number > 0 and left <= options.rtol * size
-        if settled or not part.converged:
-            break
-    left = max(left, part.residual)
-    return Iterate(psi, image, left / size, spent, settled and part.converged, singular=True)
+    def solve_in_rounds(self, g: Tensor, goal: float, spent: int) -> Iterate:
+        """Iterated Tikhonov regularization: ψ ← ψ + (Θ + μ1)⁻¹(g − Θψ), so that Dᵀψ → D⁺g, and Θψ → Pg.
 
+        A round counts only if its residual is small in all directions, those out of reach too: then nothing above μ was missed.
+        """
+        psi, image = torch.zeros_like(g), torch.zeros_like(g)
+        for number in range(_ROUNDS):
+            zero = Iterate(torch.zeros_like(g), torch.zeros_like(g), 0.0, spent, True)
+            part = self.solve(g - image, _INNER * goal, zero)
+            psi, image, spent = psi + part.psi, image + part.image, part.iterations
+            moved = self.size(part.image) if number else math.inf  # what the first round moves is the step itself
+            if moved <= goal or not part.converged:
+                break
+        left = max(moved if number else 0.0, part.residual)
+        return Iterate(psi, image, left, spent, moved <= goal and part.converged, singular=True)
 
-def _iterate(
-    product: Product,
-    g: Tensor,
-    shift: float,
-    inverse: Product,
-    goal: float,
-    limit: int,
-    begin: Iterate,
-    agreed: Agreed,
-) -> Iterate:
-    """Preconditioned conjugate gradients on (Θ + λ1)ψ = g, until the residual, not over |g| here, is at most ``goal``.
+    def solve(self, g: Tensor, goal: float, begin: Iterate) -> Iterate:
+        """Conjugate gradients until the residual is at most ``goal``.
 
-    What counts is the residual itself and not that of the recurrence, which rounding takes away from it.
-    """
-    psi, image, spent = begin.psi, begin.image, begin.iterations
-    residual = g - image - shift * psi
-    left, aim, exhausted = agreed(float(torch.linalg.vector_norm(residual))), goal, False
-    for _ in range(_AGAIN):
-        if left <= goal or exhausted:
-            break
-        psi, spent, exhausted = _recur(product, psi, residual, shift, inverse, aim, spent, limit, agreed)
-        image = product(psi)
-        residual = g - image - shift * psi
-        left, aim = agreed(float(torch.linalg.vector_norm(residual))), 0.5 * goal
-    return Iterate(psi, image, left, spent, left <= goal)
+        The true residual is tested, not that of the recurrence, which drifts away from it by rounding.
+        """
+        psi, image, spent = begin.psi, begin.image, begin.iterations
+        residual = g - image - self.shift * psi
+        left, aim, exhausted = self.size(residual), goal, False
+        for _ in range(_RESTARTS):
+            if left <= goal or exhausted:
+                break
+            psi, spent, exhausted = self._recur(psi, residual, aim, spent)
+            image = self.product(psi)
+            residual = g - image - self.shift * psi
+            left, aim = self.size(residual), 0.5 * goal
+        return Iterate(psi, image, left, spent, left <= goal)
 
-
-def _recur(
-    product: Product,
-    psi: Tensor,
-    residual: Tensor,
-    shift: float,
-    inverse: Product,
-    goal: float,
-    spent: int,
-    limit: int,
-    agreed: Agreed,
-) -> tuple[Tensor, int, bool]:
-    """The recurrence from a ψ and its residual; returns the best ψ, iterations spent, and whether there is no use in more."""
-    descent = inverse(residual)
-    direction = descent.clone()
-    energy = float(residual @ descent)
-    best, best_size = psi, float(torch.linalg.vector_norm(residual))
-    lowest, since = math.inf, 0  # residuals grow at first
-    while spent < limit:
-        image = product(direction)
-        if shift:
-            image.add_(direction, alpha=shift)
-        curvature = float(direction @ image)
-        if not (curvature > 0 and energy > 0 and math.isfinite(curvature)):  # singular, as far as rounding lets it be seen
-            return best, spent, True
-        step = energy / curvature
-        psi = psi + step * direction
-        residual = residual - step * image
-        spent += 1
-        size = agreed(float(torch.linalg.vector_norm(residual)))
-        since = 0 if size < 0.99 * lowest else since + 1
-        lowest = min(lowest, size)
-        if size < best_size:
-            best, best_size = psi, size
-        if size <= goal:
-            return psi, spent, False
-        if shift == 0 and since > _PATIENCE:
-            return best, spent, True
-        descent = inverse(residual)
-        before, energy = energy, float(residual @ descent)
-        direction = descent.add_(direction, alpha=energy / before)
-    return best, spent, True
+    def _recur(self, psi: Tensor, residual: Tensor, goal: float, spent: int) -> tuple[Tensor, int, bool]:
+        """The recurrence from a ψ and its residual: the best ψ, the iterations spent, and whether more would be of no use."""
+        descent = self.inverse(residual)
+        direction = descent.clone()
+        energy = float(residual @ descent)
+        best, best_size = psi, float(torch.linalg.vector_norm(residual))
+        lowest, since = math.inf, 0  # residuals grow at first
+        while spent < self.max_iter:
+            image = self.product(direction)
+            if self.shift:
+                image.add_(direction, alpha=self.shift)
+            curvature = float(direction @ image)
+            if not (curvature > 0 and energy > 0 and math.isfinite(curvature)):  # singular, as far as rounding shows it
+                break
+            step = energy / curvature
+            psi = psi + step * direction
+            residual = residual - step * image
+            spent += 1
+            size = self.size(residual)
+            since = 0 if size < 0.99 * lowest else since + 1
+            lowest = min(lowest, size)
+            if size < best_size:
+                best, best_size = psi, size
+            if size <= goal:
+                return psi, spent, False
+            if self.shift == 0 and since > _PATIENCE:
+                break
+            descent = self.inverse(residual)
+            before, energy = energy, float(residual @ descent)
+            direction = descent.add_(direction, alpha=energy / before)
+        return best, spent, True

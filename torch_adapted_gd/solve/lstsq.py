@@ -6,26 +6,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import all_finite, real_number
+from ..checks import all_finite, real_number, real_tensor
+from .cholesky import apply_inverse
 from .factorization import Status
+from .singular import Reflections, by_singular_values
 from .spectrum import EPS, largest_eigenvalue, random_block
 
-_MARGIN = 10.0  # how far the smallest singular value has to be from what counts as zero for R to be trusted without its SVD
+_MARGIN = 10.0  # how far above the cut the smallest singular value has to be for R to be used without its SVD
 
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """What `rank_revealing_lstsq` found. A failure is a value here: ``status`` says so and ``solution`` is zero.
+    """Result of `rank_revealing_lstsq`. A failure is a value: ``status`` says what failed, and ``solution`` is zero.
 
     Attributes:
         solution: x ``[n]`` or ``[n, k]`` in A's dtype: of all that make |Ax − b| smallest, the one of least norm.
         residual_norm: |Ax − b|, a number ``[]`` or one for each column, ``[k]``, float64; NaN after a failure.
         rank: Number of singular values of A counted as nonzero.
-        condition: σ_max/σ_min over those; NaN when the rank is 0. By ``"svd"`` it is computed, by ``"qr"`` estimated, from
-            below and mostly within a third.
+        condition: σ_max/σ_min over those; NaN when the rank is 0. Exact by ``"svd"``; by ``"qr"`` an estimate from below,
+            mostly within a third.
         status: ``"full_rank"`` (rank min(m, n)), ``"rank_deficient"``, ``"zero"`` (A = 0 or empty), ``"not_finite"`` (A, b or x
-            has NaN or infinite entries) or ``"not_converged"`` (the routine for singular values gave up).
-        method: ``"qr"`` or ``"svd"``, what served, or ``"none"``.
+            has NaN or infinite entries) or ``"not_converged"`` (the routine for singular values failed).
+        method: ``"qr"``, ``"svd"`` or ``"none"``.
     """
 
     solution: Tensor
@@ -40,10 +42,10 @@ class LeastSquares:
 def rank_revealing_lstsq(a: Tensor, b: Tensor, *, rtol: float | None = None) -> LeastSquares:
     """Solve min |Ax − b| for the x of least norm, x = A⁺b, for A of any shape and rank.
 
-    Singular values σ ≤ ``rtol``·σ_max count as zero. With the Householder factorization A = QR (of Aᵀ where A is wide),
-    x = R⁻¹Qᵀb serves where an estimate of R's condition says that the rank is full by a wide margin; if not, the singular
-    values of R reveal it. AᵀA is never formed, so that the condition number is not squared. The steps are the same on CPU and
-    CUDA, where ``torch.linalg.lstsq`` assumes full rank and is wrong without it. All is computed in float64 and the solution
+    Singular values σ ≤ ``rtol``·σ_max count as zero. If an estimate of the condition shows that the rank is full by a wide
+    margin, x comes from the Householder factorization of A (of Aᵀ if A is wide), x = R⁻¹Qᵀb. Otherwise it comes from the
+    singular values of A. AᵀA is never formed, so the condition number is not squared. CPU and CUDA take the same steps.
+    (``torch.linalg.lstsq`` on CUDA assumes full rank and is wrong without it.) All is computed in float64, and the solution is
     rounded to A's dtype. Gradients are not tracked through it.
 
     Args:
@@ -67,11 +69,8 @@ def rank_revealing_lstsq(a: Tensor, b: Tensor, *, rtol: float | None = None) -> 
         >>> round(float(found.residual_norm) ** 2, 3)
         3.0
     """
-    for name, tensor in (("a", a), ("b", b)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"`{name}` should be a tensor, but got {type(tensor).__name__}. Convert it with torch.as_tensor.")
-        if tensor.dtype not in (torch.float32, torch.float64) and (name == "a" or tensor.is_complex()):
-            raise TypeError(f"`{name}` should be float32 or float64, but is {tensor.dtype}. Convert it first.")
+    real_tensor("a", a, precise=True)
+    real_tensor("b", b)
     if a.ndim != 2:
         raise ValueError(f"`a` should be a matrix [m, n], but got {list(a.shape)}. Solve a batch one matrix at a time.")
     if b.ndim not in (1, 2) or len(b) != len(a):
@@ -81,11 +80,10 @@ def rank_revealing_lstsq(a: Tensor, b: Tensor, *, rtol: float | None = None) -> 
     m, n = a.shape
     rtol = max(m, n) * torch.finfo(a.dtype).eps if rtol is None else real_number("rtol", rtol, low=0.0, below=1.0)
     matrix, right = a.double(), (b if b.ndim == 2 else b[:, None]).to(a.device, torch.float64)
-
     shape = (n, *b.shape[1:])
 
     def failure(status: Status) -> LeastSquares:
-        norm = torch.linalg.vector_norm(right, dim=0) if status == "zero" else torch.full_like(right[:1].sum(0), math.nan)
+        norm = torch.linalg.vector_norm(right, dim=0) if status == "zero" else right.new_full(right.shape[1:], math.nan)
         return LeastSquares(a.new_zeros(shape), norm.reshape(b.shape[1:]), 0, math.nan, status, "none")
 
     if not (all_finite(matrix) and all_finite(right)):
@@ -93,19 +91,25 @@ def rank_revealing_lstsq(a: Tensor, b: Tensor, *, rtol: float | None = None) -> 
     scale = float(matrix.abs().max()) if matrix.numel() else 0.0
     if scale == 0:
         return failure("zero")
-    factors = _Householder(matrix / scale)  # no square of an entry overflows
-    kept, rank, method = None, min(m, n), "qr"
+    unit = matrix / scale  # so that no square of an entry overflows
+    wide = m < n
+    packed, reflections = torch.geqrf(unit.mT if wide else unit)
+    q, r = Reflections(packed, reflections), packed[: min(m, n)].triu()  # A = QR, or Aᵀ = QR
     try:
-        condition = factors.condition()
-        if not condition * _MARGIN * max(rtol, max(m, n) * EPS) < 1:  # written so that NaN fails
-            method = "svd"
-            u, sigma, v = torch.linalg.svd(factors.triangle)  # descending
-            rank = int((sigma > rtol * sigma[0]).sum())
-            condition = float(sigma[0] / sigma[rank - 1])
-            kept = u[:, :rank], sigma[:rank, None], v[:rank].mT
+        condition = _condition(r)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return failure("not_converged")
-    x = factors.solve(right, kept) / scale
+    rank, method = min(m, n), "qr"
+    if not condition * _MARGIN * max(rtol, max(m, n) * EPS) < 1:  # written so that NaN fails
+        svd = by_singular_values(unit, rtol)
+        if svd.status == "not_converged":
+            return failure("not_converged")
+        x, rank, condition, method = svd.step(right), svd.rank, svd.condition, "svd"
+    elif wide:
+        x = q @ torch.linalg.solve_triangular(r.mT, right, upper=False)
+    else:
+        x = torch.linalg.solve_triangular(r, q.T @ right, upper=True)
+    x = x / scale
     solution = x.to(a.dtype)
     if not all_finite(solution):  # near the ends of the dtype's range
         return failure("not_finite")
@@ -114,42 +118,12 @@ def rank_revealing_lstsq(a: Tensor, b: Tensor, *, rtol: float | None = None) -> 
     return LeastSquares(solution.reshape(shape), norm.reshape(b.shape[1:]), rank, condition, status, method)
 
 
-class _Householder:
-    """A or, where it is wide, Aᵀ as QR, with Q kept in Householder vectors."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.wide = matrix.shape[0] < matrix.shape[1]
-        self._packed, self._tau = torch.geqrf(matrix.mT if self.wide else matrix)
-        self._short = self._packed.shape[1]
-        self.triangle = self._packed[: self._short].triu()  # R [s, s], s = min(m, n)
-
-    def condition(self) -> float:
-        """σ_max/σ_min of R, estimated from below; NaN or infinite for one that is singular."""
-        r, start = self.triangle, random_block(self.triangle)
-        if not bool(r.diagonal().all()):
-            return math.inf
-        largest = largest_eigenvalue(lambda block: r.mT @ (r @ block), start)
-
-        def inverse(block: Tensor) -> Tensor:  # of RᵀR
-            half: Tensor = torch.linalg.solve_triangular(r.mT, block, upper=False)
-            image: Tensor = torch.linalg.solve_triangular(r, half, upper=True)
-            return image
-
-        if not all_finite(inverse(start)):
-            return math.inf
-        return math.sqrt(largest * largest_eigenvalue(inverse, start))
-
-    def solve(self, right: Tensor, kept: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """R⁻¹Qᵀb, or QR⁻ᵀb where A is wide, with R⁻¹ by ``kept`` parts of its singular value decomposition if given."""
-        image = right if self.wide else torch.ormqr(self._packed, self._tau, right, transpose=True)[: self._short]
-        if kept is not None:
-            u, sigma, v = kept
-            x = u @ ((v.mT @ image) / sigma) if self.wide else v @ ((u.mT @ image) / sigma)
-        elif self.wide:
-            x = torch.linalg.solve_triangular(self.triangle.mT, image, upper=False)
-        else:
-            x = torch.linalg.solve_triangular(self.triangle, image, upper=True)
-        if not self.wide:
-            return x
-        padded = torch.cat([x, x.new_zeros(len(self._packed) - self._short, x.shape[1])])
-        return torch.ormqr(self._packed, self._tau, padded)
+def _condition(r: Tensor) -> float:
+    """σ_max/σ_min of a triangular R, estimated from below; NaN or infinite for a singular R."""
+    if not bool(r.diagonal().all()):
+        return math.inf
+    start = random_block(r)
+    if not all_finite(apply_inverse(r.mT, start)):  # (RᵀR)⁻¹
+        return math.inf
+    largest = largest_eigenvalue(lambda block: r.mT @ (r @ block), start)
+    return math.sqrt(largest * largest_eigenvalue(lambda block: apply_inverse(r.mT, block), start))

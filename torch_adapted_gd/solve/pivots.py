@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK = 128  # candidates per block: the products are large enough to be fast, and few columns are looked at in vain
-_LEAST = 16  # as few as this after blocks of which little was of use, as where the spectrum decays fast
+_BLOCK = 128  # candidates per block: products are large enough to be fast, and few candidates are rejected
+_LEAST = 16  # candidates after blocks with few pivots, as for a spectrum that decays fast
 _RELATIVE = 0.3  # pivots below this part of the largest wait; errors stay within about four times those of strict order
 
 
@@ -26,17 +26,15 @@ class Pivots:
 def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | None:
     """Take rows of Θ as pivots, the largest remaining diagonals first, until none is above the ``floor``.
 
-    Each block takes candidates by their diagonal. Those that others before them in the block explain (duplicates of them,
-    say) wait for a later block, those accepted are eliminated from all the rest with one matrix product. This is the order of
-    textbook pivoting up to a constant factor in the size of the pivots, without its walk of one column at a time.
+    Each block takes candidates by their diagonal. A candidate that others before it in the block explain (a duplicate, say)
+    waits for a later block. The accepted ones are eliminated from the rest with one matrix product. Up to a constant factor
+    in the size of the pivots, this is the order of textbook pivoting, which takes one column at a time.
 
     Args:
         matrix: Θ ``[n, n]``, float64.
         floor: Diagonals of the remainder up to this are zero.
-        hopeless: Give up when the trace of a remainder above the floor falls below this: the rank will not be unambiguous.
-
-    Returns:
-        The factor; None when it was given up.
+        hopeless: Give up (return None) when the trace of a remainder above the floor falls below this: the rank will be
+            ambiguous.
     """
     n = len(matrix)
     order = torch.arange(n, device=matrix.device)
@@ -52,7 +50,9 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
         if len(rows) < min(n, rank + _BLOCK):
             rows = torch.cat([rows, rows.new_zeros(min(n - len(rows), len(rows)), n)])
         candidates = rank + left[rank:].topk(min(width, n - rank)).indices
-        chosen = candidates[_independent(_remainder(matrix, order, rows[:rank], candidates), max(_RELATIVE * largest, floor))]
+        taken = rows[:rank, candidates]  # [rank, c]
+        remainder = matrix[order[candidates][:, None], order[candidates]] - taken.T @ taken  # S there, [c, c]
+        chosen = candidates[_independent(remainder, max(_RELATIVE * largest, floor))]
         _to_front(chosen, rank, order, left, rows)
         stop = rank + len(chosen)
         part = matrix[order[rank:stop]][:, order[rank:]]  # [b, n - rank]
@@ -67,21 +67,14 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
     return Pivots(order, rows[:rank])
 
 
-def _remainder(matrix: Tensor, order: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    """S at these places, ``[c, c]``."""
-    taken = rows[:, places]  # [k, c]
-    return matrix[order[places][:, None], order[places]] - taken.T @ taken
-
-
 def _independent(block: Tensor, floor: float) -> Tensor:
-    """Which rows of a block of the remainder keep a pivot above the floor, given those before them: a mask, the first is in.
+    """Which rows of a block of the remainder keep a pivot above the floor, given those before them: a mask.
 
-    A shift of the diagonal keeps the factorization alive where a row is explained by others, and leaves it a pivot of no more
-    than about twice the shift.
+    A row that others explain gets a pivot of at most about twice the shift of the diagonal, which keeps the factor finite.
     """
     factor, _ = torch.linalg.cholesky_ex(block + 1e-3 * floor * torch.eye(len(block), dtype=block.dtype, device=block.device))
     keep: Tensor = factor.diagonal().square() > floor  # false for NaN, too
-    keep[0] = True  # whatever overflow does, so that each block takes a step
+    keep[0] = True  # even after overflow, so that each block takes a step
     return keep
 
 

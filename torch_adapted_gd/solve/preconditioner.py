@@ -1,13 +1,14 @@
 """Approximations of (Θ + μ1)⁻¹ for conjugate gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..world import ALONE, World
 
-_JITTER = 4e-7  # of the mean of a block's diagonal: what is added at first where rounding in float32 made it indefinite
+_JITTER = 4e-7  # of the mean of a block's diagonal: first shift for a block that rounding in float32 made indefinite
+_STRIP = 512  # rows of a factor that are written at a time
 
 
 class OutputBlockInverse:
@@ -21,22 +22,21 @@ class OutputBlockInverse:
         rotation: V, ``[Q, Q]``, orthogonal, in float64.
         owner: Which block each of the Q columns uses.
         scales: s, ``[Q]``.
-        world: The processes that the blocks are dealt to, as cards are: these are those of this one.
+        world: The processes that share the blocks in turn; ``blocks`` are those of this one.
     """
 
     name = "output blocks"
 
     def __init__(self, blocks: Tensor, rotation: Tensor, owner: Sequence[int], scales: Tensor, world: World = ALONE) -> None:
-        self._blocks, self._rotation, self._world = blocks, rotation, world
-        self._owner, self._scales = list(owner), scales
+        self._blocks, self._rotation, self._scales, self._world = blocks, rotation, scales, world
+        numbers = range(world.rank, world.rank + len(blocks) * world.size, world.size)
+        self._members = [[c for c, block in enumerate(owner) if block == number] for number in numbers]  # the columns of each
         self._diagonals = blocks.diagonal(dim1=1, dim2=2).clone()  # [G, N]: factors are written over them
 
     def factor(self, shift: float) -> None:
-        """Make the factors for a μ."""
-        for g, block in enumerate(self._blocks):
-            members = self._members(g)
+        """Make the factors for a μ, with a larger one where rounding made a block indefinite."""
+        for block, diagonal, members in zip(self._blocks, self._diagonals, self._members, strict=True):
             part = shift / float(self._scales[members].mean())
-            diagonal = self._diagonals[g]
             extra = 0.0
             while True:
                 block.diagonal().copy_(diagonal + (part + extra))
@@ -48,20 +48,13 @@ class OutputBlockInverse:
                     raise RuntimeError("A block of the preconditioner has no factor: Θ is not finite, or not that of a D.")
             _keep_below(block, factor.mT)
 
-    def _members(self, g: int) -> list[int]:
-        """The columns that use one of the blocks of this process."""
-        number = self._world.rank + g * self._world.size
-        return [c for c, owner in enumerate(self._owner) if owner == number]
-
     def __call__(self, r: Tensor) -> Tensor:
         """The approximation applied to r ``[N·Q]``, in float64."""
-        turned = r.view(-1, len(self._owner)) @ self._rotation
+        turned = r.view(-1, len(self._scales)) @ self._rotation
         columns = (turned / self._scales).to(self._blocks.dtype).T.contiguous()  # [Q, N]
         solved = torch.zeros_like(columns)
-        for g, block in enumerate(self._blocks):
-            members = self._members(g)
-            right = columns[members].T
-            half = torch.linalg.solve_triangular(block, right, upper=False)
+        for block, members in zip(self._blocks, self._members, strict=True):
+            half = torch.linalg.solve_triangular(block, columns[members].T, upper=False)
             solved[members] = torch.linalg.solve_triangular(block.mT, half, upper=True).T
         return (self._world.sum(solved).T.to(r.dtype) @ self._rotation.T).reshape(-1)
 
@@ -80,7 +73,7 @@ class SampleBlockInverse:
         self._shift = 0.0
 
     def factor(self, shift: float) -> None:
-        """Make it for a μ."""
+        """Take this μ."""
         self._shift = shift
 
     def __call__(self, r: Tensor) -> Tensor:
@@ -92,54 +85,31 @@ class SampleBlockInverse:
         return image
 
 
-class Identity:
-    """No preconditioner."""
-
-    name = "none"
-
-    def factor(self, shift: float) -> None:
-        """Nothing to make."""
-
-    def __call__(self, r: Tensor) -> Tensor:
-        """R."""
-        return r.clone()
-
-
-Inverse = OutputBlockInverse | SampleBlockInverse | Identity
+Inverse = OutputBlockInverse | SampleBlockInverse
 
 
 class Preconditioner:
-    """An approximation for each set of rows, such as those of all calls with as many outputs.
+    """An approximation for each set of rows, such as those of all calls with the same number of outputs.
 
     Args:
-        parts: The rows of each, in slices, and the approximation.
+        parts: The rows of each, in slices, and the approximation; none for no preconditioner.
     """
 
     def __init__(self, parts: Sequence[tuple[Sequence[slice], Inverse]]) -> None:
         self._parts = parts
         self._shift: float | None = None
+        self.name = ", ".join(dict.fromkeys(inverse.name for _, inverse in parts)) or "none"
 
-    @property
-    def name(self) -> str:
-        """What it is made of."""
-        return ", ".join(dict.fromkeys(inverse.name for _, inverse in self._parts))
-
-    def at(self, shift: float) -> Callable[[Tensor], Tensor]:
-        """R ↦ (Θ + μ1)⁻¹r, about, good until it is asked for with another μ.
-
-        Args:
-            shift: μ > 0.
-        """
+    def factor(self, shift: float) -> None:
+        """Make the factors for a μ > 0, unless they are those of the last time."""
         if shift != self._shift:
             for _, inverse in self._parts:
                 inverse.factor(shift)
             self._shift = shift
-        return self._apply
 
-    def _apply(self, r: Tensor) -> Tensor:
-        if len(self._parts) == 1:
-            return self._parts[0][1](r)
-        result = torch.empty_like(r)
+    def __call__(self, r: Tensor) -> Tensor:
+        """About (Θ + μ1)⁻¹r."""
+        result = r.clone()
         for spans, inverse in self._parts:
             image = inverse(torch.cat([r[span] for span in spans]))
             for span, part in zip(spans, image.split([span.stop - span.start for span in spans]), strict=True):
@@ -148,10 +118,9 @@ class Preconditioner:
 
 
 def _keep_below(block: Tensor, factor: Tensor) -> None:
-    """Write a lower triangular factor on and below the diagonal of a block, strip by strip."""
-    step = 512
-    for i in range(0, len(block), step):
-        rows = slice(i, i + step)
+    """Write a lower triangular factor on and below the diagonal of a block, strip by strip to save memory."""
+    for i in range(0, len(block), _STRIP):
+        rows = slice(i, i + _STRIP)
         block[rows, :i] = factor[rows, :i]
         tile = block[rows, rows]
         tile.copy_(factor[rows, rows].tril() + tile.triu(1))

@@ -31,8 +31,9 @@ class SingularValueFactorization(Factorization):
         self._left, self._values, self._right = left, values, right
 
     def step(self, g: Tensor, shift: float = 0.0) -> Tensor:
-        """Dᵀ(DDᵀ + λ1)⁻¹Pg, ``[K]``."""
-        return self._right.combined(self._left.components(g) * self._values / (self._values**2 + shift))
+        """Dᵀ(DDᵀ + λ1)⁻¹Pg, ``[K]``, or ``[K, k]`` for several g ``[R, k]``."""
+        gain = (self._values / (self._values**2 + shift)).view(-1, *[1] * (g.ndim - 1))
+        return self._right.combined(self._left.components(g) * gain)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """DᵀDv, ``[K]``."""
@@ -40,10 +41,9 @@ class SingularValueFactorization(Factorization):
 
     def _solve_on_range(self, g: Tensor, shift: float) -> Tensor:
         """ψ = U(Σ² + λ)⁻¹Uᵀg."""
-        scale = self._values**2 + shift
-        return self._left.combined(self._left.components(g) / (scale if g.ndim == 1 else scale[:, None]))
+        return self._left.combined(self._left.components(g) / (self._values**2 + shift)[:, None])
 
-    def project(self, g: Tensor) -> Tensor:
+    def _project(self, g: Tensor) -> Tensor:
         """UUᵀg."""
         return self._left.combined(self._left.components(g))
 
@@ -80,13 +80,13 @@ class Reflections:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Q or Qᵀ times a vector, or columns."""
-        columns = v.reshape(len(v), -1)
+        columns = v if v.ndim == 2 else v[:, None]
         if self.transposed:
             found = torch.ormqr(self.packed, self.scales, columns, transpose=True)[: len(self.scales)]
         else:
             padding = columns.new_zeros(len(self.packed) - len(columns), columns.shape[1])
             found = torch.ormqr(self.packed, self.scales, torch.cat([columns, padding]))
-        return found.reshape(-1, *v.shape[1:])
+        return found if v.ndim == 2 else found[:, 0]
 
 
 @torch.no_grad()

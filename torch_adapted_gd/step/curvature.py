@@ -10,29 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..losses import HalfSquaredLoss
 from ..tracking.terms import Term
 
-_COLUMNS = 256  # of blocks of a Hessian that are found one after the other, by a double backward pass of the criterion each
-_ENTRIES = 2**24  # of all blocks
-_FEW = 32  # columns up to which they give the largest eigenvalue
-_LANCZOS = 80  # steps that give it where there are more
+_COLUMNS = 256  # most columns of blocks of a Hessian, each a double backward pass of the criterion
+_ENTRIES = 2**24  # most entries of all blocks
+_FEW = 32  # columns up to which blocks give the largest eigenvalue
+_LANCZOS = 80  # steps that give it for more columns
 
 
 @dataclass(frozen=True)
 class OwnCurvature:
-    """What is known of the curvature of one call of a criterion without a closed form.
+    """The curvature of one call of a criterion without a closed form, as far as this process knows it."""
 
-    Attributes:
-        squares: H, if this is a square.
-        touched: The rows that it looks at.
-        told: What all processes have to know of it: whether it is one, the largest eigenvalue, |g|² and the value.
-    """
-
-    squares: Tensor | None
-    touched: Tensor
-    told: tuple[bool, float, float, float]
+    squares: Tensor | None  # H, if the loss is a square
+    touched: Tensor  # the rows that it depends on
+    told: tuple[bool, float, float, float]  # for all processes: whether it is a square, the largest eigenvalue, |g|², the value
 
     def shared(self, told: list[tuple[bool, float, float, float]]) -> Tensor:
         """The curvature of each row, given what all processes know."""
@@ -47,17 +42,11 @@ class OwnCurvature:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a Hessian.
+    """Blocks of a Hessian."""
 
-    Attributes:
-        index: The rows of each ``[G, m]``, −1 for none.
-        values: ``[G, m, m]``.
-        by_sample: Whether there is one for each sample.
-    """
-
-    index: Tensor
-    values: Tensor
-    by_sample: bool
+    index: Tensor  # the rows of each, [G, m], −1 for none
+    values: Tensor  # [G, m, m]
+    by_sample: bool  # whether there is one for each sample
 
     @classmethod
     def stacked(cls, parts: list[Blocks], lengths: list[int]) -> Blocks:
@@ -66,15 +55,17 @@ class Blocks:
         index, values = [], []
         for part, length in zip(parts, lengths, strict=True):
             wider = most - part.index.shape[1]
-            moved = torch.where(part.index >= 0, part.index + start, part.index)
-            index.append(torch.nn.functional.pad(moved, (0, wider), value=-1))
-            values.append(torch.nn.functional.pad(part.values, (0, wider, 0, wider)))
+            index.append(pad(torch.where(part.index >= 0, part.index + start, -1), (0, wider), value=-1))
+            values.append(pad(part.values, (0, wider, 0, wider)))
             start += length
         return cls(torch.cat(index), torch.cat(values), all(part.by_sample for part in parts))
 
 
 class Hessian:
     """The structure of ∇² of a function at x: a diagonal, blocks of rows, or neither.
+
+    Products with random vectors decide: Hs = s∘H1 for random s only for a diagonal, and H(t∘s) = t∘Hs for t constant within
+    samples only if samples are not coupled.
 
     Args:
         function: Of x ``[R]``.
@@ -85,7 +76,6 @@ class Hessian:
     Attributes:
         diagonal: ``[R]`` if it is one, else None.
         touches: Which rows it is not zero in.
-        by_sample: Whether a block for each sample is all that there is.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, owners: Tensor) -> None:
@@ -94,32 +84,27 @@ class Hessian:
             value = function(self._x)
             (self._g,) = torch.autograd.grad(value, self._x, create_graph=True)
         generator = torch.Generator().manual_seed(0)
-        one = torch.ones_like(x)
         s = (torch.rand(len(x), generator=generator, dtype=x.dtype) + 0.5).to(x.device)
-        h, hs = self.times(one), self.times(s)
+        h, hs = self.times(torch.ones_like(x)), self.times(s)
         self.touches = (h != 0) | (hs != 0)
-        self.diagonal: Tensor | None = None
-        self.by_sample = False
-        if float((hs - s * h).norm()) <= 1e-12 * float(hs.norm()):
-            self.diagonal = h
+        self.diagonal: Tensor | None = h if float((hs - s * h).norm()) <= 1e-12 * float(hs.norm()) else None
+        if self.diagonal is not None:
             return
-        self._owners = whole = owners.unique(return_inverse=True)[1]
+        whole = owners.unique(return_inverse=True)[1]
         t = (torch.rand(int(whole.max()) + 1, generator=generator, dtype=x.dtype) + 0.5).to(x.device)[whole]
-        self.by_sample = float((self.times(t * s) - t * hs).norm()) <= 1e-12 * float(hs.norm())
-
-    def _grouped(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows in the order of their blocks, the number of each one's block, and how many each block has."""
-        group = self._owners[self._rows] if self.by_sample else torch.zeros_like(self._rows)
+        self._by_sample = float((self.times(t * s) - t * hs).norm()) <= 1e-12 * float(hs.norm())
+        group = whole[rows] if self._by_sample else torch.zeros_like(rows)
         order = torch.argsort(group, stable=True)
-        number = group[order].unique_consecutive(return_inverse=True)[1]
-        return self._rows[order], number, torch.bincount(number)
+        self._ordered = rows[order]  # the rows in the order of their blocks
+        self._number = group[order].unique_consecutive(return_inverse=True)[1]  # the number of each one's block
+        self._counts = torch.bincount(self._number)
 
     @functools.cached_property
-    def blocks(self) -> tuple[Tensor, Tensor] | None:
-        """The rows of each block ``[G, m]``, −1 for none, and the blocks ``[G, m, m]``; None if there are too many."""
-        rows, number, counts = self._grouped()
-        most, x = int(counts.max()), self._x.detach()
-        if most > _COLUMNS * (1 if self.by_sample else 16) or len(counts) * most**2 > _ENTRIES:
+    def blocks(self) -> Blocks | None:
+        """The blocks, of rows of samples or of all rows, if it is no diagonal; None if they are too large."""
+        rows, number, counts, x = self._ordered, self._number, self._counts, self._x.detach()
+        most = int(counts.max())
+        if most > _COLUMNS * (1 if self._by_sample else 16) or len(counts) * most**2 > _ENTRIES:
             return None
         rank = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[number]
         index = torch.full((len(counts), most), -1, device=x.device)
@@ -128,9 +113,8 @@ class Hessian:
         for column in range(most):
             unit = torch.zeros_like(x)
             unit[rows[rank == column]] = 1.0
-            image = self.times(unit)[rows]
-            blocks[number, rank, column] = image
-        return index, (blocks + blocks.mT) / 2
+            blocks[number, rank, column] = self.times(unit)[rows]
+        return Blocks(index, (blocks + blocks.mT) / 2, self._by_sample)
 
     def times(self, v: Tensor) -> Tensor:
         """Hv."""
@@ -141,7 +125,7 @@ class Hessian:
         except RuntimeError as error:
             if "is not implemented" not in str(error):
                 raise
-            return torch.zeros_like(v)  # of a loss that torch does not differentiate twice, such as MultiMarginLoss
+            return torch.zeros_like(v)  # torch does not differentiate it twice, such as MultiMarginLoss
         return torch.zeros_like(v) if found is None else found.detach()
 
     @functools.cached_property
@@ -149,8 +133,8 @@ class Hessian:
         """Its largest eigenvalue."""
         if self.diagonal is not None:
             return float(self.diagonal.max())
-        if int(self._grouped()[2].max()) <= _FEW and self.blocks is not None:
-            return float(torch.linalg.eigvalsh(self.blocks[1]).max())
+        if int(self._counts.max()) <= _FEW and self.blocks is not None:
+            return float(torch.linalg.eigvalsh(self.blocks.values).max())
         v = torch.zeros_like(self._x)
         v[self._rows] = torch.randn(len(self._rows), generator=torch.Generator().manual_seed(1), dtype=v.dtype).to(v.device)
         basis, alphas, betas = [v / v.norm()], [], []  # Lanczos's, orthogonalized against all
@@ -170,7 +154,7 @@ class Hessian:
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """∇ of a function at x; zero where it does not depend on x."""
+    """∇ of a function at x; zero if it does not depend on x."""
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         value = function(x)
@@ -180,31 +164,29 @@ def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.zeros_like(x) if found is None else found.detach()
 
 
-def closed_form(term: Term) -> tuple[int, Tensor] | None:
-    """The curvature of each entry of the first argument of a loss that has a bound of it, and that argument's number."""
-    kind = type(term.criterion)
-    if kind not in _FORMS or list(term.entries) != [0] or list(term.factors) != [0] or len(term.arguments) != 2:
+def closed_form(term: Term) -> Tensor | None:
+    """The curvature of each entry of the first argument of a loss that has a closed form or bound of it; else None."""
+    form = _FORMS.get(type(term.criterion))
+    if form is None or list(term.entries) != [0] or list(term.factors) != [0] or len(term.arguments) != 2:
         return None
     x, y = term.arguments
-    if not isinstance(y, Tensor):
-        return None
-    return (0, found) if (found := _FORMS[kind](term.criterion, x, y, term.factors[0])) is not None else None
+    return form(term.criterion, x, y, term.factors[0]) if isinstance(y, Tensor) else None
 
 
-def _shared(criterion: Any, f: Tensor, weight: Tensor, total: Tensor | float) -> Tensor:
-    """The weight of each of the values times f, by the reduction."""
+def _reduced(criterion: Any, f: Tensor, weight: Tensor, total: Tensor | float) -> Tensor:
+    """The weight of each value times f, over ``total`` if the reduction is a mean."""
     return f * weight / total if criterion.reduction == "mean" else f * weight
 
 
 def _squares(criterion: nn.MSELoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:
     if x.shape != y.shape:
         return None
-    return 2 * _shared(criterion, f, torch.ones_like(x, dtype=torch.float64), x.numel())
+    return 2 * _reduced(criterion, f, torch.ones_like(x, dtype=torch.float64), x.numel())
 
 
 def _half_squares(criterion: HalfSquaredLoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:  # noqa: ARG001
     f = f.view(-1, *[1] * (x.ndim - 1)) if criterion.reduction == "none" else f
-    return _shared(criterion, f, torch.ones_like(x, dtype=torch.float64), x.shape[0])
+    return _reduced(criterion, f, torch.ones_like(x, dtype=torch.float64), x.shape[0])
 
 
 def _binary(criterion: nn.BCEWithLogitsLoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:
@@ -214,7 +196,7 @@ def _binary(criterion: nn.BCEWithLogitsLoss, x: Tensor, y: Tensor, f: Tensor) ->
     weight = torch.ones_like(y) if criterion.weight is None else torch.ones_like(y) * criterion.weight.double()
     if criterion.pos_weight is not None:
         weight = weight * (1 - y + y * criterion.pos_weight.double())
-    return 0.25 * _shared(criterion, f, weight, x.numel())
+    return 0.25 * _reduced(criterion, f, weight, x.numel())
 
 
 def _classes(criterion: nn.CrossEntropyLoss, x: Tensor, y: Tensor, f: Tensor) -> Tensor | None:
@@ -233,7 +215,7 @@ def _classes(criterion: nn.CrossEntropyLoss, x: Tensor, y: Tensor, f: Tensor) ->
         total = of_class.sum()
         if not float(total) > 0:
             samples, total = torch.zeros_like(samples), 1.0
-    return (0.5 * _shared(criterion, f, samples, total)).unsqueeze(dim).expand_as(x)
+    return (0.5 * _reduced(criterion, f, samples, total)).unsqueeze(dim).expand_as(x)
 
 
 _FORMS: dict[type, Callable[[Any, Tensor, Tensor, Tensor], Tensor | None]] = {

@@ -142,7 +142,7 @@ class Linearization:
             self.system, square = problem.on_jacobian(rtol)
         else:
             rtol = default_rtol(self.num_outputs, eps) if chosen.rtol is None else chosen.rtol
-            solving = {"rtol": rtol, "method": chosen.factorization, "firm": chosen.rtol is not None}
+            solving = {"rtol": rtol, "method": chosen.factorization, "truncate": chosen.rtol is not None}
             build = problem.in_parameter_space if space == "parameter" else problem.in_sample_space
             self.system, square = build(solving)
         self._check_solved()

@@ -18,21 +18,24 @@ from ..world import ALONE, World
 if TYPE_CHECKING:
     from ..tracking.recorder import CallRecorder
 
-Key = tuple[int, int]  # of a term: its criterion's number, and which of its calls
+Key = tuple[int, int]  # of a term: its criterion's number, and which of that criterion's calls
+# Where a mean is compared with its sum: (a, b) stands for a times the arguments plus b times random numbers. At the arguments
+# both may be zero, and a hinge may be satisfied there.
+_PLACES = ((1.0, 0.0), (1.0, 1.0), (-1.0, 0.0), (0.0, 1e4), (0.0, 1e-3))
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Of the outputs of all processes, x stacked by rank, which are whose.
+    """The part of each process in the outputs of all processes, x stacked by rank.
 
-    The loss of all is C = Σ_r w_r C_r. A criterion that is a mean weighs each process by what its mean divides by, d_r/Σd; one
-    that is a sum by 1. So C is that criterion of all outputs together, whatever the processes' shares. Without a criterion
-    each has 1/W, as DistributedDataParallel averages gradients.
+    The loss of all is C = Σ_r w_r C_r. For a criterion that is a mean, w_r = d_r/Σd with d_r what the mean of process r divides
+    by; for a sum, w_r = 1. So C is the criterion of all outputs together, whatever the shares. Without a criterion w_r = 1/W,
+    as DistributedDataParallel averages gradients.
 
     Attributes:
         world: The processes.
         lengths: The rows of each; empty for one process.
-        keys: Which call of which criterion each term of this process is.
+        keys: The key of each term of this process.
         weights: w of each of these; empty for one process.
     """
 
@@ -55,93 +58,15 @@ class Shares:
         return 1 / self.world.size
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """Those of all processes."""
+        """The rows of all processes."""
         return self.world.gather(rows, self.lengths)
 
     def key(self, number: int) -> Any:
-        """What a term of this process is known by in all."""
+        """The name of a term of this process that all processes use."""
         return self.keys[number] if self.keys else number
 
 
 UNSHARED = Shares()  # of a single process
-
-
-def keys_of(terms: Sequence[Term], criteria: Sequence[nn.Module]) -> list[Key]:
-    """Which call of which criterion each term is."""
-    numbers = {id(criterion): number for number, criterion in enumerate(criteria)}
-    counts: dict[int, int] = {}
-    keys = {}
-    for term in sorted(terms, key=lambda term: term.number):  # as they were called; backward passes come by in other orders
-        number = numbers[id(term.criterion)]
-        counts[number] = counts.get(number, 0) + 1
-        keys[id(term)] = (number, counts[number])
-    return [keys[id(term)] for term in terms]
-
-
-@torch.no_grad()
-def divisor(term: Term) -> float | None:
-    """What the mean of a criterion divides by; None if it is a sum.
-
-    What torch's losses divide by is how many times their sum is their mean, which counts class weights and ``ignore_index`` as
-    they do. For ``reduction="none"``, and for criteria without a ``reduction``, it is the number of rows of what they were
-    given: their values are taken for means, as a loss usually is one.
-    """
-    reduction = getattr(term.criterion, "reduction", None)
-    if reduction == "sum":
-        return None
-    given = next(iter(term.entries))
-    rows = float(len(term.arguments[given])) if term.arguments[given].ndim else 1.0
-    if isinstance(term.criterion, nn.CTCLoss):  # a mean of losses divided by lengths, so no multiple of the sum
-        return float(term.arguments[given].shape[1]) if term.arguments[given].ndim == 3 else 1.0
-    if reduction != "mean":
-        return rows
-    attributes = [
-        (module, {**own, "reduction": "sum"} if module is term.criterion else own) for module, own in term.state.attributes
-    ]
-    other = dataclasses.replace(term, state=dataclasses.replace(term.state, attributes=attributes), doubles=True)
-    arguments = {number: term.arguments[number].double() for number in term.entries}
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for near, far in ((1.0, 0.0), (1.0, 1.0), (-1.0, 0.0), (0.0, 1e4), (0.0, 1e-3)):
-        looked_at = {
-            number: near * x.nan_to_num(0.0, 0.0, 0.0)
-            + far * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-            for number, x in arguments.items()
-        }
-        try:
-            mean, total = float(term.called(looked_at)), float(other.called(looked_at))
-        except RefusedError:
-            return rows
-        if mean and math.isfinite(mean) and math.isfinite(total):
-            found = total / mean
-            return float(round(found)) if abs(found - round(found)) <= 1e-9 * found else found
-        # It is zero there: look beside it, then where a hinge that is satisfied is not.
-    return 0.0 if not total else rows
-
-
-def mean_or_sum(world: World, term: Term, loss: float) -> float:
-    """The loss of all processes, each of which has one term."""
-    told = world.objects((divisor(term), loss))
-    if told[0][0] is None:
-        return math.fsum(loss for _, loss in told)
-    total = math.fsum(d for d, _ in told if d is not None)
-    return math.fsum(d * loss for d, loss in told if d) / total if total else math.nan
-
-
-def weights_of(keys: Sequence[Key], divisors: Sequence[dict[Key, float | None]], rank: int) -> list[float]:
-    """The weight of each term of a process.
-
-    Args:
-        keys: Its terms.
-        divisors: Of all processes, what the mean of each of their terms divides by.
-        rank: Which process it is.
-    """
-    weights = []
-    for key in keys:
-        own = divisors[rank][key]
-        total = math.fsum(d for each in divisors if (d := each.get(key)) is not None)
-        weights.append(1.0 if own is None else own / total if total else 0.0)
-    return weights
 
 
 @dataclass(frozen=True)
@@ -151,7 +76,7 @@ class Told:
     Attributes:
         rows: The rows of its part of x.
         trained: The parameters that received a gradient.
-        alike: What has to be the same in all, by what it is called.
+        alike: What has to be the same in all, by its name in an error.
         with_closure: Whether `step` got a closure.
     """
 
@@ -162,18 +87,12 @@ class Told:
 
 
 def shared_out(world: World, mine: Told, terms: Sequence[Term], criteria: Sequence[nn.Module]) -> tuple[Shares, list[Told]]:
-    """What each process has of a step.
-
-    Args:
-        world: The processes.
-        mine: What this one tells.
-        terms: Its terms of the loss.
-        criteria: What these are calls of.
+    """The shares of a step, and what each process tells of it: ``mine`` is what this one tells, ``terms`` are its terms.
 
     Raises:
         RuntimeError: The processes do not train the same model in the same way.
     """
-    keys = keys_of(terms, criteria)
+    keys = _keys(terms, criteria)
     found = world.objects((mine, {key: divisor(term) for key, term in zip(keys, terms, strict=True)}))
     told = [each for each, _ in found]
     for what, expected in told[0].alike.items():
@@ -187,22 +106,83 @@ def shared_out(world: World, mine: Told, terms: Sequence[Term], criteria: Sequen
                 )
     if len({each.with_closure for each in told if each.rows}) > 1:
         raise RuntimeError("`step` should get a closure in all processes or in none, but some got one. Nothing was changed.")
-    weights = weights_of(keys, [divisors for _, divisors in found], world.rank)
+    weights = []
+    for key in keys:
+        own = found[world.rank][1][key]
+        total = math.fsum(d for _, divisors in found if (d := divisors.get(key)) is not None)
+        weights.append(1.0 if own is None else own / total if total else 0.0)
     return Shares(world, [each.rows for each in told], keys, weights), told
 
 
-class TotalLoss:
-    """The loss of the present step, of all processes together, by what criteria gave; to judge the last step by.
+def _keys(terms: Sequence[Term], criteria: Sequence[nn.Module]) -> list[Key]:
+    """The keys of terms; calls count in their order, because backward passes may come by in another one."""
+    numbers = {id(criterion): number for number, criterion in enumerate(criteria)}
+    counts = [0] * len(criteria)
+    keys = {}
+    for term in sorted(terms, key=lambda term: term.number):
+        number = numbers[id(term.criterion)]
+        counts[number] += 1
+        keys[id(term)] = (number, counts[number])
+    return [keys[id(term)] for term in terms]
 
-    Args:
-        recorder: Who has taken the criteria's calls down.
-        shares: What each process has of them.
-        loss_scale: What a GradScaler multiplied the loss by.
+
+@torch.no_grad()
+def divisor(term: Term) -> float | None:
+    """The number that the mean of a criterion divides by; None if it is a sum.
+
+    For torch's losses it is the ratio of their sum to their mean, which counts class weights and ``ignore_index`` as they do.
+    For ``reduction="none"``, and for criteria without a ``reduction``, it is the number of rows of the arguments: their values
+    are taken for means, as a loss usually is one.
+    """
+    reduction = getattr(term.criterion, "reduction", None)
+    if reduction == "sum":
+        return None
+    given = term.arguments[next(iter(term.entries))]
+    if isinstance(term.criterion, nn.CTCLoss):  # a mean of losses divided by lengths, so no multiple of the sum
+        return float(given.shape[1]) if given.ndim == 3 else 1.0
+    rows = float(len(given)) if given.ndim else 1.0
+    if reduction != "mean":
+        return rows
+    attributes = [
+        (module, {**own, "reduction": "sum"} if module is term.criterion else own) for module, own in term.state.attributes
+    ]
+    as_sum = dataclasses.replace(term, state=dataclasses.replace(term.state, attributes=attributes), doubles=True)
+    arguments = {number: term.arguments[number].double() for number in term.entries}
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for near, far in _PLACES:
+        moved = {
+            number: near * x.nan_to_num(0.0, 0.0, 0.0)
+            + far * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            for number, x in arguments.items()
+        }
+        try:
+            mean, total = float(term.called(moved)), float(as_sum.called(moved))
+        except RefusedError:
+            return rows
+        if mean and math.isfinite(mean) and math.isfinite(total):
+            found = total / mean
+            return float(round(found)) if abs(found - round(found)) <= 1e-9 * found else found
+    return rows if total else 0.0
+
+
+def mean_or_sum(world: World, term: Term, loss: float) -> float:
+    """The loss of all processes, each of which has one term."""
+    told = world.objects((divisor(term), loss))
+    if told[0][0] is None:
+        return math.fsum(loss for _, loss in told)
+    total = math.fsum(d for d, _ in told if d is not None)
+    return math.fsum(d * loss for d, loss in told if d) / total if total else math.nan
+
+
+class TotalLoss:
+    """The loss of the present step by the values of criteria, of all processes together; to judge the last step by.
 
     Attributes:
-        job: A number for what it is computed from beside the parameters, see `CallRecorder.job`; NaN where chance is.
-        factors: What the loss multiplies terms that are numbers by, those of one process after those of another.
-        lost: Whether something that a criterion was given is not finite.
+        job: A number for all that the loss is computed from except the parameters, see `CallRecorder.job`; NaN if chance is
+            involved.
+        factors: The factors f of terms that are numbers, those of one process after those of another.
+        lost: Whether an argument of a criterion is not finite.
     """
 
     def __init__(self, recorder: CallRecorder, shares: Shares, loss_scale: float) -> None:
@@ -218,7 +198,7 @@ class TotalLoss:
         self._own = slice(start, start + len(own))
 
     def value(self, factors: Sequence[float] | None = None) -> float:
-        """The loss, for the factors that there are or other ones, as many."""
+        """The loss, for its own factors or for others."""
         chosen = self.factors if factors is None else factors
         own = self._recorder.loss(chosen[self._own], self._loss_scale, self._shares.weights or None)
         return math.fsum(self._shares.world.objects(own))
