@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as Wrapped
 from torch_adapted_gd import AdaptedGD, Backtracking, ConjugateGradients, Dense, LevenbergMarquardt, LossFunction, StraightLine
 
 SIZE = 3
+DEVICE = os.environ.get("DISTRIBUTED_DEVICE", "cpu")  # of `trained`; several processes can share a GPU by gloo
 STEPS = 3
 CASES = {}
 FIELDS = ("status", "num_trials", "rank", "num_outputs", "num_calls", "relative_damping", "fraction", "curvature", "space")
@@ -59,7 +60,8 @@ def wrapped(model, size, **options):
 
 def trained(rank, size, model, criterion=None, sizes=(6, 6, 6), xy=None, steps=STEPS, closure=False, ddp=None, **options):
     """A plain training loop on the samples of this process."""
-    x, y = (shared(t, rank, size, sizes) for t in (xy or data(sum(sizes), dtype=next(model.parameters()).dtype)))
+    x, y = (shared(t.to(DEVICE), rank, size, sizes) for t in (xy or data(sum(sizes), dtype=next(model.parameters()).dtype)))
+    model.to(DEVICE)
     net = wrapped(model, size, **(ddp or {}))
     optimizer = AdaptedGD(net, criterion=options.pop("given", criterion), **options)
     loss_of = criterion or (lambda a, b: (a - b).square().mean())

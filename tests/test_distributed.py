@@ -1,5 +1,6 @@
 """Several processes: the same step as one process on all of their samples, and one decision for all."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +16,43 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # one p
 BOUNDS = {"equation": 1e-8, "backtracking": 1e-10}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def run(path, *names, device="cpu"):
     """What each case came to in one process, and in several by rank."""
-    path = tmp_path_factory.mktemp("distributed") / "results.pt"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed", str(path)]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed", str(path), *names]
+    env = {**os.environ, "DISTRIBUTED_DEVICE": device}
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return torch.load(path, weights_only=False)
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("distributed") / "results.pt")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_as_one_process(name, results):
+    compare(name, results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_same_on_one_gpu(tmp_path):
+    names = (
+        "unequal_shards",
+        "momentum_and_decay",
+        "classes_ggn",
+        "conjugate_gradients",
+        "parameter_space",
+        "judged_by_the_next",
+    )
+    results = run(tmp_path / "results.pt", *names, device="cuda:0")
+    for name in names:
+        compare(name, results)
+
+
+def compare(name, results):
     alone, together = results["alone"][name], [found[name] for found in results["together"]]
     if alone is None:
         pytest.skip("not installed")

@@ -81,12 +81,13 @@ class Processes(World):
     Args:
         group: Their group. Exchanges take place in new groups of the same processes, so that they cannot be confused with
             those of DistributedDataParallel.
-        device: Where tensors are.
+        device: Where the parameters are. Tensors are exchanged there if the group has NCCL for it, as each process needs a GPU
+            of its own for that; else they go by the CPU, through gloo.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._ranks, self._device = dist.get_process_group_ranks(group), device
+        self._ranks, self._home = dist.get_process_group_ranks(group), device
         timeout = _timeout_of(group)
 
         def new_group(backend: str) -> dist.ProcessGroup:
@@ -94,13 +95,14 @@ class Processes(World):
             return cast(dist.ProcessGroup, made)
 
         self._control = new_group("gloo")
-        self._data = new_group("nccl") if device.type == "cuda" else self._control
+        by_nccl = device.type == "cuda" and "cuda:nccl" in dist.get_backend_config(group)
+        self._data, self._device = (new_group("nccl"), device) if by_nccl else (self._control, torch.device("cpu"))
 
     def sum(self, tensor: Tensor) -> Tensor:
         self.agree()
         total = tensor.detach().to(self._device, copy=True).contiguous()
         dist.all_reduce(total, group=self._data)
-        return total
+        return total.to(self._home)
 
     def gather(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
         self.agree()
@@ -108,7 +110,7 @@ class Processes(World):
         mine[: len(rows)] = rows
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(parts, mine, group=self._data)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).to(self._home)
 
     def same(self, value: T) -> T:
         if isinstance(value, float):
@@ -142,7 +144,7 @@ class Processes(World):
             received = described.empty(self._device)
             for tensor in received:
                 dist.recv(tensor, self._ranks[sender], group=self._data)
-            values.append(described.filled(received))
+            values.append(described.filled([tensor.to(self._home) for tensor in received]))
         return values
 
     @contextlib.contextmanager
@@ -191,7 +193,7 @@ class Processes(World):
         received = [self._ready(tensor) for tensor in tensors] if mine else described.empty(self._device)
         for tensor in received:
             dist.broadcast(tensor, self._ranks[rank], group=self._data)
-        return described.filled(received)
+        return described.filled([tensor.to(self._home) for tensor in received])
 
     def _ready(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self._device).contiguous()
@@ -206,7 +208,7 @@ def _timeout_of(group: dist.ProcessGroup) -> datetime.timedelta | None:
     return None
 
 
-_known: weakref.WeakKeyDictionary[dist.ProcessGroup, World] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, World]] = weakref.WeakKeyDictionary()
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
@@ -222,9 +224,10 @@ def world_of(group: dist.ProcessGroup | None, device: torch.device) -> World:
     """The processes of a group, whose parameters are on ``device``; `ALONE` for None."""
     if group is None or dist.get_world_size(group) <= 1:
         return ALONE
-    if group not in _known:
-        _known[group] = Processes(group, device)
-    return _known[group]
+    known = _known.setdefault(group, {})
+    if device not in known:
+        known[device] = Processes(group, device)
+    return known[device]
 
 
 def processes_on_this_machine() -> int:
