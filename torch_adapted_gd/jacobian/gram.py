@@ -18,11 +18,11 @@ TILE_ROWS = 64  # the least number of rows of a symmetric product that are compu
 
 
 def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
-    """Dᵀu in float64, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
-    product = torch.empty(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    """Dᵀu in the dtype of u, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
+    product = u.new_empty(matrix.shape[1])
     width = max(1, _CAST_ELEMENTS // max(1, matrix.shape[0]))
     for column in range(0, matrix.shape[1], width):
-        product[column : column + width] = matrix[:, column : column + width].double().T @ u
+        product[column : column + width] = matrix[:, column : column + width].to(u.dtype).T @ u
     return product
 
 

@@ -19,7 +19,7 @@ from ..tracking.tape import Note
 from .backward import BackwardPasses
 from .products import OuterProducts
 from .rules import GENERIC, Term, rule_for
-from .sources import accumulated
+from .sources import accumulated, written
 from .uses import Layout, Use
 
 _ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
@@ -156,7 +156,7 @@ class Linearized:
     @staticmethod
     def _made(use: Use, terms: dict[Key, Term]) -> Use:
         """A use with its Jacobians in place of B."""
-        return dataclasses.replace(use, gradients={}, made={key: t for key, t in terms.items() if isinstance(t, Tensor)})
+        return dataclasses.replace(use, gradients={}, made={key: written(term) for key, term in terms.items()})
 
     def _is_sound(self, uses: list[Use]) -> bool:
         """Whether Σ_q u_q B_q is what the probe sent back: some of torch's operations are wrong under vmap."""
@@ -371,8 +371,7 @@ class Linearized:
 
 def _is_smaller(use: Use, terms: dict[Key, Term]) -> bool:
     """Whether the Jacobians take less than half of what B does."""
-    made = [term for term in terms.values() if isinstance(term, Tensor)]
-    return len(made) == len(terms) and 2 * sum(t.numel() for t in made) < sum(b.numel() for b in use.gradients.values())
+    return 2 * sum(term.numel() for term in terms.values()) < sum(b.numel() for b in use.gradients.values())
 
 
 def _summed(term: Term, dtype: torch.dtype) -> Tensor:

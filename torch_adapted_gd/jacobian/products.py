@@ -1,6 +1,7 @@
 """Parts of Θ from factored layer Jacobians: outer products contracted in the cheaper order, never written out as D."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,11 @@ class OuterProducts:
         """I."""
         return self.right.size if isinstance(self.right, OneHot) else self.right.shape[2]
 
+    def numel(self) -> int:
+        """Entries of the Jacobian."""
+        n, q, g, o, _ = self.left.shape
+        return n * q * g * o * self.width
+
     @property
     def kind(self) -> tuple[bool, bool, int, int, int]:
         """What terms have in common that can be added by placing them one after the other along T."""
@@ -53,8 +59,8 @@ class OuterProducts:
         jacobian = self.columns(slice(None), self.left.dtype)
         return (jacobian.transpose(3, 4) if self.flipped else jacobian).flatten(2)
 
-    def columns(self, part: slice, dtype: torch.dtype) -> Tensor:
-        """The Jacobian's columns of a part of O, ``[N, Q, G, part, I]``, computed in ``dtype``."""
+    def columns(self, part: slice, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+        """The Jacobian's columns of a part of O, ``[N, Q, G, part, I]``, in ``dtype``; in ``memory`` where it can be."""
         left = self.left[:, :, :, part]
         n, q, g, o, t = left.shape
         if isinstance(self.right, OneHot):
@@ -65,12 +71,14 @@ class OuterProducts:
         if t == 1:
             return left.to(dtype) * right.squeeze(3)[:, None, :, None, :]
         flat = left.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).reshape(n * g, q * o, t)
-        return torch.bmm(flat, right.reshape(n * g, -1, t).transpose(1, 2)).view(n, g, q, o, -1).transpose(1, 2)
+        out = None if memory is None else memory[: n * q * g * o * self.width].view(n * g, q * o, -1)
+        rows = torch.bmm(flat, right.reshape(n * g, -1, t).transpose(1, 2), out=out)
+        return rows.view(n, g, q, o, -1).transpose(1, 2)
 
     def column_blocks(self, limit: int) -> Iterator[slice]:
-        """Ranges of O for which `columns` has at most ``limit`` entries, or one."""
-        n, q, g, o, _ = self.left.shape
-        step = max(1, limit // max(1, n * q * g * self.width))
+        """Ranges of O for which `columns`, and what it is made of, have at most ``limit`` entries, or one."""
+        n, q, g, o, t = self.left.shape
+        step = max(1, limit // max(1, n * q * g * max(self.width, t)))
         for start in range(0, o, step):
             yield slice(start, min(start + step, o))
 
@@ -202,8 +210,11 @@ class Family:
         mine = _side_by_side(self.first, dtype)
         theirs = mine if self.second is self.first else _side_by_side(self.second, dtype)
         for a, b in zip(mine, theirs, strict=True):
-            for part in a.column_blocks(_WRITTEN_ELEMENTS):
-                yield _rows(a.columns(part, dtype)), None if b is a else _rows(b.columns(part, dtype))
+            parts = list(a.column_blocks(_WRITTEN_ELEMENTS))
+            # Allocating pages anew for each part would take as long as filling them.
+            memory = a.left.new_empty(math.prod(a.left.shape[:3]) * (parts[0].stop if parts else 0) * a.width, dtype=dtype)
+            for part in parts:
+                yield _rows(a.columns(part, dtype, memory)), None if b is a else _rows(b.columns(part, dtype))
 
     def weighted_sums(self, u: Tensor) -> list[Tensor]:
         """Σ_nq u[n, q] D[n, q] of each parameter, flat, in the dtype of u, for u ``[N, Q]``."""
