@@ -107,7 +107,7 @@ def test_blocks_in_float32_of_float32_factors(build):
 @pytest.mark.parametrize("name", ["linear", "linear_wide_on_short_sequences", "conv2d", "conv2d_one_place", "embedding"])
 def test_blocks_in_small_pieces(name, monkeypatch):
     """Of samples, of tiles, of columns and of combinations."""
-    monkeypatch.setattr("torch_adapted_gd.jacobian.diagonal.BLOCK_ELEMENTS", 7)
+    monkeypatch.setattr("torch_adapted_gd.jacobian.diagonal.ROWS_ELEMENTS", 7)
     monkeypatch.setattr("torch_adapted_gd.jacobian.diagonal._TILE_ROWS", 2)
     monkeypatch.setattr(FactoredJacobian, "combinations_at_once", lambda self, count: 2)
     build, shape = LAYERS[name]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Dense, HalfSquaredLoss, OuterProducts, ntk
-from torch_adapted_gd.jacobian import blocks, factored, gram, linearized, products, tangent_jacobian
+from torch_adapted_gd.jacobian import blocks, factored, gram, linearized, products, rules, tangent_jacobian, tokens
 from torch_adapted_gd.jacobian.definition import recorded
 
 from .cases import MSE, dense_jacobian, flat, mlp, problem
@@ -17,7 +17,7 @@ from .test_structured import relative_error
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_orders_of_contraction(name, written, monkeypatch):
     build, shape = LAYERS[name]
-    monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self, size=None: written)
+    monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self: written)
     assert relative_error(build().double(), draw(shape, 4, torch.float64)) <= 1e-12
 
 
@@ -28,15 +28,16 @@ def test_both_orders_of_contraction(name, written, monkeypatch):
 def test_tiles_blocks_and_chunks_of_all_sizes(name, written, monkeypatch):
     build, shape = LAYERS[name]
     if written is not None:
-        monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self, size=None: written)
+        monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self: written)
     model, x = build().double(), draw(shape, 7, torch.float64)
     for rows, small in ((1, 1), (7, 50), (9, 1000)):
         monkeypatch.setattr(blocks, "TILE_ROWS", rows)
         monkeypatch.setattr(gram, "TILE_ROWS", max(1, rows // 2))
         monkeypatch.setattr(gram, "_CAST_ELEMENTS", small)
         monkeypatch.setattr(gram, "_LEAST_WIDTH", 1)
-        for module, constant in ((blocks, "BLOCK_ELEMENTS"), (products, "_WORK_ELEMENTS"), (linearized, "_ELEMENTS_AT_ONCE")):
-            monkeypatch.setattr(module, constant, small)
+        monkeypatch.setattr(linearized, "_ELEMENTS_AT_ONCE", small)
+        for constant in ("_WRITTEN_ELEMENTS", "_WORK_ELEMENTS"):
+            monkeypatch.setattr(products, constant, small)
         assert relative_error(model, x) <= 1e-12
     monkeypatch.setattr(factored, "_CHUNK_BYTES", 1)  # as many chunks as can be
     assert relative_error(model, x) <= 1e-12
@@ -221,8 +222,8 @@ def test_few_wide_places_are_contracted(monkeypatch):
     chosen = []
     original = products.Family.explicit_is_cheaper
 
-    def spy(self, size=None):
-        chosen.append(original(self, size))
+    def spy(self):
+        chosen.append(original(self))
         return chosen[-1]
 
     monkeypatch.setattr(products.Family, "explicit_is_cheaper", spy)
@@ -230,6 +231,45 @@ def test_few_wide_places_are_contracted(monkeypatch):
     assert relative_error(model.double(), (torch.randn(5, 2, 3).double(),)) <= 1e-12
     assert True in chosen
     assert False in chosen
+
+
+@pytest.mark.parametrize("size", [3, 40, 500])
+@pytest.mark.parametrize("many", [0.0, 1 / 16, 2.0])
+def test_embeddings_of_few_and_many_tokens(size, many, monkeypatch):
+    """Rows of the table that many samples use are written out, others taken pair by pair: either way, and both."""
+    monkeypatch.setattr(tokens, "_MANY", many)
+    monkeypatch.setattr(tokens, "_ELEMENTS", 99)
+
+    def term(n, q, t):
+        index = torch.randint(size, (n, t))
+        return OuterProducts(torch.randn(n, q, 1, 5, t, dtype=torch.float64), products.OneHot(index, size), flipped=True)
+
+    for first, second in ((term(6, 4, 8), term(7, 3, 9)), (term(6, 4, 8), None)):
+        one = [first]
+        family = products.Family(one, one if second is None else [second])
+        rows, columns = (each.explicit().flatten(0, 1) for each in (first, second or first))
+        theta = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+        tokens.add_by_index(theta, family)
+        apart = theta - rows @ columns.T
+        assert float((apart if second else apart.triu()).norm()) <= 1e-12 * float(rows.norm() * columns.norm())
+
+
+def test_addmm_with_a_bias_goes_by_its_rule(monkeypatch):
+    """Linear layers of GPT-2: rows of positions, matrix and bias in one call."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x.reshape(-1, 3), self.weight).view(len(x), -1)
+
+    def never(use):
+        raise AssertionError
+
+    monkeypatch.setattr(linearized, "GENERIC", rules.Rule(never, sample_dims="any"))
+    assert relative_error(Layer().double(), (torch.randn(5, 2, 3).double(),)) <= 1e-12
 
 
 def test_gradients_that_are_no_derivatives_are_those_of_backward():

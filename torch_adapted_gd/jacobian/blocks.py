@@ -11,9 +11,9 @@ from torch import Tensor
 from .gram import add_gram
 from .operator import Components, Factors, Part, Terms
 from .products import Family, OuterProducts, tiles
+from .tokens import add_by_index
 
 TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
-BLOCK_ELEMENTS = 2**22  # entries of a layer's Jacobian that are written out at a time
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Parts:
                 continue
             key = tuple((term.left.data_ptr(), term.left.shape, term.left.stride()) for term in products)
             names, mine, theirs = outer.setdefault(key, ([], [], []))
-            joined = OuterProducts.joined(products[: len(terms)])
+            joined = OuterProducts.joined(products[: len(terms)], mine[0].left if mine else None)
             names.append(name)
             mine.append(joined)
-            theirs.append(joined if second is None else OuterProducts.joined(products[len(terms) :]))
-        return cls(first, [(names, Family(mine, theirs)) for names, mine, theirs in outer.values()], written)
+            if second is not None:
+                theirs.append(OuterProducts.joined(products[len(terms) :], theirs[0].left if theirs else None))
+        families = [(names, Family(mine, mine if second is None else theirs)) for names, mine, theirs in outer.values()]
+        return cls(first, families, written)
 
     def rows(self, samples: slice) -> Iterator[tuple[Part, Tensor]]:
         """The Jacobians of some samples written out in float64, ``[n, Q, numel]``, by parameter."""
@@ -101,11 +103,10 @@ class KernelBlock:
         theta: Where to write it, ``[N·Q, M·R]``; need not be initialized. `finish` mirrors a symmetric block.
         shape: N, Q, M and R.
         symmetric: Rows and columns are the same.
-        size: N and Q by which families choose between writing out and contracting, see `Family.explicit_is_cheaper`.
     """
 
-    def __init__(self, theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, size: tuple[int, int]) -> None:
-        self.theta, self.shape, self.symmetric, self.size = theta, shape, symmetric, size
+    def __init__(self, theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool) -> None:
+        self.theta, self.shape, self.symmetric = theta, shape, symmetric
         self._started = False
         self._single: list[Family] = []
 
@@ -114,9 +115,13 @@ class KernelBlock:
         for jacobian, other in parts.written.values():
             self._add_jacobians(jacobian, other)
         for _, family in parts.families:
-            if family.explicit_is_cheaper(self.size):
-                for jacobian, other in family.blocks(BLOCK_ELEMENTS):
-                    self._add_jacobians(jacobian, other)
+            if family.by_index:
+                self._start()
+                add_by_index(self.theta, family)
+            elif family.explicit_is_cheaper():
+                for jacobian, other in family.blocks(self.theta.dtype):
+                    self._start()
+                    add_gram(self.theta, jacobian, other)
             elif family.single:
                 self._single.append(family)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,23 +34,16 @@ def views_in(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, 
     return views
 
 
-def agreed(
-    world: World, views: dict[str, set[Any]], numels: dict[str, int], shapes: list[tuple[int, int]]
-) -> tuple[dict[str, Way], tuple[int, int]]:
-    """How rows that belong to one D hold each parameter, and the largest N and Q: the same in all processes.
+def agreed(world: World, views: dict[str, set[Any]], numels: dict[str, int]) -> dict[str, Way]:
+    """How rows that belong to one D hold each parameter, the same in all processes.
 
     Args:
         world: The processes that have these rows.
         views: The views in which each parameter is used here; none if it is not there.
         numels: Entries of each parameter.
-        shapes: N and Q of each call here.
     """
-    together = world.objects((views, shapes))
-    ways = {
-        name: _way(frozenset().union(*(each.get(name, ()) for each, _ in together)), numel) for name, numel in numels.items()
-    }
-    sizes = [shape for _, each in together for shape in each]
-    return ways, (max((n for n, _ in sizes), default=0), max((q for _, q in sizes), default=0))
+    together = world.objects(views)
+    return {name: _way(frozenset().union(*(each.get(name, ()) for each in together)), numel) for name, numel in numels.items()}
 
 
 def _view(source: Source) -> Any:
@@ -195,14 +187,12 @@ class Chunk(Rows):
 
     def rotated(self, rotation: Tensor) -> list[Use]:
         """The uses with B for C combinations of its outputs, whose weights are ``rotation``, ``[N, len(outputs), C]``."""
-        uses = []
-        for use in self.uses():
-            gradients = {}
-            for place, b in use.gradients.items():
-                weights = rotation.to(b.dtype).transpose(1, 2)
-                gradients[place] = torch.bmm(weights, b.flatten(2)).view(b.shape[0], -1, *b.shape[2:])
-            uses.append(dataclasses.replace(use, gradients=gradients))
-        return uses
+
+        def turned(b: Tensor) -> Tensor:
+            weights = rotation.to(b.dtype).transpose(1, 2)
+            return torch.bmm(weights, b.flatten(2)).view(b.shape[0], -1, *b.shape[2:])
+
+        return [use.holding(turned(b) for b in use.held.values()) for use in self.uses()]
 
     def scatter(self, part: Part, vector: Tensor, totals: dict[str, Tensor]) -> None:
         """Add a vector over a parameter or view of it to sums by parameter, flat."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .blocks import BLOCK_ELEMENTS, Parts, terms_of
+from .blocks import Parts, terms_of
 from .chunks import Chunk
-from .gram import add_gram, add_products, ranges_of_samples, spans
+from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges_of_samples, spans
 from .operator import Components
 from .products import Family, OneHot, OuterProducts, tiles
 
@@ -56,8 +56,8 @@ def combined(chunks: Sequence[Chunk], rotation: Tensor) -> Components:
         uses = first.rotated(rotation[:, first.outputs.start : first.outputs.stop])
         for chunk in others:
             for use, more in zip(uses, chunk.rotated(rotation[:, chunk.outputs.start : chunk.outputs.stop]), strict=True):
-                for place, gradient in more.gradients.items():
-                    use.gradients[place] += gradient
+                for key, tensor in more.held.items():
+                    use.held[key] += tensor
         whole = replace(first, outputs=range(first.first, first.first + first.piece.q), kept={})
         weights = rotation[:, whole.outputs.start : whole.outputs.stop]
         for names, members in whole.components(uses):
@@ -88,8 +88,8 @@ def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
     singles = [family.of_output(c) for c in range(count)]
     if singles[0].explicit_is_cheaper():
         for block, single in zip(out, singles, strict=True):
-            for first, second in single.blocks(BLOCK_ELEMENTS):
-                add_gram(block, first.flatten(0, 1), None if second is None else second.flatten(0, 1))
+            for first, second in single.blocks(out.dtype):
+                add_gram(block, first, second)
         return
     step = singles[0].samples_at_a_time(_TILE_ROWS if out.device.type == "cpu" else 4096)
     if not family.single:
@@ -139,9 +139,10 @@ def _add_outer_products(total: Tensor, first: OuterProducts, second: OuterProduc
         for samples in ranges_of_samples(len(total), g * o * first.width * q):
             mine = first.of_samples(samples, torch.float64)
             theirs = mine if second is first else second.of_samples(samples, torch.float64)
-            for columns in mine.column_blocks(BLOCK_ELEMENTS):
-                jacobian = mine.explicit(columns)
-                total[samples].baddbmm_(jacobian, (jacobian if theirs is mine else theirs.explicit(columns)).transpose(1, 2))
+            for part in mine.column_blocks(ROWS_ELEMENTS):
+                jacobian = mine.columns(part, torch.float64).flatten(2)
+                other = jacobian if theirs is mine else theirs.columns(part, torch.float64).flatten(2)
+                total[samples].baddbmm_(jacobian, other.transpose(1, 2))
         return
     for samples in ranges_of_samples(len(total), g * t * (s + q * o)):
         for group in range(g):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..memory import available_bytes
 from ..world import ALONE, World
-from .blocks import BLOCK_ELEMENTS, KernelBlock, between
+from .blocks import KernelBlock, between
 from .blocks import Parts as Sorted
 from .chunks import Chunk, agreed, views_in
 from .diagonal import combined, output_blocks, sample_blocks
@@ -75,7 +75,7 @@ class FactoredJacobian(Jacobian):
         self.device = calls[0][0].linearized.device
         self._pieces = [piece.linearized for pieces in calls for piece in pieces]
         self._budget = budget_of(self.shape[0], self.device)
-        self._ways, self._size = agreed(world, views_in(self._pieces, self.numels), self.numels, self.shapes)
+        self._ways = agreed(world, views_in(self._pieces, self.numels), self.numels)
         self._parameters = dict(parameters)
         self._chunks = list(self._planned(chunk_size))
         if len(self._chunks) == len(self._pieces):
@@ -163,11 +163,11 @@ class FactoredJacobian(Jacobian):
         theta = new_kernel(size, size, self.device, dtype)
         with torch.no_grad():
             for i, first in enumerate(self._chunks):
-                fill(theta, first, first, [parts for _, parts in first.sorted()], self._size)
+                fill(theta, first, first, [parts for _, parts in first.sorted()])
                 rows = first.factors() if i + 1 < len(self._chunks) else None
                 for second in self._chunks[i + 1 :]:
                     assert rows is not None
-                    fill(theta, first, second, between(rows, second.factors()), self._size)
+                    fill(theta, first, second, between(rows, second.factors()))
                     view(theta, second, first).copy_(view(theta, first, second).permute(2, 3, 0, 1))
             probe = self._probe().to(dtype)
             self._check(float(probe @ (theta @ probe)), range(len(self._calls)), range(len(self._calls)), dtype)
@@ -185,7 +185,7 @@ class FactoredJacobian(Jacobian):
             for first in self.chunks_of(0):
                 factors = first.factors()
                 for second in self.chunks_of(1):
-                    fill(theta, first, second, between(factors, second.factors()), self._size, columns_from=rows)
+                    fill(theta, first, second, between(factors, second.factors()), columns_from=rows)
             probe = self._probe().to(dtype)
             self._check(float(probe[:rows] @ (theta @ probe[rows:])), range(1), range(1, 2), dtype)
         return theta
@@ -206,8 +206,7 @@ class FactoredJacobian(Jacobian):
                     for key, (jacobian, _) in parts.written.items():
                         chunk.scatter(key, transpose_product(jacobian.flatten(0, 1), part.reshape(-1)), totals)
                     for keys, family in parts.families:
-                        as_written = family.explicit_is_cheaper(self._size)
-                        for key, vector in zip(keys, family.weighted_sums(part, as_written, BLOCK_ELEMENTS), strict=True):
+                        for key, vector in zip(keys, family.weighted_sums(part), strict=True):
                             chunk.scatter(key, vector, totals)
         return {name: totals[name] if name in totals else u.new_zeros(numel) for name, numel in self.numels.items()}
 
@@ -222,8 +221,7 @@ class FactoredJacobian(Jacobian):
                     for key, (jacobian, _) in parts.written.items():
                         part += product(jacobian.flatten(0, 1), chunk.gather(key, v)).view_as(part)
                     for keys, family in parts.families:
-                        as_written = family.explicit_is_cheaper(self._size)
-                        part += family.product([chunk.gather(key, v) for key in keys], as_written, BLOCK_ELEMENTS)
+                        part += family.product([chunk.gather(key, v) for key in keys])
         return total
 
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
@@ -346,9 +344,7 @@ class FactoredJacobian(Jacobian):
             start += n * q
 
 
-def fill(
-    theta: Tensor, first: Rows, second: Rows, components: Iterable[Sorted], size: tuple[int, int], columns_from: int = 0
-) -> None:
+def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[Sorted], columns_from: int = 0) -> None:
     """Write the block of Θ between two sets of rows.
 
     Args:
@@ -356,14 +352,13 @@ def fill(
         first: The rows.
         second: The columns; the same object for a symmetric block.
         components: What is between them.
-        size: The largest N and Q of all that Θ is made of.
         columns_from: Which column of Θ is the first.
     """
     target_view = view(theta, first, second, columns_from)  # [N, Q, M, R]
     n, q, m, r = target_view.shape
     whole = first.whole and second.whole
     target = target_view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
-    block = KernelBlock(target, (n, q, m, r), first is second, size)
+    block = KernelBlock(target, (n, q, m, r), first is second)
     for parts in components:
         block.add(parts)
     block.finish()

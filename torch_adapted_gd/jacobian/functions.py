@@ -53,15 +53,19 @@ def matmul(use: Use) -> dict[str, Term]:
     """X W as a linear layer, everything else as the sum over indices that it is."""
     x, weight = use.argument("input"), use.argument("other")
     if x.ndim > 1 and weight.ndim == 2 and use.wants("other") and not use.wants("input"):
-        if use.layout.places is None and use.layout.dim == x.ndim - 1:
-            raise UnsupportedError("the samples are where a matrix has its columns")
-        left = _places_last(use.gradient, 2)
-        return {"other": OuterProducts(left, _places_last(use.samples_first(x), 1), flipped=True)}
+        return {"other": _weight(use, x)}
     batch = "abcdefgh"[: max(x.ndim, weight.ndim) - 2]
     first = ("ij" if x.ndim > 1 else "j") if x.ndim < 3 else batch[len(batch) - x.ndim + 2 :] + "ij"
     second = ("jk" if weight.ndim > 1 else "j") if weight.ndim < 3 else batch[len(batch) - weight.ndim + 2 :] + "jk"
     out = batch + ("i" if x.ndim > 1 else "") + ("k" if weight.ndim > 1 else "")
     return _sums(use, {"input": first, "other": second}, out)
+
+
+def _weight(use: Use, x: Tensor) -> OuterProducts:
+    """W in X W, as in a linear layer."""
+    if use.layout.places is None and use.layout.dim == x.ndim - 1:
+        raise UnsupportedError("the samples are where a matrix has its columns")
+    return OuterProducts(_places_last(use.gradient, 2), _places_last(use.samples_first(x), 1), flipped=True)
 
 
 @register_rule(*_methods("mv", "bmm"), names=("input", "other"), sample_dims="any")
@@ -77,10 +81,12 @@ def added_product(use: Use) -> dict[str, Term]:
     """A product and a sum."""
     if use.argument("beta", 1) != 1 or use.argument("alpha", 1) != 1:
         raise UnsupportedError("it has factors")
-    batch = "b" if use.argument("mat1").ndim == 3 else ""
-    terms = (
-        _sums(use, {"mat1": batch + "ij", "mat2": batch + "jk"}, batch + "ik") if use.wants("mat1") or use.wants("mat2") else {}
-    )
+    terms: dict[str, Term] = {}
+    if use.argument("mat1").ndim == 2 and use.wants("mat2") and not use.wants("mat1"):
+        terms["mat2"] = _weight(use, use.argument("mat1"))
+    elif use.wants("mat1") or use.wants("mat2"):
+        batch = "b" if use.argument("mat1").ndim == 3 else ""
+        terms = _sums(use, {"mat1": batch + "ij", "mat2": batch + "jk"}, batch + "ik")
     if use.wants("input"):
         terms["input"] = _summed(use, None, use.argument("input").shape)
     return terms
@@ -108,11 +114,11 @@ def _sums(use: Use, labels: Mapping[str | int, str], out: str) -> dict[str, Term
     For an operand P and all others multiplied to A: the indices in P and out alone are O, in P and A alone I, in all three G,
     in A and out alone the positions T, one of which has the samples; D = Σ_t B ⊗ A.
     """
-    if use.layout.places is not None or len(use.sources) != 1:
-        raise UnsupportedError("its samples are in no order, or parameters are multiplied with each other")
-    (key,) = use.sources
     keys = {name: use.key(name) if isinstance(name, str) else name for name in labels}
-    name = next(name for name in labels if keys[name] == key)
+    moving = [name for name in labels if keys[name] in use.sources]
+    if use.layout.places is not None or len(moving) != 1:
+        raise UnsupportedError("its samples are in no order, or parameters are multiplied with each other")
+    (name,) = moving
     values = {other: _at(use, keys[other]) for other in labels}
     mine, others = labels[name], [other for other in labels if other != name]
     if any(len(set(indices)) < len(indices) for indices in (*labels.values(), out)):

@@ -18,8 +18,8 @@ TILE_ROWS = 64  # the least number of rows of a symmetric product that are compu
 
 
 def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
-    """Dᵀu in float64, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
-    return torch.cat([part.double().T @ u for part in _columns(matrix)])
+    """Dᵀu in the dtype of u, ``[R, K]`` and ``[R]`` → ``[K]``, cast block by block."""
+    return torch.cat([part.to(u.dtype).T @ u for part in _columns(matrix)])
 
 
 def product(matrix: Tensor, v: Tensor) -> Tensor:

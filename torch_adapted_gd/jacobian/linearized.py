@@ -19,7 +19,7 @@ from ..tracking.tape import Note
 from .backward import BackwardPasses
 from .products import OuterProducts
 from .rules import GENERIC, Term, rule_for
-from .sources import accumulated
+from .sources import accumulated, written
 from .uses import Layout, Use
 
 _ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
@@ -103,8 +103,8 @@ class Linearized:
 
     @property
     def elements(self) -> int:
-        """Entries of B for one output of all samples."""
-        return sum(g.numel() for use in self.uses for g in use.gradients.values())
+        """Entries that are kept of the uses for one output of all samples."""
+        return sum(tensor.numel() for use in self.uses for tensor in use.held.values())
 
     def release(self) -> None:
         """Give the graph back."""
@@ -115,40 +115,55 @@ class Linearized:
         edges = [use.note.edges[place] for use in self.uses for place in use.layouts]
         if not edges:
             return []
-        layouts = [layout for use in self.uses for layout in use.layouts.values()]
         limit = _ELEMENTS_AT_ONCE if self.device.type == "cpu" else 2**40
-        step = max(1, limit // max(1, self.elements))
-        gradients: list[Tensor] = []
+        step = max(1, limit // max(1, self._entries))
+        uses: list[Use] = []
         with self._running():
             for start in range(0, len(outputs), step):
-                found = self._unit_backward(outputs[start : start + step], edges)
-                same: dict[Any, Tensor] = {}
-                parts = []
-                for b, layout in zip(found, layouts, strict=True):
-                    key = (b.data_ptr(), b.shape, b.stride(), layout)
-                    if layout.places is not None or key not in same:
-                        same[key] = layout.samples_first(b, 1).transpose(0, 1).to(self._dtype)
-                    parts.append(same[key])
+                some = self._with(self._unit_backward(outputs[start : start + step], edges))
                 if step >= len(outputs):
-                    gradients = parts
+                    uses = some
                     break
                 if start == 0:
-                    gradients = [b.new_empty(b.shape[0], len(outputs), *b.shape[2:]) for b in parts]
-                for whole, part in zip(gradients, parts, strict=True):
-                    whole[:, start : start + step] = part
-        values = iter(gradients)
-        uses = [dataclasses.replace(use, gradients={place: next(values) for place in use.layouts}) for use in self.uses]
+                    uses = [
+                        use.holding(b.new_empty(b.shape[0], len(outputs), *b.shape[2:]) for b in use.held.values())
+                        for use in some
+                    ]
+                for use, part in zip(uses, some, strict=True):
+                    for whole, b in zip(use.held.values(), part.held.values(), strict=True):
+                        whole[:, start : start + step] = b
         if self._passes.vectorized and len(outputs) == self.q > 1 and not self._is_sound(uses):
             self._passes.vectorized = False
             return self.at(outputs)
         return uses
 
+    def _with(self, gradients: list[Tensor]) -> list[Use]:
+        """The uses with B for some outputs, given as it arrived at the edges; or with what is smaller, see `Use.made`."""
+        values, same = iter(gradients), dict[Any, Tensor]()
+        uses = []
+        for probed in self.uses:
+            held = {}
+            for place, layout in probed.layouts.items():
+                b = next(values)
+                key = (b.data_ptr(), b.shape, b.stride(), layout)
+                if layout.places is not None or key not in same:
+                    same[key] = layout.samples_first(b, 1).transpose(0, 1).to(self._dtype)
+                held[place] = same[key]
+            use = dataclasses.replace(probed, gradients=held, made=None)
+            uses.append(use if probed.made is None else self._made(use, self.terms(use)))
+        return uses
+
+    @staticmethod
+    def _made(use: Use, terms: dict[Key, Term]) -> Use:
+        """A use with its Jacobians in place of B."""
+        return dataclasses.replace(use, gradients={}, made={key: written(term) for key, term in terms.items()})
+
     def _is_sound(self, uses: list[Use]) -> bool:
         """Whether Σ_q u_q B_q is what the probe sent back: some of torch's operations are wrong under vmap."""
         u = self.probe.view(self.n, 1, self.q).to(self._dtype)
         for use, probed in zip(uses, self.uses, strict=True):
-            for place, b in use.gradients.items():
-                expected = probed.gradients[place].squeeze(1)
+            for b, expected in zip(use.held.values(), probed.held.values(), strict=True):
+                expected = expected.squeeze(1)
                 found = torch.bmm(u, b.reshape(self.n, self.q, -1)).view(expected.shape)
                 if not self._close(found, expected, 16 * self.eps * float(b.norm())):
                     return False
@@ -156,6 +171,8 @@ class Linearized:
 
     def terms(self, use: Use) -> dict[Key, Term]:
         """What the rule of a use gives, by where its operands are."""
+        if use.made is not None:
+            return dict(use.made)
         if use.rule is not GENERIC:
             try:
                 return {use.key(name) if isinstance(name, str) else name: t for name, t in self._run(use).items()}
@@ -296,7 +313,10 @@ class Linearized:
 
     def _check(self) -> None:
         """Hold what the rules make of Dᵀu against the backward pass; what differs is not served."""
-        total = accumulated(((use, self.terms(use)) for use in self.uses), _summed, self._parameters, self._dtype)
+        terms = [(use, self.terms(use)) for use in self.uses]
+        total = accumulated(terms, _summed, self._parameters, self._dtype)
+        self._entries = self.elements
+        self.uses = [self._made(use, found) if _is_smaller(use, found) else use for use, found in terms]
         whole = math.hypot(*(float(product.norm()) for product in self.probe_product.values()))
         for name in sorted(self._doubtful & self.probe_product.keys()):
             # Tiny gradients at a use are no doubt about D where D is tiny too, as by a bias that a softmax takes away.
@@ -347,6 +367,11 @@ class Linearized:
                 for name, part in zip(names, parts, strict=True):
                     rows[name][start : start + len(part)] = part.to_dense().reshape(len(part), -1)
         return {name: part.view(self.n, self.q, -1) for name, part in rows.items()}
+
+
+def _is_smaller(use: Use, terms: dict[Key, Term]) -> bool:
+    """Whether the Jacobians take less than half of what B does."""
+    return 2 * sum(term.numel() for term in terms.values()) < sum(b.numel() for b in use.gradients.values())
 
 
 def _summed(term: Term, dtype: torch.dtype) -> Tensor:

@@ -85,7 +85,7 @@ class Jacobian(ABC):
 
     @abstractmethod
     def rmv(self, u: Tensor) -> Parts:
-        """Dᵀu in float64 for u of shape ``[R]`` in float64."""
+        """Dᵀu in the dtype of u ``[R]``: in float64, unless rounding of float32 does not matter."""
 
     @abstractmethod
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:

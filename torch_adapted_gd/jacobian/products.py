@@ -1,6 +1,7 @@
 """Parts of Θ from factored layer Jacobians: outer products contracted in the cheaper order, never written out as D."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 _TOUCH = 64  # multiplications that take as long as writing and rearranging one entry of an intermediate
+_WRITTEN_ELEMENTS = 2**20  # entries of D that are written out at a time (8 MiB in float64)
 _CACHED_ELEMENTS = 2**19  # entries of factors that are turned to float64 at a time (4 MiB)
 _WORK_ELEMENTS = 2**23  # entries of an intermediate (64 MiB in float64)
 
@@ -42,30 +44,41 @@ class OuterProducts:
         """I."""
         return self.right.size if isinstance(self.right, OneHot) else self.right.shape[2]
 
+    def numel(self) -> int:
+        """Entries of the Jacobian."""
+        n, q, g, o, _ = self.left.shape
+        return n * q * g * o * self.width
+
     @property
     def kind(self) -> tuple[bool, bool, int, int, int]:
         """What terms have in common that can be added by placing them one after the other along T."""
         return isinstance(self.right, OneHot), self.flipped, *self.left.shape[2:4], self.width
 
-    def explicit(self, columns: slice = slice(None)) -> Tensor:
-        """The Jacobian ``[N, Q, G·O·I]``, or its part with ``columns`` of O, ``[N, Q, G, columns, I]`` flattened."""
-        left = self.left[:, :, :, columns]
+    def explicit(self) -> Tensor:
+        """The Jacobian ``[N, Q, numel]``, in the parameter's layout."""
+        jacobian = self.columns(slice(None), self.left.dtype)
+        return (jacobian.transpose(3, 4) if self.flipped else jacobian).flatten(2)
+
+    def columns(self, part: slice, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+        """The Jacobian's columns of a part of O, ``[N, Q, G, part, I]``, in ``dtype``; in ``memory`` where it can be."""
+        left = self.left[:, :, :, part]
         n, q, g, o, t = left.shape
         if isinstance(self.right, OneHot):
             index = self.right.index[:, None, None, :].expand(n, q, o, t)
-            part = left.new_zeros(n, q, o, self.width).scatter_add_(3, index, left.reshape(n, q, o, t))
-            jacobian = part.reshape(n, q, 1, o, self.width)
-        elif t == 1:
-            jacobian = left * self.right.squeeze(3)[:, None, :, None, :]
-        else:
-            flat = left.transpose(1, 2).reshape(n * g, q * o, t)
-            jacobian = (flat @ self.right.reshape(n * g, -1, t).transpose(1, 2)).reshape(n, g, q, o, -1).transpose(1, 2)
-        return (jacobian.transpose(3, 4) if self.flipped else jacobian).reshape(n, q, -1)
+            rows = left.new_zeros(n, q, o, self.width, dtype=dtype)
+            return rows.scatter_add_(3, index, left.reshape(n, q, o, t).to(dtype)).unsqueeze(2)
+        right = self.right.to(dtype)
+        if t == 1:
+            return left.to(dtype) * right.squeeze(3)[:, None, :, None, :]
+        flat = left.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).reshape(n * g, q * o, t)
+        out = None if memory is None else memory[: n * q * g * o * self.width].view(n * g, q * o, -1)
+        rows = torch.bmm(flat, right.reshape(n * g, -1, t).transpose(1, 2), out=out)
+        return rows.view(n, g, q, o, -1).transpose(1, 2)
 
     def column_blocks(self, limit: int) -> Iterator[slice]:
-        """Ranges of O for which `explicit` has at most ``limit`` entries, or one."""
-        n, q, g, o, _ = self.left.shape
-        step = max(1, limit // max(1, n * q * g * self.width))
+        """Ranges of O for which `columns`, and what it is made of, have at most ``limit`` entries, or one."""
+        n, q, g, o, t = self.left.shape
+        step = max(1, limit // max(1, n * q * g * max(self.width, t)))
         for start in range(0, o, step):
             yield slice(start, min(start + step, o))
 
@@ -116,8 +129,8 @@ class OuterProducts:
         return OuterProducts(self.left[samples].to(dtype), _part(self.right, samples, dtype), self.flipped)
 
     @staticmethod
-    def joined(terms: Sequence["OuterProducts"]) -> "OuterProducts":
-        """The sum of several of one kind."""
+    def joined(terms: Sequence["OuterProducts"], left: Tensor | None = None) -> "OuterProducts":
+        """The sum of several of one kind; their left factors one after the other are ``left``, if there are any yet."""
         if len(terms) == 1:
             return terms[0]
         rights = [term.right for term in terms]
@@ -126,7 +139,7 @@ class OuterProducts:
             right = OneHot(torch.cat([r.index for r in rights if isinstance(r, OneHot)], 1), rights[0].size)
         else:
             right = torch.cat([r for r in rights if isinstance(r, Tensor)], 3)
-        return OuterProducts(torch.cat([term.left for term in terms], 4), right, terms[0].flipped)
+        return OuterProducts(torch.cat([term.left for term in terms], 4) if left is None else left, right, terms[0].flipped)
 
 
 class Family:
@@ -137,7 +150,7 @@ class Family:
 
     Args:
         first: For each parameter its term on the rows' side.
-        second: The same on the columns' side; the very same objects for a symmetric Θ.
+        second: The same on the columns' side; the very same list for a symmetric Θ.
     """
 
     def __init__(self, first: list[OuterProducts], second: list[OuterProducts]) -> None:
@@ -149,6 +162,11 @@ class Family:
     def single(self) -> bool:
         """Whether each side has one place alone, T = 1, and one group: the plain (BBᵀ) ∘ (AAᵀ)."""
         return all(left.shape[2] == left.shape[4] == 1 for left in (self._left1, self._left2))
+
+    @property
+    def by_index(self) -> bool:
+        """Whether the right factors are unit vectors, several for a sample."""
+        return not self.single and all(isinstance(term.right, OneHot) for term in self.first)
 
     @property
     def columns(self) -> int:
@@ -163,19 +181,11 @@ class Family:
         first = [OuterProducts(left1, term.right, term.flipped) for term in self.first]
         if self.second is self.first:
             return Family(first, first)
-        pairs = zip(first, self.first, self.second, strict=True)
-        return Family(first, [mine if a is b else OuterProducts(left2, b.right, b.flipped) for mine, a, b in pairs])
+        return Family(first, [OuterProducts(left2, term.right, term.flipped) for term in self.second])
 
-    def explicit_is_cheaper(self, size: tuple[int, int] | None = None) -> bool:
-        """Whether writing the Jacobian out and multiplying it takes fewer operations than contracting the factors.
-
-        Args:
-            size: N and Q to decide for, by default those at hand. Terms that belong to one kernel have to decide alike.
-        """
+    def explicit_is_cheaper(self) -> bool:
+        """Whether writing the Jacobian out and multiplying it takes fewer operations than contracting the factors."""
         (n1, q1, g, o, t1), (n2, q2, *_, t2) = self._left1.shape, self._left2.shape
-        if size is not None:
-            n1 = n2 = size[0]
-            q1 = q2 = size[1]
         onehot = any(isinstance(term.right, OneHot) for term in self.first)
         widths = sum(1 if isinstance(term.right, OneHot) else term.width for term in self.first)
         written = n1 * n2 * q1 * q2 * self.columns + (n1 * q1 * t1 + n2 * q2 * t2) * (o * g if onehot else self.columns)
@@ -192,37 +202,22 @@ class Family:
             (_right_products(a.right, b.right, rows, columns, dtype) for a, b in zip(self.first, self.second, strict=True)),
         )
 
-    def blocks(self, limit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Jacobians ``[N, Q, columns]`` of both sides written out, at most ``limit`` entries or one column of O at a time.
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Columns of D of both sides, ``[N·Q, columns]``, written out in ``dtype``, a few at a time.
 
-        The second is None where both sides are the same.
+        They are in any order, the same on both sides; the second is None where both sides are the same.
         """
-        for a, b in zip(self.first, self.second, strict=True):
-            for part in a.column_blocks(limit):
-                yield a.explicit(part), None if a is b else b.explicit(part)
+        mine = _side_by_side(self.first, dtype)
+        theirs = mine if self.second is self.first else _side_by_side(self.second, dtype)
+        for a, b in zip(mine, theirs, strict=True):
+            parts = list(a.column_blocks(_WRITTEN_ELEMENTS))
+            # Allocating pages anew for each part would take as long as filling them.
+            memory = a.left.new_empty(math.prod(a.left.shape[:3]) * (parts[0].stop if parts else 0) * a.width, dtype=dtype)
+            for part in parts:
+                yield _rows(a.columns(part, dtype, memory)), None if b is a else _rows(b.columns(part, dtype))
 
-    def weighted_sums(self, u: Tensor, written: bool, limit: int) -> Iterator[Tensor]:
-        """Σ_nq u[n, q] D[n, q] of each parameter, flat, in the dtype of u.
-
-        Args:
-            u: ``[N, Q]``.
-            written: D is written out for Θ. It is then here too: where it is rounded, both have to be in the same way.
-            limit: See `blocks`.
-        """
-        if not written:
-            yield from self._factored_sums(u)
-            return
-        for term in self.first:
-            n, q, g, o, _ = term.left.shape
-            total = u.new_zeros(g, o, term.width)
-            for part in term.column_blocks(limit):
-                block = term.explicit(part).reshape(n * q, -1).to(u.dtype).T @ u.reshape(-1)
-                total[:, part] = (
-                    block.reshape(g, term.width, -1).transpose(1, 2) if term.flipped else block.reshape(g, -1, term.width)
-                )
-            yield (total.transpose(1, 2) if term.flipped else total).reshape(-1)
-
-    def _factored_sums(self, u: Tensor) -> list[Tensor]:
+    def weighted_sums(self, u: Tensor) -> list[Tensor]:
+        """Σ_nq u[n, q] D[n, q] of each parameter, flat, in the dtype of u, for u ``[N, Q]``."""
         totals: list[Tensor] = []
         for samples in self._samples():
             parts = self._of_samples(samples, u.dtype)
@@ -244,27 +239,13 @@ class Family:
         for start in range(0, n, step):
             yield slice(start, min(start + step, n))
 
-    def product(self, vectors: list[Tensor], written: bool, limit: int) -> Tensor:
-        """Σ over parameters of Σ_k D[n, q, k] v[k] for a flat vector v of each, ``[N, Q]`` in their dtype.
-
-        Args:
-            vectors: v by parameter.
-            written: See `weighted_sums`.
-            limit: See `blocks`.
-        """
-        n, q, g, o, _ = self._left1.shape
-        total = vectors[0].new_zeros(n, q)
-        if not written:
-            for samples in self._samples():
-                parts = self._of_samples(samples, total.dtype)
-                image = functools.reduce(Tensor.add_, (part.image(v) for part, v in zip(parts, vectors, strict=True)))
-                total[samples] = parts[0].against(image)
-            return total
-        for term, v in zip(self.first, vectors, strict=True):
-            by_row = v.reshape(g, term.width, o).transpose(1, 2) if term.flipped else v.reshape(g, o, term.width)
-            for part in term.column_blocks(limit):
-                piece = by_row[:, part].transpose(1, 2) if term.flipped else by_row[:, part]
-                total += term.explicit(part).to(v.dtype) @ piece.reshape(-1)
+    def product(self, vectors: list[Tensor]) -> Tensor:
+        """Σ over parameters of Σ_k D[n, q, k] v[k] for a flat vector v of each, ``[N, Q]`` in their dtype."""
+        total = vectors[0].new_zeros(self._left1.shape[:2])
+        for samples in self._samples():
+            parts = self._of_samples(samples, total.dtype)
+            image = functools.reduce(Tensor.add_, (part.image(v) for part, v in zip(parts, vectors, strict=True)))
+            total[samples] = parts[0].against(image)
         return total
 
     def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
@@ -328,6 +309,18 @@ class Family:
         if not self.single:  # inner: [m, n, T, R, O]; products: [n, T, m, S]
             samples = min(samples, max(1, int((_WORK_ELEMENTS / max(1, t * max(r * o, s))) ** 0.5)))
         return samples
+
+
+def _side_by_side(terms: list[OuterProducts], dtype: torch.dtype) -> list[OuterProducts]:
+    """Terms with one left factor: their right ones as one along I, in ``dtype``; unit vectors as they are."""
+    rights = [term.right.to(dtype) for term in terms if isinstance(term.right, Tensor)]
+    joined = [OuterProducts(terms[0].left, torch.cat(rights, 2) if len(rights) > 1 else rights[0])] if rights else []
+    return joined + [term for term in terms if isinstance(term.right, OneHot)]
+
+
+def _rows(columns: Tensor) -> Tensor:
+    """``[N, Q, G, O, I]`` → ``[N·Q, G·O·I]``."""
+    return columns.reshape(columns.shape[0] * columns.shape[1], -1)
 
 
 def _part(right: Tensor | OneHot, samples: slice, dtype: torch.dtype) -> Tensor | OneHot:

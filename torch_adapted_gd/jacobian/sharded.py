@@ -40,7 +40,6 @@ class ShardedJacobian(Jacobian):
         self.shapes = [shape for shapes in shapes_of for shape in shapes]
         first = sum(map(len, shapes_of[: world.rank]))
         self._calls = range(first, first + len(shapes_of[world.rank]))  # those of this process
-        self._size = max(n for n, _ in self.shapes), max(q for _, q in self.shapes)
         self.lengths = [sum(n * q for n, q in shapes) for shapes in shapes_of]
         self._spans = spans(self.lengths)
         self.here = self._spans[world.rank]
@@ -68,7 +67,7 @@ class ShardedJacobian(Jacobian):
                 if self._multiplies(rank) and self.local is not None:
                     for rows in self.local.factors():
                         mine = dataclasses.replace(rows, start=rows.start + self.here.start)
-                        fill(theta, mine, columns, between(mine, columns), self._size)
+                        fill(theta, mine, columns, between(mine, columns))
             if self._multiplies(rank):
                 there = self._spans[rank]
                 theta[there, self.here] = theta[self.here, there].T

@@ -113,7 +113,7 @@ def tangent_jacobian(
     shapes = [batch_and_outputs(call) for call in calls]
     numels = {name: p.numel() for name, p in parameters.items()}
     if not calls:
-        agreed(world, {}, numels, [])
+        agreed(world, {}, numels)
         return ShardedJacobian(None, world, numels, device)
     jacobian: Jacobian
     if method != "jacobian" and not any(0 in shape for shape in shapes):
@@ -127,7 +127,7 @@ def tangent_jacobian(
         jacobian = factored
     else:
         blocks = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
-        agreed(world, {name: {"written"} for name in numels}, numels, shapes)  # others may have factors
+        agreed(world, {name: {"written"} for name in numels}, numels)  # others may have factors
         jacobian = DenseJacobian(blocks, shapes, numels, "jacobian (rows)")
     return jacobian if world.size == 1 else ShardedJacobian(jacobian, world, numels, device)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +79,7 @@ class Use:
         layouts: Where each output has the samples, by place.
         gradients: B, the gradients of the model's outputs at each of these, ``[N, Q, ...]``.
         shapes: The shapes of these as they were returned.
+        made: The Jacobians ``[N, Q, ...]`` by operand where they are smaller than B, which is not kept then; or None.
     """
 
     rule: Rule
@@ -87,6 +88,17 @@ class Use:
     layouts: dict[int, Layout]
     gradients: dict[int, Tensor] = field(default_factory=dict)
     shapes: dict[int, torch.Size] = field(default_factory=dict)
+    made: dict[Key, Tensor] | None = None
+
+    @property
+    def held(self) -> dict[Any, Tensor]:
+        """What is kept of it, ``[N, Q, ...]`` each: B, or the Jacobians."""
+        return self.gradients if self.made is None else self.made
+
+    def holding(self, tensors: Iterable[Tensor]) -> Use:
+        """The same with other tensors in place of these, in their order."""
+        held = dict(zip(self.held, tensors, strict=True))
+        return replace(self, gradients=held) if self.made is None else replace(self, made=held)
 
     @property
     def function(self) -> Callable[..., Any]:

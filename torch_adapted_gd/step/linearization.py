@@ -400,20 +400,24 @@ class Linearization:
             dtype: The parameters'.
             eps: Machine epsilon of the outputs.
         """
-        for name, tensor in self.gradient.items():
+        whole = norm(self.gradient)
+        for name, tensor in {} if math.isfinite(whole) else self.gradient.items():
             if not all_finite(tensor):
                 raise RuntimeError(
                     f"The loss's gradient in parameter '{name}' is not finite although that in the outputs is, so nothing was "
                     "changed. Look at penalties and other terms that do not come through the outputs, and at their derivatives."
                 )
         # Zero by (2.16) for a loss of the outputs alone.
-        plain = self.system.jacobian.rmv(self._g)
         if self._world.size > 1:
-            off_output = self._mean_beside(own_g)
+            plain, off_output = self.system.jacobian.rmv(self._g), self._mean_beside(own_g)
             self.gradient = {name: plain[name].view_as(part) + part for name, part in off_output.items()}
-        else:
-            off_output = {name: tensor.double() - plain[name].reshape(tensor.shape) for name, tensor in self.gradient.items()}
-        size, whole = norm(off_output), norm(self.gradient)
+            whole = norm(self.gradient)
+        else:  # in the arithmetic of the gradient that arrived: more digits than that has would tell nothing
+            plain = self.system.jacobian.rmv(self._g.to(torch.promote_types(dtype, torch.float32)))
+            off_output = {
+                name: torch.sub(tensor.reshape(-1), plain[name], out=plain[name]) for name, tensor in self.gradient.items()
+            }
+        size = norm(off_output)
         # |D|_F |g| bounds the sums of products in Dᵀg. The user's backward pass rounds them layer by layer: 54 ε of Dᵀg in a
         # U-Net. Under autocast it rounds each product.
         told = self._world.objects((float(torch.linalg.vector_norm(own_g)), self._rounding_of_g))
@@ -423,7 +427,7 @@ class Linearization:
         if eps > torch.finfo(dtype).eps:
             rounding += 2 * eps * whole
         negligible = size <= rounding
-        self.off_output = None if negligible else {name: tensor.reshape(-1) for name, tensor in off_output.items()}
+        self.off_output = None if negligible else {name: t.reshape(-1).double() for name, t in off_output.items()}
         self.off_output_fraction = 0.0 if negligible else size / max(whole, size)
 
     def _mean_beside(self, own_g: Tensor) -> Parts:
