@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from torch_adapted_gd import AdaptedGD
 
@@ -46,11 +47,16 @@ def test_the_rank_cut_follows_the_arithmetic_of_the_forward_pass():
     assert cuts[torch.bfloat16] <= 18
 
 
-def test_step_inside_autocast_is_the_step_outside():
+@pytest.mark.parametrize("places", [False, True])
+def test_step_inside_autocast_is_the_step_outside(places):
+    """Of a small network, and of one whose Jacobian is written out at many places, in float32."""
     results = []
     for inside in (True, False):
         torch.manual_seed(0)
         model, x, y = problem(dtype=torch.float32)
+        if places:
+            model = nn.Sequential(nn.Conv1d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 300, 2))
+            x, y = torch.randn(6, 1, 300), torch.randn(6, 2)
         optimizer = AdaptedGD(model, lr=0.5)
         MSE(model(x), y).backward()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
