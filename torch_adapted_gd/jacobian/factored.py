@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..memory import available_bytes
 from ..tracking.calls import without_autocast
+from ..tracking.tape import Source
 from ..world import ALONE, World
 from .blocks import KernelBlock, between
 from .blocks import Parts as Sorted
@@ -19,6 +20,7 @@ from .chunks import Chunk, agreed, views_in
 from .diagonal import combined, output_blocks, sample_blocks
 from .gram import ROWS_ELEMENTS, new_kernel, norm, product, transpose_product
 from .linearized import Linearized
+from .normed import Directions
 from .operator import Components, Factors, Jacobian, Parts, Rows
 from .uses import Use
 
@@ -113,7 +115,8 @@ class FactoredJacobian(Jacobian):
         names: set[str] = set()
         entries = 0
         for piece in self._pieces:
-            computed = {id(s): s for use in piece.uses for s in use.sources.values() if s.name is None and s.view is None}
+            sources = [source for use in piece.uses for source in use.sources.values()]
+            computed = {id(s): s for s in sources if s.name is None and s.view is None and self._pulls_back(s)}
             names |= {name for source in computed.values() for name in source.names}
             entries += piece.n * piece.q * sum(source.tensor.numel() for source in computed.values())
         if entries <= _MANY_ENTRIES:
@@ -125,6 +128,10 @@ class FactoredJacobian(Jacobian):
             "themselves (torch.nn.utils.parametrize.remove_parametrizations makes them from a parametrization), or use a "
             "smaller batch."
         )
+
+    def _pulls_back(self, source: Source) -> bool:
+        """Whether rows by something computed from parameters are pulled back to these."""
+        return any(self._ways.get(name) != "normed" for name in source.names)
 
     @property
     def description(self) -> str:  # type: ignore[override]
@@ -248,8 +255,10 @@ class FactoredJacobian(Jacobian):
                         for place, (names, uses) in enumerate(chunk.components(chunk.uses())):
                             for key, jacobian in chunk.parts(place, names, uses).rows(samples):
                                 name, index = chunk.place(key, self.device)
-                                if index is None:
-                                    part[..., columns[name]] = jacobian
+                                if isinstance(key, Directions):
+                                    part[..., columns[name]] += key.spread(jacobian)
+                                elif index is None:
+                                    part[..., columns[name]] += jacobian
                                 else:
                                     part[..., columns[name].start + index] = jacobian
                 rows = block.flatten(0, 1)

@@ -18,6 +18,7 @@ from ..tracking.arguments import Key
 from ..tracking.calls import without_autocast
 from ..tracking.tape import Note
 from .backward import BackwardPasses
+from .normed import lengths_and_directions
 from .products import Family, OuterProducts
 from .rules import GENERIC, Term, rule_for
 from .sources import accumulated, written
@@ -166,6 +167,8 @@ class Linearized:
 
         In float64 that takes 2T/R times as long as multiplying them, for T places and R rows. Here it is the arithmetic of B.
         """
+        if any(lengths_and_directions(source) for source in use.sources.values()):
+            return False  # of these factors are wanted
         entries = sum(term.numel() for term in terms.values())
         if 2 * entries < sum(b.numel() for b in use.gradients.values()):
             return True
