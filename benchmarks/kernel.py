@@ -1,7 +1,8 @@
 """The kernel against its peers: time and peak memory of one build of Θ, and the ratios.
 
 Each method runs in a process of its own, the fast ones twice, before and after the others; printed are the median times and
-the memory that the process needed beyond the network and one forward and backward pass. TorchJD runs where it is installed,
+the memory that the process needed beyond the network and one forward and backward pass. With one thread, times are those of
+the processor, which other programs disturb less. TorchJD runs where it is installed,
 neural-tangents where ``--jax-python`` names an interpreter that has it (an environment of its own: it needs old versions).
 """
 
@@ -29,6 +30,7 @@ from torch_adapted_gd import ntk
 from .networks import CASES, Case
 from .options import parse
 
+CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 OURS, OURS_32 = "torch_adapted_gd", "torch_adapted_gd, float32 products"
 JAX = {
     "STRUCTURED_DERIVATIVES": "neural-tangents, structured derivatives",
@@ -84,7 +86,7 @@ def measure(case: Case, method: str, device_name: str, repeats: int, patience: f
     def finish() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return CLOCK()
 
     model(x).sum().backward()
     model.zero_grad()

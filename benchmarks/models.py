@@ -2,7 +2,8 @@
 
 A step is the forward pass, `loss.backward()` and `optimizer.step()`, with a mean squared loss, ``damping=1e-3`` and nothing
 else set, in units of one forward plus backward pass of a copy that no optimizer watches; both are measured in turn, after one
-of each to warm up, and medians are printed. The error is that of `ntk` against DDᵀ by a backward pass for each output, both in
+of each to warm up, and medians are printed. With one thread they are seconds of processor time, which other programs disturb
+less. The error is that of `ntk` against DDᵀ by a backward pass for each output, both in
 float64 and, since it is a matter of dropout's mask otherwise, in eval mode.
 
 Models of timm and transformers run where these are installed, and not with ``--small``, unless ``--only`` asks for them. The
@@ -32,13 +33,14 @@ from .architectures import MODELS, Model
 from .options import parse
 
 CRITERION = nn.MSELoss()
+CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def seconds_of(function: Callable[[], object]) -> float:
     """The time of one call."""
-    start = time.perf_counter()
+    start = CLOCK()
     function()
-    return time.perf_counter() - start
+    return CLOCK() - start
 
 
 def cost(model: nn.Module, x: tuple[Tensor, ...], repeats: int, patience: float) -> dict[str, Any]:

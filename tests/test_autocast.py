@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from torch_adapted_gd import AdaptedGD
 
@@ -46,11 +47,28 @@ def test_the_rank_cut_follows_the_arithmetic_of_the_forward_pass():
     assert cuts[torch.bfloat16] <= 18
 
 
-def test_step_inside_autocast_is_the_step_outside():
+class Both(nn.Module):
+    """One matrix, applied in both layouts at several places: its Jacobian is written out in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(40, 40) / 6), nn.Linear(120, 2)
+
+    def forward(self, x):
+        return self.head((torch.tanh(nn.functional.linear(x, self.weight)) @ self.weight).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["small", "places", "both"])
+def test_step_inside_autocast_is_the_step_outside(kind):
     results = []
     for inside in (True, False):
         torch.manual_seed(0)
         model, x, y = problem(dtype=torch.float32)
+        if kind == "places":
+            model = nn.Sequential(nn.Conv1d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 300, 2))
+            x, y = torch.randn(6, 1, 300), torch.randn(6, 2)
+        elif kind == "both":
+            model, x, y = Both(), torch.randn(90, 3, 40), torch.randn(90, 2)
         optimizer = AdaptedGD(model, lr=0.5)
         MSE(model(x), y).backward()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .gram import add_gram
+from .normed import Directions
 from .operator import Components, Factors, Part, Terms
 from .products import Family, OuterProducts, tiles
 from .tokens import add_by_index
@@ -40,6 +41,10 @@ class Parts:
             others = terms if second is None else second.get(name)
             if others is None:
                 continue  # the other call did not use it
+            if isinstance(name, Directions):
+                along = _written(terms)
+                written[name] = along, -(along if second is None else _written(others))
+                continue
             products = [term for term in (*terms, *others) if isinstance(term, OuterProducts)]
             if len(products) < len(terms) + len(others) or len({term.kind for term in products}) > 1:
                 written[name] = _written(terms), None if second is None else _written(others)

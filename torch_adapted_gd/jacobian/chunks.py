@@ -14,11 +14,15 @@ from ..tracking.tape import Source
 from ..world import World
 from .blocks import Parts
 from .linearized import Linearized
+from .normed import Directions, in_factors, lengths_and_directions
 from .operator import Factors, Part, Rows, Terms
+from .products import OuterProducts
+from .rules import Term
 from .sources import Derived, entries_of, is_transposed, is_whole, turned, written
 from .uses import Use
 
-Way = Literal["whole", "views", "written"]  # how the Jacobian by a parameter is held: as it is, in views of it, or written out
+# How the Jacobian by a parameter is held: as it is, in views of it, written out, or in factors of a weight's lengths and directions.
+Way = Literal["whole", "views", "written", "normed"]
 
 
 def views_in(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, set[Any]]:
@@ -49,7 +53,9 @@ def agreed(world: World, views: dict[str, set[Any]], numels: dict[str, int]) -> 
 def _view(source: Source) -> Any:
     if is_whole(source) or is_transposed(source):
         return "whole"
-    return "written" if source.view is None else source.view
+    if source.view is not None:
+        return source.view
+    return "written" if lengths_and_directions(source) is None else "normed"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -57,7 +63,9 @@ def _way(views: frozenset[Any], numel: int) -> Way:
     """Views can be held as such if they do not overlap."""
     if views <= {"whole"}:
         return "whole"
-    if views & {"whole", "written"}:
+    if views == {"normed"}:
+        return "normed"
+    if views & {"whole", "written", "normed"}:
         return "written"
     entries = torch.cat([entries_of(view, numel) for view in views])
     return "views" if len(entries) == len(entries.unique()) else "written"
@@ -142,7 +150,13 @@ class Chunk(Rows):
                 source = use.sources.get(key)
                 if source is None:
                     continue
-                if _view(source) == "written":
+                view = _view(source)
+                factors = self._normed(source, term) if view == "normed" else []
+                for place, factor in factors:
+                    terms.setdefault(place, []).append(factor)
+                if factors:
+                    continue
+                if view in ("written", "normed"):
                     before = derived.get(id(source))
                     rows = written(term)
                     derived[id(source)] = (source, rows if before is None else before[1] + rows)
@@ -176,6 +190,14 @@ class Chunk(Rows):
             terms.setdefault(name, []).append(rows)
         return terms
 
+    def _normed(self, source: Source, term: Term) -> list[tuple[str | Directions, Tensor | OuterProducts]]:
+        """The terms of a weight in lengths and directions; none where its rows have to be pulled back."""
+        names = lengths_and_directions(source)
+        assert names is not None
+        suits = isinstance(term, OuterProducts) and isinstance(term.right, Tensor) and not term.flipped
+        served = all(self.ways.get(name) == "normed" and name not in self.piece.unserved for name in names)
+        return in_factors(names, term, self.parameters) if isinstance(term, OuterProducts) and suits and served else []
+
     def parts(self, place: int, names: set[str], uses: list[Use]) -> Parts:
         """The terms of a component, sorted; kept for the next time if they fit the budget."""
         if place in self.kept:
@@ -197,6 +219,8 @@ class Chunk(Rows):
     def scatter(self, part: Part, vector: Tensor, totals: dict[str, Tensor]) -> None:
         """Add a vector over a parameter or view of it to sums by parameter, flat."""
         name, index = self.place(part, vector.device)
+        if isinstance(part, Directions):
+            vector = part.spread(vector)
         if index is None:
             totals[name] = totals[name] + vector if name in totals else vector
             return
@@ -206,11 +230,13 @@ class Chunk(Rows):
 
     def gather(self, part: Part, vectors: dict[str, Tensor]) -> Tensor:
         """The entries of a parameter or view of it in flat vectors by parameter."""
+        if isinstance(part, Directions):
+            return part.gather(vectors[part.name])
         name, index = self.place(part, next(iter(vectors.values())).device)
         return vectors[name] if index is None else vectors[name][index]
 
     def place(self, part: Part, device: torch.device) -> tuple[str, Tensor | None]:
-        """The parameter, and which of its entries a view has; None for all."""
-        if isinstance(part, str):
-            return part, None
+        """The parameter, and which of its entries a part has; None for all."""
+        if isinstance(part, str | Directions):
+            return part if isinstance(part, str) else part.name, None
         return part[0], entries_of(part[1], self.parameters[part[0]].numel(), device)

@@ -18,10 +18,9 @@ _TILE_ROWS = 512  # of a block, worked on at a time on the CPU: such a tile of f
 def sample_blocks(chunks: Sequence[Chunk], n: int, q: int, device: torch.device) -> Tensor:
     """Θ(x_n, x_n) of all samples of one call, ``[N, Q, Q]`` in float64."""
     total = torch.zeros(n, q, q, dtype=torch.float64, device=device)
-    with torch.no_grad():
-        for i, first in enumerate(chunks):
-            for second in chunks[i:]:
-                _add_sample_blocks(total, first, second)
+    for i, first in enumerate(chunks):
+        for second in chunks[i:]:
+            _add_sample_blocks(total, first, second)
     return total
 
 

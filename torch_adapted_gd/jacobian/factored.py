@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..memory import available_bytes
+from ..tracking.calls import without_autocast
+from ..tracking.tape import Source
 from ..world import ALONE, World
 from .blocks import KernelBlock, between
 from .blocks import Parts as Sorted
@@ -17,6 +20,7 @@ from .chunks import Chunk, agreed, views_in
 from .diagonal import combined, output_blocks, sample_blocks
 from .gram import ROWS_ELEMENTS, new_kernel, norm, product, transpose_product
 from .linearized import Linearized
+from .normed import Directions
 from .operator import Components, Factors, Jacobian, Parts, Rows
 from .uses import Use
 
@@ -111,7 +115,8 @@ class FactoredJacobian(Jacobian):
         names: set[str] = set()
         entries = 0
         for piece in self._pieces:
-            computed = {id(s): s for use in piece.uses for s in use.sources.values() if s.name is None and s.view is None}
+            sources = [source for use in piece.uses for source in use.sources.values()]
+            computed = {id(s): s for s in sources if s.name is None and s.view is None and self._pulls_back(s)}
             names |= {name for source in computed.values() for name in source.names}
             entries += piece.n * piece.q * sum(source.tensor.numel() for source in computed.values())
         if entries <= _MANY_ENTRIES:
@@ -123,6 +128,10 @@ class FactoredJacobian(Jacobian):
             "themselves (torch.nn.utils.parametrize.remove_parametrizations makes them from a parametrization), or use a "
             "smaller batch."
         )
+
+    def _pulls_back(self, source: Source) -> bool:
+        """Whether rows by something computed from parameters are pulled back to these."""
+        return any(self._ways.get(name) != "normed" for name in source.names)
 
     @property
     def description(self) -> str:  # type: ignore[override]
@@ -161,7 +170,7 @@ class FactoredJacobian(Jacobian):
         """
         size = self.shape[0]
         theta = new_kernel(size, size, self.device, dtype)
-        with torch.no_grad():
+        with self._computing():
             for i, first in enumerate(self._chunks):
                 fill(theta, first, first, [parts for _, parts in first.sorted()])
                 rows = first.factors() if i + 1 < len(self._chunks) else None
@@ -181,7 +190,7 @@ class FactoredJacobian(Jacobian):
         """
         rows, columns = (n * q for n, q in self.shapes)
         theta = new_kernel(rows, columns, self.device, dtype)
-        with torch.no_grad():
+        with self._computing():
             for first in self.chunks_of(0):
                 factors = first.factors()
                 for second in self.chunks_of(1):
@@ -198,7 +207,7 @@ class FactoredJacobian(Jacobian):
         Θ is to float64's precision: so the rounding of D costs κ(D)ε, not κ(D)²ε.
         """
         totals: Parts = {}
-        with torch.no_grad():
+        with self._computing():
             for chunk in self._chunks:
                 part = chunk.of(u)
                 for place, (names, uses) in enumerate(chunk.components(chunk.uses())):
@@ -213,7 +222,7 @@ class FactoredJacobian(Jacobian):
     def mv(self, v: Parts) -> Tensor:
         """Dv from the factors that Θ was made of."""
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
-        with torch.no_grad():
+        with self._computing():
             for chunk in self._chunks:
                 part = chunk.of(total)
                 for place, (names, uses) in enumerate(chunk.components(chunk.uses())):
@@ -240,14 +249,16 @@ class FactoredJacobian(Jacobian):
             for first in range(0, n, step):
                 samples = slice(first, min(first + step, n))
                 block = torch.zeros(samples.stop - first, q, size, dtype=torch.float64, device=self.device)
-                with torch.no_grad():
+                with self._computing():
                     for chunk in self.chunks_of(number):
                         part = block[:, chunk.outputs.start : chunk.outputs.stop]
                         for place, (names, uses) in enumerate(chunk.components(chunk.uses())):
                             for key, jacobian in chunk.parts(place, names, uses).rows(samples):
                                 name, index = chunk.place(key, self.device)
-                                if index is None:
-                                    part[..., columns[name]] = jacobian
+                                if isinstance(key, Directions):
+                                    part[..., columns[name]] += key.spread(jacobian)
+                                elif index is None:
+                                    part[..., columns[name]] += jacobian
                                 else:
                                     part[..., columns[name].start + index] = jacobian
                 rows = block.flatten(0, 1)
@@ -258,7 +269,8 @@ class FactoredJacobian(Jacobian):
 
     def sample_blocks(self) -> list[Tensor]:
         """See `Jacobian`."""
-        return [sample_blocks(self.chunks_of(number), n, q, self.device) for number, (n, q) in enumerate(self.shapes)]
+        with self._computing():
+            return [sample_blocks(self.chunks_of(number), n, q, self.device) for number, (n, q) in enumerate(self.shapes)]
 
     def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
         """See `Jacobian`."""
@@ -272,6 +284,12 @@ class FactoredJacobian(Jacobian):
     def combined(self, number: int, rotation: Tensor) -> Components:
         """See `Jacobian`."""
         return combined(self.chunks_of(number), rotation)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Context for products: without a graph, and in no other dtype than they are written in."""
+        with torch.no_grad(), without_autocast(self.device.type):
+            yield
 
     def _probe(self) -> Tensor:
         """U of all rows, ``[R]``."""

@@ -451,24 +451,11 @@ def _shape(note: Any) -> Any:
 
 
 @register_rule(F.group_norm, names=("input", "num_groups", "weight", "bias", "eps"))
-def group_normalization(use: Use) -> dict[str, Term]:
-    """See `_normalization`."""
-    return _normalization(use, True)
-
-
-_BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-
-@register_rule(F.batch_norm, names=_BATCH)
-def batch_normalization(use: Use) -> dict[str, Term]:
-    """See `_normalization`."""
-    return _normalization(use, True)
-
-
+@register_rule(F.batch_norm, names=("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"))
 @register_rule(
     F.instance_norm, names=("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
 )
-def instance_normalization(use: Use) -> dict[str, Term]:
+def channel_normalization(use: Use) -> dict[str, Term]:
     """See `_normalization`."""
     return _normalization(use, True)
 

@@ -15,15 +15,19 @@ from torch import Tensor
 
 from ..checks import all_finite
 from ..tracking.arguments import Key
+from ..tracking.calls import without_autocast
 from ..tracking.tape import Note
 from .backward import BackwardPasses
-from .products import OuterProducts
+from .normed import lengths_and_directions
+from .products import Family, OuterProducts
 from .rules import GENERIC, Term, rule_for
 from .sources import accumulated, written
 from .uses import Layout, Use
 
 _ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
 _COLUMNS = 8  # rows for each column from which columns are cheaper, though each takes two passes, one after the other
+_MADE_BYTES = 2**27  # of Jacobians that are kept in place of a smaller B
+_PLACES = 8  # rows of D for each place of a layer below which writing its Jacobian out is a large part of its products
 _ROW_BYTES = 2**28  # of rows of D that are differentiated at a time
 
 
@@ -158,6 +162,26 @@ class Linearized:
         """A use with its Jacobians in place of B."""
         return dataclasses.replace(use, gradients={}, made={key: written(term) for key, term in terms.items()})
 
+    def _is_better_made(self, use: Use, terms: dict[Key, Term]) -> bool:
+        """Whether to keep a use's Jacobians in place of B: where they are smaller; or where they will be written out anyway.
+
+        In float64 that takes 2T/R times as long as multiplying them, for T places and R rows. Here it is the arithmetic of B.
+        """
+        if any(lengths_and_directions(source) for source in use.sources.values()):
+            return False  # of these factors are wanted
+        entries = sum(term.numel() for term in terms.values())
+        if 2 * entries < sum(b.numel() for b in use.gradients.values()):
+            return True
+        if self.q * entries * self._dtype.itemsize > _MADE_BYTES:
+            return False
+        for term in terms.values():
+            if isinstance(term, Tensor) or _PLACES * term.left.shape[4] < self.n * self.q:
+                return False
+            whole = [dataclasses.replace(term, left=term.left.expand(-1, self.q, -1, -1, -1))]
+            if not Family(whole, whole).explicit_is_cheaper():
+                return False
+        return True
+
     def _is_sound(self, uses: list[Use]) -> bool:
         """Whether Σ_q u_q B_q is what the probe sent back: some of torch's operations are wrong under vmap."""
         u = self.probe.view(self.n, 1, self.q).to(self._dtype)
@@ -182,7 +206,7 @@ class Linearized:
         return found
 
     def _run(self, use: Use) -> dict[Any, Term]:
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.device.type):
             if use.rule is not GENERIC:
                 return dict(use.rule.function(use))
             devices = [self.device.index] if self.device.type == "cuda" else []
@@ -193,16 +217,14 @@ class Linearized:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """The conditions of backward passes, which do not run under autocast."""
-        with self._conditions(), torch.autocast(self.device.type, enabled=False):
+        with self._conditions(), without_autocast(self.device.type):
             yield
 
     def _unit_backward(self, outputs: range, edges: list[Any]) -> list[Tensor]:
         """Gradients of Σ_i x_iq at the edges for a few q, ``[len(outputs), ...]`` each."""
         assert self._passes.x is not None
-        units = torch.zeros(len(outputs), self.n, self.q, dtype=self._passes.x.dtype, device=self.device)
-        for row, output in enumerate(outputs):
-            units[row, :, output] = 1
-        return self._passes.many(units, edges)
+        units = torch.eye(self.q, dtype=self._passes.x.dtype, device=self.device)[outputs.start : outputs.stop]
+        return self._passes.many(units[:, None].repeat(1, self.n, 1), edges)
 
     def _find_uses(
         self, notes: list[Note], plain: list[Tensor | None], scaled: list[Tensor | None], scale: Tensor
@@ -309,14 +331,15 @@ class Linearized:
 
     def _close(self, found: Tensor, expected: Tensor, noise: float) -> bool:
         # Written so that what is not finite passes: that is for the step to say.
-        return not bool((found - expected).norm() > min(1e3 * self.eps, 0.05) * expected.norm() + noise)
+        apart, size = (float(torch.linalg.vector_norm(t)) for t in (found - expected, expected))
+        return not apart > min(1e3 * self.eps, 0.05) * size + noise
 
     def _check(self) -> None:
         """Hold what the rules make of Dᵀu against the backward pass; what differs is not served."""
         terms = [(use, self.terms(use)) for use in self.uses]
         total = accumulated(terms, _summed, self._parameters, self._dtype)
         self._entries = self.elements
-        self.uses = [self._made(use, found) if _is_smaller(use, found) else use for use, found in terms]
+        self.uses = [self._made(use, found) if self._is_better_made(use, found) else use for use, found in terms]
         whole = math.hypot(*(float(product.norm()) for product in self.probe_product.values()))
         for name in sorted(self._doubtful & self.probe_product.keys()):
             # Tiny gradients at a use are no doubt about D where D is tiny too, as by a bias that a softmax takes away.
@@ -330,7 +353,7 @@ class Linearized:
             expected = (
                 torch.zeros(p.shape, dtype=self._dtype, device=self.device) if expected is None else expected.to(self._dtype)
             )
-            difference = expected.reshape(-1) if got is None else got.reshape(-1) - expected.reshape(-1)
+            difference = expected.reshape(-1) if got is None else got.sub_(expected.reshape(-1))
             apart = float(difference.norm())
             if not apart > min(1e3 * self.eps, 0.05) * float(expected.norm()) + 16 * self.eps * whole:
                 continue
@@ -367,11 +390,6 @@ class Linearized:
                 for name, part in zip(names, parts, strict=True):
                     rows[name][start : start + len(part)] = part.to_dense().reshape(len(part), -1)
         return {name: part.view(self.n, self.q, -1) for name, part in rows.items()}
-
-
-def _is_smaller(use: Use, terms: dict[Key, Term]) -> bool:
-    """Whether the Jacobians take less than half of what B does."""
-    return 2 * sum(term.numel() for term in terms.values()) < sum(b.numel() for b in use.gradients.values())
 
 
 def _summed(term: Term, dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..tracking.tape import View
 from .gram import ROWS_ELEMENTS, parameter_gram
+from .normed import Directions
 from .products import OuterProducts
 
 Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat
-Part = str | tuple[str, View]  # a parameter's name, with a view of it if it is used in parts
+# A parameter's name, with a view of it if it is used in parts, or what it has along its own rows.
+Part = str | tuple[str, View] | Directions
 Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
 Components = list[tuple[set[str], Terms]]  # the terms of parameters that have uses in common, with these parameters' names
 

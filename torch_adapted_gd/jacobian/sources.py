@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..tracking.arguments import Key, called, detached, replaced, results_of
+from ..tracking.decomposed import BATCHED
 from ..tracking.tape import Source, View
 from .products import OuterProducts
 from .rules import Term
@@ -82,7 +83,7 @@ class Derived:
         if id(note) not in made:
             values = {key: self._made(inner, made) for key, inner in note.sources.items()}
             plain = list(map(detached, note.args)), {name: detached(a) for name, a in note.kwargs.items()}
-            made[id(note)] = results_of(called(note.function, *replaced(*plain, values)))
+            made[id(note)] = results_of(called(BATCHED.get(note.function, note.function), *replaced(*plain, values)))
         return made[id(note)][source.place]
 
     def pulled(self, rows: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import all_finite
 from ..jacobian import norm
 from ..solve import ConjugateGradients, SingularValueFactorization, default_rtol, default_svd_rtol
-from ..tracking.calls import Call, Outputs, stacked, underlying
+from ..tracking.calls import Call, Outputs, stacked, underlying, without_autocast
 from ..tracking.closure import Given
 from ..tracking.replay import Replay, batch_and_outputs, precision
 from .iterative import KernelOperator
@@ -413,7 +413,8 @@ class Linearization:
             self.gradient = {name: plain[name].view_as(part) + part for name, part in off_output.items()}
             whole = norm(self.gradient)
         else:  # in the arithmetic of the gradient that arrived: more digits than that has would tell nothing
-            plain = self.system.jacobian.rmv(self._g.to(torch.promote_types(dtype, torch.float32)))
+            with without_autocast(self._g.device.type):
+                plain = self.system.jacobian.rmv(self._g.to(torch.promote_types(dtype, torch.float32)))
             off_output = {
                 name: torch.sub(tensor.reshape(-1), plain[name], out=plain[name]) for name, tensor in self.gradient.items()
             }

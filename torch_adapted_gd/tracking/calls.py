@@ -4,6 +4,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ def unwatched() -> Iterator[None]:
         _thread.replaying = outer
 
 
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Context without autocast on a type of device. Where there is none anyway it costs nothing: a step enters many of them."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
 def underlying(model: nn.Module) -> nn.Module:
     """The user's own module, without what ``torch.compile`` or data parallelism wrapped around it."""
     while True:
@@ -48,7 +54,11 @@ def underlying(model: nn.Module) -> nn.Module:
 
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model was given to ``torch.compile``."""
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    return any(map(_is_compiled, model.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def _version(tensor: Tensor) -> int:
@@ -101,22 +111,24 @@ class Conditions:
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """Bring them back for a replay, and leave everything as it was found: what a forward pass sets on modules too."""
-        modules = list(model.modules())
-        attributes = [dict(module.__dict__) for module in modules]
+        modules = dict(model.named_modules())
+        attributes = [(module, dict(module.__dict__)) for module in modules.values()]
         # A checkpointed part runs on the model's own buffers when a backward pass computes it again.
-        buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        present = [b for module in modules.values() for b in module._buffers.values() if b is not None]
+        buffers = [(b, b.detach().clone()) for b in dict.fromkeys(present)]
         outer = replaying()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=list(self.cuda_rng)))
             self.rewind()
             for kind, dtype, enabled in self.autocast:
                 # No cache of low-precision weights: under torch.func they are wrappers that must not outlive it.
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            if compiled(model):
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            if any(map(_is_compiled, modules.values())):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 _thread.replaying = True
-                for name, module in model.named_modules():
+                for name, module in modules.items():
                     module.training = self.training.get(name, module.training)
                 yield
             finally:
@@ -125,7 +137,7 @@ class Conditions:
                     if not torch.equal(buffer, value):  # its version does not tell: batch norm's update leaves it
                         with torch.no_grad():
                             buffer.copy_(value)
-                for module, before in zip(modules, attributes, strict=True):
+                for module, before in attributes:
                     now = module.__dict__
                     if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
                         now.clear()

@@ -144,5 +144,5 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     **{getattr(torch, kind): _whole(kind) for kind in _CELLS},
     **{getattr(torch, f"{kind}_cell"): _single(kind) for kind in _CELLS},
-    torch._weight_norm: _weight_norm,
 }
+BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm}  # instead, under vmap

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from . import private
-from .calls import Outputs, unwatched
+from .calls import Outputs, unwatched, without_autocast
 from .tape import Tape
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
@@ -133,7 +133,7 @@ class Term:
                 leaves[number] = _copied(arguments.get(number, value), value.dtype, doubles=doubles)
         args, kwargs = tree_unflatten(leaves, self.structure)
         kind = next(iter(self.values.values())).device.type
-        with unwatched(), self.state.restored(self.criterion), torch.autocast(kind, enabled=False):
+        with unwatched(), self.state.restored(self.criterion), without_autocast(kind):
             held = {name: _copied(t, t.dtype, doubles=doubles) for name, t in self.state.held.items()}
             try:
                 result = functional_call(self.criterion, held, args, kwargs) if held else self.criterion(*args, **kwargs)
