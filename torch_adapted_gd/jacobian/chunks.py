@@ -21,7 +21,7 @@ from .rules import Term
 from .sources import Derived, entries_of, is_transposed, is_whole, turned, written
 from .uses import Use
 
-# How the Jacobian by a parameter is held: as it is, in views of it, written out, or in factors of a weight's lengths and directions.
+# How the Jacobian by a parameter is held: as it is, in views of it, written out, or in a weight's lengths and directions.
 Way = Literal["whole", "views", "written", "normed"]
 
 
