@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -50,7 +49,7 @@ def summed(vectors: list[Tensor]) -> Tensor:
 
 def norm(parts: Mapping[str, Tensor]) -> float:
     """The Euclidean norm of a vector that is in parts by parameter."""
-    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts.values()))
+    return float(torch.nn.utils.get_total_norm(list(parts.values())))
 
 
 def gram(first: Tensor, second: Tensor | None = None) -> Tensor:

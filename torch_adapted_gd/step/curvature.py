@@ -153,15 +153,13 @@ class Hessian:
         return float(torch.linalg.eigvalsh(tridiagonal)[-1])
 
 
-def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """∇ of a function at x; zero if it does not depend on x."""
+def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """A function at x and its gradient there; zero if it does not depend on x."""
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         value = function(x)
-        if not value.requires_grad:
-            return torch.zeros_like(x)
-        (found,) = torch.autograd.grad(value, x, allow_unused=True)
-    return torch.zeros_like(x) if found is None else found.detach()
+        found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    return value.detach(), torch.zeros_like(x) if found is None else found.detach()
 
 
 def closed_form(term: Term) -> Tensor | None:

@@ -14,7 +14,7 @@ from ..tracking.calls import Outputs
 from ..tracking.closure import Given
 from ..tracking.replay import batch_and_outputs
 from ..tracking.terms import Entries, RefusedError, Term
-from .curvature import Blocks, Hessian, OwnCurvature, closed_form, gradient_of
+from .curvature import Blocks, Hessian, OwnCurvature, closed_form, value_and_gradient
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
 from .shares import UNSHARED, Shares
 
@@ -35,6 +35,7 @@ class Objective:
         self._terms, self._loss_scale, self._shares, self._world = terms, loss_scale, shares, shares.world
         self._weights = shares.weights or [1.0] * len(terms)
         self._rows: dict[tuple[int, int], Tensor] = {}
+        self._known: tuple[Tensor, Tensor] | None = None  # an x and what the own part of it contributes to C
         start = 0
         self.sizes = [batch_and_outputs(outputs) for outputs in stacked]
         for outputs, (n, q) in zip(stacked, self.sizes, strict=True):
@@ -115,20 +116,25 @@ class Objective:
     @torch.no_grad()
     def value(self, x: Tensor) -> float:
         """C(x) for x ``[R]`` in float64; inf where a criterion refuses that x."""
-        part = x[self._shares.here]
-        try:
-            total = self._part(part)
-        except RefusedError:
-            total = part.new_tensor(math.inf)
+        if self._known is not None and self._known[0] is x:
+            total = self._known[1]
+        else:
+            part = x[self._shares.here]
+            try:
+                total = self._part(part)
+            except RefusedError:
+                total = part.new_tensor(math.inf)
         return float(self._world.sum(total))
 
     def gradient(self, x: Tensor) -> Tensor:
-        """∇ₓC, ``[R]``."""
-        return self._shares.gathered(gradient_of(self._part, x[self._shares.here]))
+        """∇ₓC, ``[R]``. The value of this very tensor need not be computed again."""
+        total, found = value_and_gradient(self._part, x[self._shares.here])
+        self._known = x, total
+        return self._shares.gathered(found)
 
     def own_gradient(self, x: Tensor) -> Tensor:
         """The gradient of `own`."""
-        return gradient_of(self.own, x)
+        return value_and_gradient(self.own, x)[1]
 
     @property
     def eps(self) -> float:
@@ -204,7 +210,7 @@ class Objective:
         hessian = Hessian(function, x, touched, self.owners)
         used = torch.zeros_like(x, dtype=torch.bool)
         used[touched] = True
-        g = gradient_of(function, x)
+        g = value_and_gradient(function, x)[1]
         squares: Tensor | None = None
         if (h := hessian.diagonal) is not None and h.numel() and float(h.max()) > 0 and float(h.min()) >= 0:
             other = torch.where(used & torch.isfinite(x), x - g / float(h.max()), x)
