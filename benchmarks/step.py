@@ -1,6 +1,6 @@
 """What `AdaptedGD.step` costs in units of one forward plus backward pass, and where the time goes.
 
-With one thread times are those of the processor, which other programs disturb less.
+With one thread on the CPU, times are those of the processor, which other programs disturb less.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from torch_adapted_gd.jacobian.linearized import Linearized
 from .networks import CASES
 from .options import parse
 
-CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 # The parts of a step, each by the function that does it; what is left over is the optimizer's own.
 PARTS: dict[str, tuple[Any, str]] = {
     "in backward(): two plain backward passes, layouts, check": (Linearized, "__init__"),
@@ -35,17 +34,26 @@ PARTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def now() -> float:
+    """Seconds; on a GPU, once it has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
 @contextmanager
 def stopwatches(spent: dict[str, float]) -> Iterator[None]:
     """Add up the seconds that each part takes."""
 
     def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = CLOCK()
+            start = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent[part] += CLOCK() - start
+                spent[part] += now() - start
 
         return call
 
@@ -65,29 +73,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="N of the MLP (64)")
     parser.add_argument("--model", default="MLP 784-256-256-10", choices=CASES, help="network (MLP 784-256-256-10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--device", default="cpu", help="where (cpu)")
     options = parse(parser, steps=2, batch=16)
     torch.manual_seed(0)
     case = CASES[options.model]
-    model, twin = case.build(), case.build()
-    x = torch.randn(options.batch, *case.shape)
-    y = torch.randn(options.batch, 10)
+    model, twin = case.build().to(options.device), case.build().to(options.device)
+    x = torch.randn(options.batch, *case.shape).to(options.device)
+    y = torch.randn(options.batch, 10).to(options.device)
     criterion = HalfSquaredLoss()
     optimizer = AdaptedGD(model, lr=1e-3, criterion=criterion, damping=0.0)
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in tqdm(range(options.steps), leave=False, disable=None):
         twin.zero_grad()
-        start = CLOCK()
+        start = now()
         criterion(twin(x), y).backward()
-        seconds["forward plus backward pass of the same network"].append(CLOCK() - start)
+        seconds["forward plus backward pass of the same network"].append(now() - start)
         optimizer.zero_grad()
         spent = dict.fromkeys(PARTS, 0.0)
         with stopwatches(spent):
-            start = CLOCK()
+            start = now()
             loss = criterion(model(x), y)
-            after_forward = CLOCK()
+            after_forward = now()
             loss.backward()
             optimizer.step()
-            end = CLOCK()
+            end = now()
         seconds["forward pass, backward pass and step()"].append(end - start)
         seconds["  forward pass, watched"].append(after_forward - start)
         for part, value in spent.items():
@@ -100,7 +109,7 @@ def main() -> None:
     print(
         f"{options.model}, N = {options.batch}: QN = {report.num_outputs:,}, K = {report.num_params:,}, float32; "
         f"kernel {report.kernel}, "
-        f"solver {report.solver}; {torch.get_num_threads()} threads, medians of {options.steps} steps"
+        f"solver {report.solver}; {torch.get_num_threads()} threads, {options.device}, medians of {options.steps} steps"
     )
     for name, value in medians.items():
         print(f"{name:60} {1e3 * value:8.2f} ms {value / unit:7.1f} x")
