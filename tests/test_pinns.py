@@ -11,10 +11,12 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, Backtracking, Dense, LevenbergMarquardt, output_jacobian
 from torch_adapted_gd.solve import by_singular_values
 from torch_adapted_gd.step.remembered import SamePoints
+from torch_adapted_gd.step.system import for_undamped
 
 from .cases import flat
 
 CRITERION = nn.MSELoss()
+EPS = torch.finfo(torch.float64).eps
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -204,6 +206,47 @@ def test_a_loss_that_undamped_steps_do_not_lower_is_left_to_damped_ones():
     assert not points.undamped
     assert not points.met(1.0, 1e-9).undamped
     assert not SamePoints().met(math.nan, 1.0).met(math.nan, 1.0).undamped  # the loss draws random numbers
+
+
+def test_singular_values_of_a_large_jacobian_count_down_to_those_of_the_kernel_at_first():
+    def rtol(rows, params, refined=0, dtype=torch.float64):
+        return for_undamped(rows, [nn.Parameter(torch.empty(params, dtype=dtype))], refined=refined).rtol
+
+    assert rtol(2**11, 2**11) is None  # that takes no time
+    coarse = (2**11 * EPS) ** 0.5
+    assert rtol(2**11, 2**11 + 1) == pytest.approx(coarse)
+    assert rtol(2**11, 2**11 + 1, 1) == pytest.approx(coarse / 10)
+    assert rtol(2**11, 2**11 + 1, 4) == pytest.approx(coarse / 1e4)
+    assert rtol(2**11, 2**11 + 1, 7) is None  # where D has rounding
+    assert rtol(2**11, 2**11 + 1, dtype=torch.float32) is None
+
+
+def test_the_cut_is_lowered_by_full_steps_that_do_not_halve_the_loss():
+    points = SamePoints().met(1.0, 8.0, 1.0).met(1.0, 7.9, 1.0)
+    assert points.undamped
+    assert points.refined == 0  # the last one was damped
+    points = points.met(1.0, 3.9, 1.0)
+    assert points.refined == 0  # it halved it
+    points = points.met(1.0, 3.8, 0.5)
+    assert points.refined == 0  # it was shortened
+    points = points.met(1.0, 1.91, 1.0)  # of 3.8
+    assert points.refined == 1
+    assert points.met(1.0, 1.9, 1.0).refined == 2
+    assert points.met(2.0, 1.9, 1.0).refined == 0  # other points
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_large_jacobian_is_solved_to_rounding_too(seed, monkeypatch):
+    monkeypatch.setattr("torch_adapted_gd.step.system._LARGE", 0)
+    loop = Loop(seed)
+    conditions = []
+    for _ in range(80):
+        loop.optimizer.step(loop.closure)
+        conditions.append(loop.optimizer.last_step.condition)
+    coarse = 1 / (102 * EPS) ** 0.5
+    assert conditions[1] < coarse < max(conditions)
+    assert loop.loss() < 1e-12
+    assert loop.error() < 1e-6
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40), (300, 900), (900, 300)])
