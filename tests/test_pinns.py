@@ -83,12 +83,17 @@ def test_without_a_closure_steps_are_judged_by_the_next_loss():
 
 def test_points_drawn_anew_are_stepped_on_with_damping():
     loop = Loop()
+    damping = []
     for number in range(20):
         if number < 10:
             loop.x = 2 * torch.rand(100, 1, dtype=torch.float64) - 1
         loop.optimizer.step(loop.closure)
         undamped = loop.optimizer.last_step.solver == "svd"
         assert undamped == (number >= 14)  # the fifth step on the same ones
+        if not undamped:
+            damping.append(loop.optimizer.param_groups[0]["damping"])
+    falls = [after / before for before, after in itertools.pairwise(damping)]
+    assert min(falls) == pytest.approx(0.1)
 
 
 def test_points_drawn_within_the_closure_come_again_for_trials():

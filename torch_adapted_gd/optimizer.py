@@ -32,6 +32,7 @@ from .tracking.replay import batch_and_outputs
 from .watching import WatchingOptimizer
 from .world import World
 
+_LESS_DAMPING = 0.1  # after a good step: the first ones need a λ that is a thousand times that of later ones
 _LEAST_UNDAMPED = 1e-3  # shorter undamped steps than that did not lead to the solution sooner
 # What is remembered of a step that the next loss is to judge.
 _OF_NEXT = ("previous", "previous_momentum", "predicted", "before", "job", "undone", "left")
@@ -456,7 +457,7 @@ class AdaptedGD(WatchingOptimizer):
         rows = sum(each[2] for each in told)
         solver = self._solver or for_undamped(rows, list(trained.values()), shares.world, int(points.refined))
         if not points.undamped or solver is None:
-            return LevenbergMarquardt(), self._solver, points
+            return LevenbergMarquardt(decrease=_LESS_DAMPING), self._solver, points
         return Backtracking(smallest=_LEAST_UNDAMPED), solver, points
 
     @property
