@@ -30,7 +30,7 @@ SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh", "svd")
 _DENSE = 8192  # rows up to which "auto" forms and factors a matrix: one of 8,192 rows takes 0.5 GB, and Cholesky some seconds
 _SMALL = 2**18  # entries of D up to which it is written out: its parts would take longer to be called than to be computed
-_LARGE = 2**22  # entries of D above which a step by its singular values takes a second or so
+_LARGE = 2**21  # entries of D above which a step by its singular values takes half a second or more
 _REFINING = 10.0  # what the cut of the singular values of such a D is divided by where steps have come to its end
 _COPIES = 4  # as many as D that its singular values may need
 _MATRICES = 5  # as many as Θ that a solution with it may need: its eigenvectors, and LAPACK's workspace
@@ -239,9 +239,9 @@ class Problem:
 def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE, refined: int = 0) -> Dense | None:
     """How to solve without damping where D's spectrum has no gap; None where D, of so many rows, is too large for that.
 
-    All singular values above rounding ask for steps that first move the parameters far and the loss little. Where D is large
-    and a step costs a second or so, only those count at first that Θ would show, and ten times smaller ones each time that is
-    ``refined``: the first digits come in fewer steps, the last ones in more. docs/pinns.md has figures.
+    Steps by all singular values above rounding at first move the parameters far and the loss little. Where D is large, so that
+    a step takes long, only those count at first that Θ would show, down to √(R·ε) of the largest, and tenfold smaller ones each
+    time that the cut is ``refined``: the first digits come in fewer steps, the last ones in more. docs/pinns.md has figures.
     """
     params = sum(p.numel() for p in trained)
     size = _COPIES * 8 * rows * params
