@@ -10,6 +10,7 @@ from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Backtracking, Dense, LevenbergMarquardt, output_jacobian
 from torch_adapted_gd.solve import by_singular_values
+from torch_adapted_gd.step.decision import Outcome
 from torch_adapted_gd.step.remembered import SamePoints
 from torch_adapted_gd.step.system import for_undamped
 
@@ -238,6 +239,22 @@ def test_the_cut_is_lowered_by_full_steps_that_do_not_halve_the_loss():
     assert points.refined == 1
     assert points.met(1.0, 1.9, 1.0).refined == 2
     assert points.met(2.0, 1.9, 1.0).refined == 0  # other points
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_step_that_cannot_lower_the_loss_lowers_the_cut_before_damped_ones_take_over(large, monkeypatch):
+    if large:
+        monkeypatch.setattr("torch_adapted_gd.step.system._LARGE", 0)
+    loop = Loop()
+    loop.optimizer.step(loop.closure)
+    with monkeypatch.context() as rejecting:
+        rejecting.setattr(Backtracking, "search", lambda _, step: Outcome(step.direction(0.0), None, 1, None))
+        loop.optimizer.step(loop.closure)
+    assert loop.optimizer.last_step.status == "rejected"
+    loop.optimizer.step(loop.closure)
+    assert (loop.optimizer.last_step.solver == "svd") == large
+    if large:
+        assert loop.optimizer.state[loop.net[0].weight]["refined"] == 1
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
