@@ -30,7 +30,7 @@ class Equation:
         counts: How many inside and on the boundary.
         fresh: Whether new ones are drawn in each step.
         published: What others report: their name → relative L2 error.
-        note: In which time.
+        note: In which time, and on what.
         tested: Draws the points where the error is taken, if not ``points``.
     """
 
