@@ -30,7 +30,8 @@ class Equation:
         counts: How many inside and on the boundary.
         fresh: Whether new ones are drawn in each step.
         published: What others report: their name → relative L2 error.
-        note: In which time.
+        note: In which time, and on what.
+        tested: Draws the points where the error is taken, if not ``points``.
     """
 
     sizes: tuple[int, ...]
@@ -41,6 +42,7 @@ class Equation:
     fresh: bool
     published: dict[str, float]
     note: str
+    tested: Callable[[tuple[int, int], torch.Generator], Points] | None = None
 
     def network(self, seed: int) -> nn.Module:
         """The starting network of a seed."""
@@ -62,7 +64,7 @@ class Equation:
 
     def test_points(self) -> Tensor:
         """Where the error is taken."""
-        return self.points((4000, 0), torch.Generator().manual_seed(12345))[0]
+        return (self.tested or self.points)((4000, 0), torch.Generator().manual_seed(12345))[0]
 
 
 def in_cube(d: int) -> Callable[[tuple[int, int], torch.Generator], Points]:
@@ -84,6 +86,14 @@ def in_time(counts: tuple[int, int], generator: torch.Generator) -> Points:
     half = counts[1] // 2
     given[:half, 0], given[:half, 1] = 0.0, 2 * given[:half, 1] - 1
     given[half:, 1] = torch.randint(2, (counts[1] - half,), generator=generator).double() * 2 - 1
+    return inside, given
+
+
+def near_front(counts: tuple[int, int], generator: torch.Generator) -> Points:
+    """The same, but half of those inside are denser near x = 0, where the front is."""
+    inside, given = in_time(counts, generator)
+    half = counts[0] // 2
+    inside[:half, 1] = (4 * inside[:half, 1]).sinh() / math.sinh(4)
     return inside, given
 
 
@@ -168,10 +178,11 @@ EQUATIONS = {
         (2, 20, 20, 20, 20, 1),
         burgers,
         burgers_solution,
-        in_time,
-        (1500, 300),
+        near_front,  # of 1,500 uniform ones too few see the front: the loss falls to 1e-7 while the error is 0.26
+        (3000, 300),
         False,
         {"SSBroyden": 1.6e-8, "SOAP": 4.0e-5},
-        "SSBroyden 2,878 s (Urbán et al., Kiyani et al. 2025)",
+        "SSBroyden 2,878 s (Urbán et al., Kiyani et al. 2025), on other points",
+        tested=in_time,
     ),
 }

@@ -82,7 +82,7 @@ def by_kernel(policy: Backtracking, momentum: float, model: nn.Module) -> Adapte
 
 
 def undamped(policy: Backtracking, solver: Dense, model: nn.Module) -> AdaptedGD:
-    """The default policy for points that stay, with something else in one place."""
+    """The default policy for points that stay and a small D, or with something else in one place."""
     return AdaptedGD(model, criterion=CRITERION, damping=policy, solver=solver)
 
 
@@ -101,7 +101,7 @@ METHODS: dict[str, list[Build]] = {
     ],
     "damped": [lambda model: AdaptedGD(model, criterion=CRITERION, damping=LevenbergMarquardt())],
     "first order": [partial(undamped, Backtracking(smallest=1e-3, second_order=False), Dense(factorization="svd"))],
-    "cut at 1e-10": [partial(undamped, Backtracking(smallest=1e-3), Dense(factorization="svd", rtol=1e-10))],
+    "all at once": [partial(undamped, Backtracking(smallest=1e-3), Dense(factorization="svd"))],
     "eigenvalues": [partial(undamped, Backtracking(smallest=1e-3), Dense(factorization="eigh"))],
     "LBFGS": [lambda model: torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")],
     "Adam": [lambda model: torch.optim.Adam(model.parameters(), lr=1e-3)],

@@ -10,11 +10,14 @@ from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Backtracking, Dense, LevenbergMarquardt, output_jacobian
 from torch_adapted_gd.solve import by_singular_values
+from torch_adapted_gd.step.decision import Outcome
 from torch_adapted_gd.step.remembered import SamePoints
+from torch_adapted_gd.step.system import for_undamped
 
 from .cases import flat
 
 CRITERION = nn.MSELoss()
+EPS = torch.finfo(torch.float64).eps
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -81,12 +84,17 @@ def test_without_a_closure_steps_are_judged_by_the_next_loss():
 
 def test_points_drawn_anew_are_stepped_on_with_damping():
     loop = Loop()
+    damping = []
     for number in range(20):
         if number < 10:
             loop.x = 2 * torch.rand(100, 1, dtype=torch.float64) - 1
         loop.optimizer.step(loop.closure)
         undamped = loop.optimizer.last_step.solver == "svd"
         assert undamped == (number >= 14)  # the fifth step on the same ones
+        if not undamped:
+            damping.append(loop.optimizer.param_groups[0]["damping"])
+    falls = [after / before for before, after in itertools.pairwise(damping)]
+    assert min(falls) == pytest.approx(0.1)
 
 
 def test_points_drawn_within_the_closure_come_again_for_trials():
@@ -204,6 +212,63 @@ def test_a_loss_that_undamped_steps_do_not_lower_is_left_to_damped_ones():
     assert not points.undamped
     assert not points.met(1.0, 1e-9).undamped
     assert not SamePoints().met(math.nan, 1.0).met(math.nan, 1.0).undamped  # the loss draws random numbers
+
+
+def test_singular_values_of_a_large_jacobian_count_down_to_those_of_the_kernel_at_first():
+    def rtol(rows, params, refined=0, dtype=torch.float64):
+        return for_undamped(rows, [nn.Parameter(torch.empty(params, dtype=dtype))], refined=refined).rtol
+
+    assert rtol(2**11, 2**10) is None  # that takes no time
+    coarse = (2**11 * EPS) ** 0.5
+    assert rtol(2**11, 2**10 + 1) == pytest.approx(coarse)
+    assert rtol(2**11, 2**10 + 1, 1) == pytest.approx(coarse / 10)
+    assert rtol(2**11, 2**10 + 1, 4) == pytest.approx(coarse / 1e4)
+    assert rtol(2**11, 2**10 + 1, 7) is None  # where D has rounding
+    assert rtol(2**11, 2**10 + 1, dtype=torch.float32) is None
+
+
+def test_the_cut_is_lowered_by_full_steps_that_do_not_halve_the_loss():
+    points = SamePoints().met(1.0, 8.0, 1.0).met(1.0, 7.9, 1.0)
+    assert points.undamped
+    assert points.refined == 0  # the last one was damped
+    points = points.met(1.0, 3.9, 1.0)
+    assert points.refined == 0  # it halved it
+    points = points.met(1.0, 3.8, 0.5)
+    assert points.refined == 0  # it was shortened
+    points = points.met(1.0, 1.91, 1.0)  # of 3.8
+    assert points.refined == 1
+    assert points.met(1.0, 1.9, 1.0).refined == 2
+    assert points.met(2.0, 1.9, 1.0).refined == 0  # other points
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_step_that_cannot_lower_the_loss_lowers_the_cut_before_damped_ones_take_over(large, monkeypatch):
+    if large:
+        monkeypatch.setattr("torch_adapted_gd.step.system._LARGE", 0)
+    loop = Loop()
+    loop.optimizer.step(loop.closure)
+    with monkeypatch.context() as rejecting:
+        rejecting.setattr(Backtracking, "search", lambda _, step: Outcome(step.direction(0.0), None, 1, None))
+        loop.optimizer.step(loop.closure)
+    assert loop.optimizer.last_step.status == "rejected"
+    loop.optimizer.step(loop.closure)
+    assert (loop.optimizer.last_step.solver == "svd") == large
+    if large:
+        assert loop.optimizer.state[loop.net[0].weight]["refined"] == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_large_jacobian_is_solved_to_rounding_too(seed, monkeypatch):
+    monkeypatch.setattr("torch_adapted_gd.step.system._LARGE", 0)
+    loop = Loop(seed)
+    conditions = []
+    for _ in range(80):
+        loop.optimizer.step(loop.closure)
+        conditions.append(loop.optimizer.last_step.condition)
+    coarse = 1 / (102 * EPS) ** 0.5
+    assert conditions[1] < coarse < max(conditions)
+    assert loop.loss() < 1e-12
+    assert loop.error() < 1e-6
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 60), (60, 40), (300, 900), (900, 300)])

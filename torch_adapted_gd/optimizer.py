@@ -33,6 +33,7 @@ from .tracking.replay import batch_and_outputs
 from .watching import WatchingOptimizer
 from .world import World
 
+_LESS_DAMPING = 0.1  # after a good step: the first ones need a λ that is a thousand times that of later ones
 _LEAST_UNDAMPED = 1e-3  # shorter undamped steps than that did not lead to the solution sooner
 
 
@@ -372,7 +373,9 @@ class AdaptedGD(WatchingOptimizer):
             if move is not None:
                 self._take(trained, move, keep=later)
             elif points is not None and points.undamped:
-                self.state[self.param_groups[0]["params"][0]]["slow"] = 1.0
+                coarse = self._solver is None and isinstance(solver, Dense) and solver.rtol is not None
+                step_on = {"refined": points.refined + 1} if coarse else {"slow": 1.0}
+                self.state[self.param_groups[0]["params"][0]].update(step_on)
             if judged:
                 self._note_rejection(rejected=move is None and not hidden)
             recorder.drop("step", spent=True)
@@ -446,10 +449,11 @@ class AdaptedGD(WatchingOptimizer):
         told = shares.world.objects((derived, judged, sum(n * q for n, q in map(batch_and_outputs, stacked_from))))
         if self._policy or not (any(each[0] for each in told) and all(each[1] for each in told) and self._criteria):
             return self._policy or LevenbergMarquardt(), self._solver, None
-        points = SamePoints.read(kept).met(total.job, total.value())
-        solver = self._solver or for_undamped(sum(each[2] for each in told), list(trained.values()), shares.world)
+        points = SamePoints.read(kept).met(total.job, total.value(), kept.get("fraction", 0.0))
+        rows = sum(each[2] for each in told)
+        solver = self._solver or for_undamped(rows, list(trained.values()), shares.world, int(points.refined))
         if not points.undamped or solver is None:
-            return LevenbergMarquardt(), self._solver, points
+            return LevenbergMarquardt(decrease=_LESS_DAMPING), self._solver, points
         return Backtracking(smallest=_LEAST_UNDAMPED), solver, points
 
     @property

@@ -48,8 +48,9 @@ class Backtracking:
     trials and no other solution.
 
     With ``damping=0`` this is the damped Gauss–Newton method (Deuflhard, Newton Methods for Nonlinear Problems, 2004). Its
-    first steps move the parameters far and the loss little; on residuals of differential equations what follows is much faster
-    than LevenbergMarquardt, on regression it may not follow at all. docs/pinns.md has figures.
+    first steps move the parameters far and the loss little, the more so the smaller the singular values of D that count
+    (``rtol`` of `Dense`); on residuals of differential equations what follows is much faster than LevenbergMarquardt, on
+    regression it may not follow at all. docs/pinns.md has figures.
 
     Args:
         damping: λ, relative to the mean of diag Θ, at least 0.

@@ -83,12 +83,16 @@ class SamePoints:
         settled: Steps on them; below zero, how many are missing until they are taken to stay.
         mark: The loss when the present window of steps began; NaN before the first.
         slow: 1 if undamped steps did not get on, else 0.
+        last: The loss of the last step.
+        refined: How often a step of full length did not halve the loss: as often, the cut of D's singular values is lowered.
     """
 
     points: float = math.nan
     settled: float = 0.0
     mark: float = math.nan
     slow: float = 0.0
+    last: float = math.nan
+    refined: float = 0.0
 
     @classmethod
     def read(cls, state: State) -> SamePoints:
@@ -96,16 +100,17 @@ class SamePoints:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: state[name] for name in names if name in state})
 
-    def met(self, points: float, loss: float) -> SamePoints:
-        """With the points of another step, and the loss there."""
+    def met(self, points: float, loss: float, fraction: float = 0.0) -> SamePoints:
+        """With the points of another step, the loss there, and how much of its full length the last undamped step went."""
         if math.isnan(self.mark):
             return SamePoints(points, -1.0, loss)  # nobody knows yet
         if points != self.points:
             return SamePoints(points, -_SETTLED, loss)
+        refined = self.refined + float(self.undamped and fraction == 1 and loss > 0.5 * self.last)
         settled, mark, slow = self.settled + 1, self.mark, self.slow
         if settled > 0 and settled % _WINDOW == 0:
             slow, mark = max(slow, float(loss > 0.5 * mark)), loss
-        return SamePoints(points, settled, mark, slow)
+        return SamePoints(points, settled, mark, slow, loss, refined)
 
     @property
     def undamped(self) -> bool:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from ..checks import one_of, positive_integer, real_number
 from ..jacobian import METHODS, Jacobian, tangent_jacobian, written, written_if_small
 from ..memory import available_bytes, require_memory
-from ..solve import ConjugateGradients, Factorization, SingularValueFactorization, by_singular_values, equilibrated, factorize
+from ..solve import (
+    ConjugateGradients,
+    Factorization,
+    SingularValueFactorization,
+    by_singular_values,
+    default_rtol,
+    default_svd_rtol,
+    equilibrated,
+    factorize,
+)
 from ..tracking.calls import Outputs
 from ..world import ALONE, World
 from .iterative import KernelOperator
@@ -21,6 +30,8 @@ SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh", "svd")
 _DENSE = 8192  # rows up to which "auto" forms and factors a matrix: one of 8,192 rows takes 0.5 GB, and Cholesky some seconds
 _SMALL = 2**18  # entries of D up to which it is written out: its parts would take longer to be called than to be computed
+_LARGE = 2**21  # entries of D above which a step by its singular values takes half a second or more
+_REFINING = 10.0  # what the cut of the singular values of such a D is divided by where steps have come to its end
 _COPIES = 4  # as many as D that its singular values may need
 _MATRICES = 5  # as many as Θ that a solution with it may need: its eigenvectors, and LAPACK's workspace
 
@@ -225,14 +236,21 @@ class Problem:
         return self.g if self.metric is None else self.metric.root_inverse(self.g)
 
 
-def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE) -> Dense | None:
-    """How to solve without damping where D's spectrum has no gap; None where D, of so many rows, is too large for that."""
+def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE, refined: int = 0) -> Dense | None:
+    """How to solve without damping where D's spectrum has no gap; None where D, of so many rows, is too large for that.
+
+    Steps by all singular values above rounding at first move the parameters far and the loss little. Where D is large, so that
+    a step takes long, only those count at first that Θ would show, down to √(R·ε) of the largest, and tenfold smaller ones each
+    time that the cut is ``refined``: the first digits come in fewer steps, the last ones in more. docs/pinns.md has figures.
+    """
     params = sum(p.numel() for p in trained)
     size = _COPIES * 8 * rows * params
     too_large = size > 2**26 and size > (available_bytes(trained[0].device) or size) // 2
     if min(rows, params) > _DENSE or world.any(too_large):
         return None
-    return Dense(factorization="svd")
+    rtol = default_rtol(rows) / _REFINING**refined
+    coarse = rows * params > _LARGE and trained[0].dtype == torch.float64 and rtol > default_svd_rtol((rows, params))
+    return Dense(factorization="svd", rtol=rtol if coarse else None)
 
 
 def choose_solver(
