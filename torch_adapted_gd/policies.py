@@ -38,10 +38,8 @@ class Fixed:
 class Backtracking:
     """Shorten steps until the loss decreases: the longest of η, η/2, … that gives 10⁻⁴ of what its slope promises (Armijo).
 
-    A step begins with eight times the fraction of ``lr`` that the last one went, at most with all of it. Each trial is also
-    looked at with its second-order part, as by `LevenbergMarquardt`, and the better of the two is taken. The same D⁺ then mends
-    what is left of the bend (a chord method), again and again while each time halves the loss: near a solution one solution of
-    the system does what several would. Where such a part is too long, a larger λ makes it shorter.
+    A step begins with eight times the fraction of ``lr`` that the last one went, at most with all of it. Each trial gets
+    second-order parts, as in `LevenbergMarquardt`. If such a part is too long, a larger λ makes it shorter.
 
     If all lengths down to ``smallest`` are in vain, λ is raised a thousandfold, from 1e-18 on, for this step and the next ones,
     and lowered as much again after each step of full length. Where the solver is ``Dense(factorization="svd")`` this costs
@@ -94,7 +92,7 @@ class Backtracking:
                 trial = step.propose(direction, fraction)
                 straight = step.linear.linear(trial.change)  # Dδ
                 predicted, slope = step.predicted(trial, straight), step.slope(trial)
-                trial, change = step.best(trial, straight, self.second_order, again=True)
+                trial, change = step.best(trial, straight, self.second_order, raising=True)
                 trials += 1
                 ratio = change / predicted if predicted < 0 else None
                 if change <= _DECREASE * slope:
@@ -231,10 +229,11 @@ class LevenbergMarquardt:
     raised while the next batch is missing more than twice the gain. For a batch that is the whole data nothing is missing.
     This costs nothing.
 
-    ``second_order`` adds to each trial what the bending of the outputs asks for, −D⁺(x(θ + δ) − x(θ) − Dδ) with the same λ,
-    where it is at most ⅜ of δ in length and lowers the loss further; known as geodesic acceleration (Transtrum & Sethna,
-    arXiv:1201.5885, there from a finite difference). It costs one more forward pass and one more solve with the factors at
-    hand, and pays where valleys are narrow and curved: docs/choosing.md has figures.
+    ``second_order`` adds a part c = −D⁺(x(θ + δ) − x(θ) − Dδ) with the same λ to each trial, which corrects the bending of the
+    outputs, if c is at most ⅜ of δ in length and lowers the loss further. This is known as geodesic acceleration (Transtrum &
+    Sethna, arXiv:1201.5885, there from a finite difference). While each c halves the loss, the same D⁺ corrects what is left
+    (a chord method). Each c costs a forward pass and a solve with the factors at hand. It pays in narrow, curved valleys and
+    near a solution: docs/choosing.md has figures.
 
     Args:
         initial: λ to begin with, relative to the mean of diag Θ, like every damping.

@@ -88,20 +88,22 @@ class Step:
         change, moved = self.known().look(trial)
         return self.linear.agreed(change) if math.isfinite(change) else math.inf, moved
 
-    def best(self, trial: Trial, straight: Tensor, second_order: bool, *, again: bool = False) -> tuple[Trial, float]:
-        """A trial or the same with its second-order part, whichever is better, and what it does to the loss.
+    def best(self, trial: Trial, straight: Tensor, second_order: bool, *, raising: bool = False) -> tuple[Trial, float]:
+        """A trial or the same with its second-order part c, whichever is better, and what it does to the loss.
+
+        While each c halves the loss, c ← c − D⁺(x(θ + δ + c) − x(θ) − Dδ) with the same D⁺: near a solution that does what
+        several steps would.
 
         Args:
             trial: The trial.
             straight: Dδ of it.
             second_order: Whether to look at that part.
-            again: Whether to go on from that part c with c ← c − D⁺(x(θ + δ + c) − x(θ) − Dδ) while each halves the loss; and
-                to raise λ of D⁺ where c would be too long.
+            raising: Whether to raise λ of D⁺ if c would be too long.
         """
         change, moved = self.look(trial)
         plain, direction = trial, trial.direction
         while second_order and moved is not None:
-            bent, direction = self._bent(plain, trial.part, moved - straight, direction, raised=again)
+            bent, direction = self._bent(plain, trial.part, moved - straight, direction, raising=raising)
             if bent is None:
                 break
             with_part, moved = self.look(bent)
@@ -109,12 +111,12 @@ class Step:
                 break
             halved = self.known().before + with_part <= 0.5 * (self.known().before + change)
             trial, change = bent, with_part
-            if not (again and halved):
+            if not halved:
                 break
         return trial, change
 
     def _bent(
-        self, plain: Trial, part: Parts | None, bend: Tensor, direction: Direction, *, raised: bool
+        self, plain: Trial, part: Parts | None, bend: Tensor, direction: Direction, *, raising: bool
     ) -> tuple[Trial | None, Direction]:
         """The trial with what mends a bend added to its part, if all of that is short enough; and with which λ."""
         while True:
@@ -125,7 +127,7 @@ class Step:
             if self.linear.agreed(_distance(bent.change, plain.change)) <= _BENDING * norm(plain.change):
                 return bent, direction
             scale = self.linear.system.scale
-            if not raised or not direction.damping < scale:
+            if not raising or not direction.damping < scale:
                 return None, direction
             direction = dataclasses.replace(direction, damping=max(FIRST_RAISED * scale, RAISE * direction.damping))
 
