@@ -1,6 +1,7 @@
 """Residuals of differential equations as people write them: the default policy for them, and D by its singular values."""
 
 import copy
+import functools
 import itertools
 import math
 
@@ -372,14 +373,21 @@ def test_where_no_length_helps_damping_rises_and_falls_again():
     assert loop.loss() < 1e-9
 
 
-@pytest.mark.parametrize(("far", "gained"), [(0.1, 1e-12), (1.0, 0.5)])  # where the part fits, and where λ has to be raised
+@pytest.mark.parametrize(
+    ("far", "gained", "policy"),
+    [
+        (0.1, 1e-12, Backtracking),
+        (1.0, 0.5, Backtracking),  # where λ has to be raised for the part to be short enough
+        (0.1, 1e-12, functools.partial(LevenbergMarquardt, initial=1e-10)),
+    ],
+)
 @pytest.mark.parametrize("second_order", [True, False])
-def test_one_solution_of_the_system_mends_the_bend_again_and_again(far, gained, second_order):
+def test_one_solution_of_the_system_mends_the_bend_again_and_again(far, gained, policy, second_order):
     torch.manual_seed(0)
     model = network(5, 50, 1)
     x = torch.randn(10, 5, dtype=torch.float64)
     y = model(x).detach() + far * torch.randn(10, 1, dtype=torch.float64)
-    optimizer = AdaptedGD(model, criterion=CRITERION, damping=Backtracking(second_order=second_order))
+    optimizer = AdaptedGD(model, criterion=CRITERION, damping=policy(second_order=second_order))
     loss = CRITERION(model(x), y)
     loss.backward()
     optimizer.step()
