@@ -58,6 +58,33 @@ def _nothing() -> None:
     pass
 
 
+def _judge_of(policy: Policy, linearization: Linearization, closure: Closure | None) -> Judge | None:
+    """Who tells the policy the loss at trial parameters; None if it does not ask.
+
+    Raises:
+        RuntimeError: It asks, and nobody can tell.
+    """
+    if not isinstance(policy, LevenbergMarquardt | Backtracking):
+        return None
+    judge = choose_judge(policy.judge, linearization, closure)
+    if judge is None or (isinstance(judge, ByNext) and isinstance(policy, Backtracking)):
+        raise RuntimeError(
+            f"{type(policy).__name__}() needs the loss at trial parameters, so nothing was changed. Pass the loss as "
+            "`criterion` to AdaptedGD, or a closure to `step` that returns it; or give `damping` a number."
+        )
+    return judge
+
+
+def _finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The new parameters, if they are finite."""
+    for name, value in values.items():
+        if not all_finite(value):
+            raise RuntimeError(
+                f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
+            )
+    return values
+
+
 class AdaptedGD(WatchingOptimizer):
     """Adapted gradient descent: outputs follow Euclidean gradient descent, straight towards the targets.
 
@@ -289,10 +316,7 @@ class AdaptedGD(WatchingOptimizer):
         if all(each[2] for each in told) and not world.any(not self._asked_for_state()):
             return _nothing
         scale = self._loss_scale()
-        stacked_from: list[Outputs] = list(recorder.calls)
-        if self._criteria:
-            parts = {id(part.of): part.of for term in recorder.terms for part in term.parts}
-            stacked_from = sorted(parts.values(), key=lambda each: each.number if isinstance(each, Call) else math.inf)
+        stacked_from = self._stacked_from()
         if not world.any(bool(stacked_from)):
             options.check_membership(self._model, self.param_groups)
             raise RuntimeError(recorder.why_no_call())
@@ -310,14 +334,8 @@ class AdaptedGD(WatchingOptimizer):
             return lambda: self._undo(kept)
         objective = Objective(recorder.terms, stacked_from, scale, shares) if self._criteria else None
         if closure is not None and world.any(any(each in earlier for each in (*recorder.calls, *recorder.terms))):
-            closure = None  # gradients accumulate: it tells the last loss alone
-            if self._policy is None and not self._criteria:
-                self._warn_once(
-                    "accumulated",
-                    "Gradients of several backward passes make this step, and the closure tells the last one's loss alone, so "
-                    "that no policy can judge it: it is the paper's step, `lr` times the gradient. Give AdaptedGD the loss as "
-                    "`criterion`, or a number for `damping`.",
-                )
+            closure = None  # gradients accumulate, and it tells the last loss alone
+            self._warn_of_accumulation()
         policy, solver, points = self._chosen(closure, stacked_from, trained, kept, total, shares)
         unit = 1.0
         if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):
@@ -338,14 +356,7 @@ class AdaptedGD(WatchingOptimizer):
         )
         propose = TrialMaker(linearization, self._groups())
         decay = options.shared_option(self.param_groups, "momentum")
-        judge: Judge | None = None
-        if isinstance(policy, LevenbergMarquardt | Backtracking):
-            judge = choose_judge(policy.judge, linearization, closure)
-            if judge is None or (isinstance(judge, ByNext) and isinstance(policy, Backtracking)):
-                raise RuntimeError(
-                    f"{type(policy).__name__}() needs the loss at trial parameters, so nothing was changed. Pass the loss as "
-                    "`criterion` to AdaptedGD, or a closure to `step` that returns it; or give `damping` a number."
-                )
+        judge = _judge_of(policy, linearization, closure)
         momentum = kept_momentum(self.state, trained) if decay else None
         outcome = policy.search(Step(linearization, propose, judge, momentum, decay, kept))
         if points is not None and outcome.trial:
@@ -353,13 +364,7 @@ class AdaptedGD(WatchingOptimizer):
         later = isinstance(judge, ByNext)
         move = None
         if outcome.trial:
-            values = propose.finished(outcome.trial)
-            for name, value in values.items():
-                if not all_finite(value):
-                    raise RuntimeError(
-                        f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise "
-                        "`damping`."
-                    )
+            values = _finite(propose.finished(outcome.trial))
             if later:
                 change = {name: value - trained[name] for name, value in values.items()}
                 outcome.state.update(expected(linearization, change, kept, total))
@@ -382,6 +387,22 @@ class AdaptedGD(WatchingOptimizer):
             self.last_step = report
 
         return carry_out
+
+    def _stacked_from(self) -> list[Outputs]:
+        """What x is stacked from: what the criteria were given, in the order of calls; without criteria, the calls."""
+        if not self._criteria:
+            return list(self._recorder.calls)
+        parts = {id(part.of): part.of for term in self._recorder.terms for part in term.parts}
+        return sorted(parts.values(), key=lambda each: each.number if isinstance(each, Call) else math.inf)
+
+    def _warn_of_accumulation(self) -> None:
+        if self._policy is None and not self._criteria:
+            self._warn_once(
+                "accumulated",
+                "Gradients of several backward passes make this step, and the closure tells the last one's loss alone, so that "
+                "no policy can judge it: it is the paper's step, `lr` times the gradient. Give AdaptedGD the loss as "
+                "`criterion`, or a number for `damping`.",
+            )
 
     def _skip(self) -> None:
         self.last_step = StepReport(status="skipped", num_calls=len(self._recorder.calls))
