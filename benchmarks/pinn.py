@@ -141,9 +141,9 @@ def train(equation: Equation, build: Build, seed: int, budget: float, steps: int
 
     spent, number, shown = 0.0, 0, 0.0
     while spent < budget and number < steps:
-        if equation.fresh:
-            points = equation.points(equation.counts, generator)
         begin = time.process_time()
+        if equation.redrawn and number and number % equation.redrawn == 0:
+            points = equation.new_points(model, generator)
         try:
             optimizer.step(closure)  # type: ignore[arg-type]
         except RuntimeError:

@@ -451,5 +451,12 @@ def test_the_exact_solution_of_burgers_equation():
     x[:, 0] = 0.1 + 0.2 * x[:, 0]  # before the front is steep
     residual = equations.burgers(equations.burgers_solution, x.requires_grad_())
     assert residual.abs().max() < 1e-8
+    equation, generator = equations.EQUATIONS["P5"], torch.Generator().manual_seed(0)
+    model = equation.network(0)
+    sizes = [
+        equation.interior(model, points[0].requires_grad_()).abs().mean()
+        for points in (equation.points(equation.counts, generator), equation.new_points(model, generator))
+    ]
+    assert sizes[1] > 1.1 * sizes[0]  # more of the new points are where the residual is large
     start = torch.tensor([[0.0, 0.3]], dtype=torch.float64)
     assert equations.burgers_solution(start).item() == pytest.approx(-math.sin(0.3 * math.pi), abs=1e-12)
