@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,12 @@ from ..world import ALONE, World
 from .blocks import KernelBlock, between
 from .blocks import Parts as Sorted
 from .chunks import Chunk, agreed, views_in
-from .diagonal import combined, output_blocks, sample_blocks
+from .diagonal import combined, sample_blocks
 from .gram import ROWS_ELEMENTS, new_kernel, norm, product, transpose_product
 from .linearized import Linearized
+from .local import LocalJacobian
 from .normed import Directions
-from .operator import Components, Factors, Jacobian, Parts, Rows
+from .operator import Components, Factors, Parts, Rows
 from .uses import Use
 
 _MANY_ENTRIES = 2**26  # of rows by weights that are computed from parameters: they take seconds
@@ -53,7 +55,7 @@ def budget_of(rows: int, device: torch.device) -> int:
     return max(_CHUNK_BYTES, 8 * rows**2 if free is None else min(8 * rows**2, free // 4))
 
 
-class FactoredJacobian(Jacobian):
+class FactoredJacobian(LocalJacobian):
     """D in factors.
 
     Args:
@@ -147,12 +149,12 @@ class FactoredJacobian(Jacobian):
         """The chunks of one of the calls."""
         return [chunk for chunk in self._chunks if chunk.number == number]
 
-    def combinations_at_once(self, count: int) -> int:
-        """See `Jacobian`."""
+    def combinations_at_once(self) -> int:
+        """See `LocalJacobian`."""
         if all(chunk.held is not None for chunk in self._chunks):
-            return count
+            return sys.maxsize
         entries = sum(2 * piece.elements for piece in self._pieces)
-        return max(1, min(count, self._budget // max(1, self._dtype.itemsize * entries)))
+        return max(1, self._budget // max(1, self._dtype.itemsize * entries))
 
     def check_products(self) -> None:
         """See `Jacobian`.
@@ -271,11 +273,6 @@ class FactoredJacobian(Jacobian):
         """See `Jacobian`."""
         with self._computing():
             return [sample_blocks(self.chunks_of(number), n, q, self.device) for number, (n, q) in enumerate(self.shapes)]
-
-    def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
-        """See `Jacobian`."""
-        step = self.combinations_at_once(rotations[0].shape[2])
-        output_blocks(lambda place, rotation: self.combined(numbers[place], rotation), rotations, out, step)
 
     def factors(self) -> Iterator[Factors]:
         """See `Jacobian`."""
