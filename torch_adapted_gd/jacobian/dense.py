@@ -32,14 +32,14 @@ class DenseJacobian(LocalJacobian):
 
     def mv(self, v: Parts) -> Tensor:
         """See `Jacobian`."""
-        vector = torch.cat([v[name] for name in self.numels])
+        vector = self.flat(v)
         return torch.cat([product(block, vector) for block in self.blocks])
 
     def rmv(self, u: Tensor) -> Parts:
         """See `Jacobian`."""
         parts = u.split([len(block) for block in self.blocks])
         products = [transpose_product(block, part) for block, part in zip(self.blocks, parts, strict=True)]
-        return dict(zip(self.numels, summed(products).split(list(self.numels.values())), strict=True))
+        return self.parts(summed(products))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002
         """See `Jacobian`; in float64."""

@@ -76,6 +76,14 @@ class Jacobian(ABC):
         """R and K."""
         return sum(n * q for n, q in self.shapes), sum(self.numels.values())
 
+    def flat(self, parts: Parts) -> Tensor:
+        """A vector over all parameters as one tensor, ``[K]``."""
+        return torch.cat([parts[name] for name in self.numels])
+
+    def parts(self, vector: Tensor) -> Parts:
+        """A vector ``[K]`` over all parameters by name."""
+        return dict(zip(self.numels, vector.split(list(self.numels.values())), strict=True))
+
     @abstractmethod
     def mv(self, v: Parts) -> Tensor:
         """Dv in float64, ``[R]``, for v in float64."""

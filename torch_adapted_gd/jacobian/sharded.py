@@ -53,9 +53,8 @@ class ShardedJacobian(Jacobian):
     def rmv(self, u: Tensor) -> Parts:
         total = torch.zeros(sum(self.numels.values()), dtype=torch.float64, device=self.device)
         if self.local is not None:
-            own = self.local.rmv(u[self.here])
-            total = torch.cat([own[name].reshape(-1).double() for name in self.numels])
-        return dict(zip(self.numels, self._world.sum(total).split(list(self.numels.values())), strict=True))
+            total = self.flat(self.local.rmv(u[self.here])).double()
+        return self.parts(self._world.sum(total))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
         size = self.shape[0]

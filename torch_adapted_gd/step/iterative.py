@@ -52,6 +52,7 @@ class KernelOperator:
     ) -> None:
         started = time.perf_counter()
         self._jacobian, self._metric, self._options, self._world = jacobian, metric, options, world
+        self.warm_start = options.warm_start
         self._spans = spans([n * q for n, q in jacobian.shapes])  # the rows of each call
         self.size = self._spans[-1].stop
         self._start = start if start is not None and start.numel() == self.size else None
