@@ -447,9 +447,7 @@ def test_a_criterion_that_is_not_called_is_asked_for():
     model, data = net(), Data()
     optimizer = AdaptedGD(model, criterion=MSE)
     F.mse_loss(model(data.x), data.y).backward()
-    with pytest.raises(
-        RuntimeError, match=r"with the same MSELoss object .* loss = criterion\(model\(x\), y\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"with the same MSELoss object .* loss = criterion\(model\(x\), y\)"):
         optimizer.step()
 
 

@@ -308,7 +308,8 @@ class Problem:
         jacobian.check_products()
         elapsed = time.perf_counter() - started
         padded = None if self.metric is None else self.metric.padded()
-        operator = KernelOperator(jacobian, padded, options, self.start if options.warm_start else None, self.world)
+        start = self.start if options.warm_start else None
+        operator = KernelOperator(jacobian, padded, options, start, self.world, rows=self._rows)
         operator.seconds["factors"] = elapsed
         seconds = operator.seconds
         return self._made(jacobian, operator, operator, operator.scale, operator.square, metric=padded, seconds=seconds)
