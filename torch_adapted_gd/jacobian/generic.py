@@ -180,15 +180,10 @@ def _placed(use: Use, place: int, by_sample: Tensor) -> Tensor:
 
 def _alone(use: Use, place: int, sample: int, output: int) -> Tensor:
     """B of one sample and output in the layout of the function's output, zero elsewhere."""
-    layout, shape, b = use.layouts[place], use.shapes[place], use.gradients[place]
-    zero = b.new_zeros(shape)
-    if layout.places is not None:
-        flat = zero.flatten(0, layout.leading - 1)
-        there = layout.places[sample] >= 0
-        flat[layout.places[sample][there]] = b[sample, output][there]
-        return flat.view(shape)
-    layout.samples_first(zero)[sample] = b[sample, output]  # a view
-    return zero
+    b = use.gradients[place]
+    by_sample = torch.zeros_like(b[:, output])
+    by_sample[sample] = b[sample, output]
+    return _placed(use, place, by_sample)
 
 
 def _sample_dim(tensor: Tensor, n: int, likely: list[int], rank: int) -> int | None:

@@ -38,21 +38,21 @@ def ntk(
 ) -> Tensor:
     """Neural tangent kernel Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, equations (3.14)-(3.15).
 
-    Θ is summed over all uses of parameters in the forward pass, each by the rule of its function (`register_rule`), without
-    holding D = ∂x/∂θ. Where samples interact, as in BatchNorm in training mode, or a use of a parameter cannot be seen, it is
+    Θ is a sum over all uses of parameters in the forward pass, each by the rule of its function (`register_rule`), without
+    holding D = ∂x/∂θ. If samples interact, as in BatchNorm in training mode, or a use of a parameter cannot be seen, Θ is
     computed from rows of D.
 
     Args:
         model: The network f_θ; its trainable parameters are θ.
         x1: Input with the batch first, ``[N1, ...]``, or a tuple of positional inputs.
         x2: A second input, ``[N2, ...]``; by default ``x1``.
-        method: ``"structured"`` (by rules; raises for a model that they do not support), ``"jacobian"`` (products of
-            Jacobians, see `output_jacobian`), or ``"auto"``: structured where that is right, which is checked with random
-            vectors. An `AdaptedWarning` says where the Jacobian was needed for a reason that you may not know of.
-        chunk_size: How many samples' rows of D (N·Q in all) are differentiated at a time. By default the working memory stays
-            within a small multiple of Θ, or 512 MiB if that is more.
-        dtype: Dtype of the result, in which products are formed and added up. float64 is right for a model of any dtype,
-            because forming Θ squares the condition number of D. float32 takes half the time, for a well-conditioned Θ.
+        method: ``"structured"`` uses rules, and raises for a model that they do not support. ``"jacobian"`` multiplies
+            Jacobians, see `output_jacobian`. ``"auto"`` is structured where that is correct, which is checked with random
+            vectors. An `AdaptedWarning` says where and why the Jacobian was needed.
+        chunk_size: The number of samples whose rows of D (N·Q in all) are differentiated at a time. By default the working
+            memory stays within a small multiple of Θ, or 512 MiB if that is more.
+        dtype: Dtype of the result and of the products. Use float64 for models of any dtype, because Θ has the squared
+            condition number of D. float32 takes half the time, for a well-conditioned Θ.
 
     Returns:
         Θ of shape ``[N1, Q, N2, Q]``: entry (i, q, j, r) is ⟨∂x_iq/∂θ, ∂x_jr/∂θ⟩. ``.reshape(N1 * Q, N2 * Q)`` is DDᵀ.

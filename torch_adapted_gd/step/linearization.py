@@ -310,7 +310,7 @@ class Linearization:
                     f"The loss's gradient in parameter '{name}' is not finite although that in the outputs is, so nothing was "
                     "changed. Check penalties and other terms that do not depend on the outputs, and their derivatives."
                 )
-        # Zero by (2.16) for a loss of the outputs alone.
+        # Zero by (2.16) if the loss is a function of the outputs.
         if self._world.size > 1:
             plain, off_output = self.system.jacobian.rmv(self._g), self._mean_beside(own_g)
             self.gradient = {name: plain[name].view_as(part) + part for name, part in off_output.items()}
