@@ -109,7 +109,7 @@ def test_blocks_in_small_pieces(name, monkeypatch):
     """Of samples, of tiles, of columns and of combinations."""
     monkeypatch.setattr("torch_adapted_gd.jacobian.diagonal.ROWS_ELEMENTS", 7)
     monkeypatch.setattr("torch_adapted_gd.jacobian.diagonal._TILE_ROWS", 2)
-    monkeypatch.setattr(FactoredJacobian, "combinations_at_once", lambda self, count: 2)
+    monkeypatch.setattr(FactoredJacobian, "combinations_at_once", lambda self: 2)
     build, shape = LAYERS[name]
     assert_blocks(build().double(), [draw(shape, 5, torch.float64), draw(shape, 3, torch.float64)], chunk_size=2)
 

@@ -140,7 +140,7 @@ def test_bad_arguments():
         output_jacobian(mlp(), torch.ones(1, 4), chunk_size=2.5)
     with pytest.raises(ValueError, match="should have trainable parameters, but none"):
         output_jacobian(nn.Tanh(), torch.ones(1, 4))
-    with pytest.raises(ValueError, match="the batch as their first dimension, but those that the loss saw have shapes"):
+    with pytest.raises(ValueError, match="the batch as their first dimension, but those of the loss have shapes"):
         output_jacobian(nn.Sequential(mlp(), nn.Flatten(0), nn.Linear(3, 1), nn.Flatten(0), Squeeze()), torch.ones(1, 4))
     with pytest.raises(ValueError, match="should return floating tensors that depend on its parameters"):
         output_jacobian(nn.Sequential(mlp(), Argmax()), torch.ones(1, 4))

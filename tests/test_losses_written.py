@@ -423,9 +423,7 @@ def test_a_criterion_that_differentiates_what_it_is_given_is_named():
     x = data.x[:, :1].clone().requires_grad_()
     criterion(x, model(x)).backward()
     before = flat(model)
-    with pytest.raises(
-        RuntimeError, match="could not be called again with its arguments.* Take derivatives of what it is given"
-    ):
+    with pytest.raises(RuntimeError, match="could not be called again with its arguments.* Take derivatives of its arguments"):
         optimizer.step()
     assert torch.equal(flat(model), before)
 
@@ -447,7 +445,7 @@ def test_a_criterion_that_is_not_called_is_asked_for():
     model, data = net(), Data()
     optimizer = AdaptedGD(model, criterion=MSE)
     F.mse_loss(model(data.x), data.y).backward()
-    with pytest.raises(RuntimeError, match=r"Compute the loss by the very MSELoss .* loss = criterion\(model\(x\), y\)"):
+    with pytest.raises(RuntimeError, match=r"with the same MSELoss object .* loss = criterion\(model\(x\), y\)"):
         optimizer.step()
 
 

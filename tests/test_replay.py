@@ -200,7 +200,7 @@ def test_compiled_models(way):
     assert count > 0 or way in ("module", "in place")  # torch 2.6 compiles no module with hooks of its own
     # torch 2.6 compiles the parts between the hooks of a module that is not known to be compiled: nothing is seen in there.
     unseen = way == "module" and torch.__version__ < "2.7"
-    with pytest.warns(AdaptedWarning, match="used out of sight") if unseen else contextlib.nullcontext():
+    with pytest.warns(AdaptedWarning, match="a use that AdaptedGD cannot see") if unseen else contextlib.nullcontext():
         optimizer.step()
     assert len(compiled_calls) == count  # torch.func differentiates the eager module
     assert optimizer.last_step.num_calls == 1

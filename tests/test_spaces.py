@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, Dense
+from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense
 from torch_adapted_gd.jacobian import gram
 
 from .cases import MSE, TwoHeads, cnn, dense_jacobian, flat, mlp, move, pairwise
@@ -124,6 +124,23 @@ def test_damped_steps_with_momentum_equal_dense_ones(name, metric, space):
         assert (flat(model) - flat(reference)).norm() <= 1e-9 * flat(reference).norm()
     state = torch.cat([optimizer.state[p]["momentum"].reshape(-1) for p in model.parameters()])
     torch.testing.assert_close(state, momentum, rtol=1e-7, atol=1e-9 * float(momentum.norm()))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "ggn"])
+def test_all_solvers_damp_alike_where_the_loss_selects_outputs(metric):
+    """λ is relative to the mean of diag Θ over the outputs that the loss depends on, with and without a matrix."""
+    selected = torch.rand(6, 3) < 0.5
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    start, found = mlp().double(), []
+    for solver in (Dense(space="sample"), Dense(space="parameter"), ConjugateGradients(rtol=1e-13, max_iter=500)):
+        model = copy.deepcopy(start)
+        optimizer = AdaptedGD(model, criterion=MSE, damping=1e-2, metric=metric, solver=solver)
+        MSE(model(x)[selected], y[selected]).backward()
+        optimizer.step()
+        assert optimizer.last_step.num_outputs == int(selected.sum())
+        found.append(flat(model) - flat(start))
+    for other in found[1:]:
+        assert (other - found[0]).norm() <= 1e-9 * found[0].norm()
 
 
 @pytest.mark.parametrize("space", ["sample", "parameter"])

@@ -96,6 +96,29 @@ class EinsumEllipsis(nn.Module):
         return torch.einsum("nti,ir,ro->no", h, self.a, self.b)
 
 
+class EinsumCapitals(nn.Module):
+    """Indices named as those of the paper."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.out = param(4, 3), param(3, 2)
+
+    def forward(self, x):  # [n, t, 4]
+        return torch.einsum("NQ,QZ->NZ", torch.tanh(torch.einsum("NTZ,ZQ->NTQ", x, self.w)).mean(1), self.out)
+
+
+class ProductsByKeyword(nn.Module):
+    """Products whose second operand is given by its keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b, self.out = param(4, 3), param(3), param(3)
+
+    def forward(self, x):
+        h = torch.tanh(torch.mm(x, mat2=self.w) + torch.addmm(self.b, x, mat2=self.w))
+        return torch.stack([torch.mv(h, vec=self.out), torch.matmul(h, other=self.out)], 1)
+
+
 class Mixer(nn.Module):
     """MLP-Mixer: a parameter from the left mixes tokens."""
 
@@ -1752,6 +1775,8 @@ WRITTEN = {
     "einsum_rows": (EinsumRows, (4,)),
     "einsum_tokens": (EinsumTokens, (3, 4)),
     "einsum_ellipsis": (EinsumEllipsis, (2, 4)),
+    "einsum_capitals": (EinsumCapitals, (3, 4)),
+    "products_by_keyword": (ProductsByKeyword, (4,)),
     "mixer": (Mixer, (3, 4)),
     "matmul_left": (MatmulLeft, (4,)),
     "bmm_expanded": (ExpandedBMM, (3, 4)),

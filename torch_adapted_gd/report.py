@@ -78,14 +78,14 @@ class StepReport:
     @classmethod
     def of(cls, linearization: "Linearization", outcome: "Outcome") -> "StepReport":
         """Report of a step."""
-        system, iterative = linearization.system, linearization.iterative
+        system, iterative = linearization.system, linearization.system.iterative
         return cls(
             num_outputs=linearization.num_outputs,
             num_params=linearization.num_params,
             rank=system.factorization.rank,
             condition=system.factorization.condition,
             projected_fraction=system.projected_fraction,
-            identity_gap=linearization.identity_gap(outcome.direction),
+            identity_gap=system.identity_gap(outcome.direction),
             off_output_fraction=linearization.off_output_fraction,
             curvature=linearization.curvature,
             damping=outcome.direction.damping,
@@ -96,7 +96,7 @@ class StepReport:
             num_calls=linearization.num_calls,
             kernel=system.jacobian.description,
             solver=system.factorization.method,
-            status=linearization.status if outcome.trial else "stationary" if outcome.hidden else "rejected",
+            status=system.status if outcome.trial else "stationary" if outcome.hidden else "rejected",
             fraction=outcome.trial.fraction if outcome.trial else 0.0,
             iterations=iterative.iterations if iterative else 0,
             residual=iterative.last.residual if iterative and iterative.last else None,

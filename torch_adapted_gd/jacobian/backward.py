@@ -1,4 +1,4 @@
-"""Backward passes through one graph, many at a time where that is possible."""
+"""Backward passes through one graph, many at a time if possible."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-# Of vmap, for an operation without a batching rule, or of a user's own backward pass under it; plain passes follow.
+# Errors of vmap, or of a user's own backward pass under it. Plain passes follow.
 _REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
-_FEW = 4  # backward passes that vmap would take longer for than one after the other
+_FEW = 4  # vmap is slower for at most so many backward passes
 
 
 def allows_vmap(model: nn.Module) -> bool:
-    """Whether several backward passes through a model may be made as one: its hooks should see tensors that they can keep."""
+    """Whether vmap may run backward passes through a model: not if it has backward hooks, which would see wrapped tensors."""
     return not any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
 
 
@@ -21,12 +21,8 @@ class BackwardPasses:
     """Vector-Jacobian products of a tensor whose graph is alive.
 
     Args:
-        x: The tensor.
-        vectorized: Whether several passes may be made as one.
-
-    Attributes:
-        x: The same; None once it was given back.
-        vectorized: The same, False once vmap has refused.
+        x: The tensor; None after it was released.
+        vectorized: Whether vmap may run several passes as one; False after vmap failed.
     """
 
     def __init__(self, x: Tensor, *, vectorized: bool) -> None:
@@ -41,7 +37,7 @@ class BackwardPasses:
         return list(torch.autograd.grad(self.x, inputs, u.to(self.x.dtype), retain_graph=True, allow_unused=True))
 
     def many(self, vectors: Tensor, inputs: list[Any]) -> list[Tensor]:
-        """The same for several u, stacked; zero where x does not depend on an input."""
+        """Gradients for several u, stacked; zero where x does not depend on an input."""
         if self.vectorized and len(vectors) > _FEW:
             try:
                 return list(vmap(lambda u: self._filled(u, inputs))(vectors))
@@ -53,7 +49,7 @@ class BackwardPasses:
         return [parts[0][None] if len(rows) == 1 else torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     def rows(self, inputs: list[Any], at_once: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """Rows of the Jacobian of x, flat, by each input: the number of the first, and blocks ``[rows, *input]``."""
+        """The Jacobian of x, flat, by each input, in blocks ``[rows, *input]`` with the number of their first row."""
         assert self.x is not None
         total = self.x.numel()
         for start in range(0, total, at_once):
@@ -63,7 +59,7 @@ class BackwardPasses:
             yield start, self.many(vectors.view(count, *self.x.shape), inputs)
 
     def columns(self, inputs: list[Tensor]) -> list[Tensor] | None:
-        """Its Jacobian by each input, ``[*x, numel]``, by a double backward pass for each entry; None where there is none."""
+        """The Jacobian of x by each input, ``[*x, numel]``, by a double backward pass for each entry; None if that fails."""
         assert self.x is not None
         with torch.enable_grad():
             u = torch.zeros_like(self.x, requires_grad=True)

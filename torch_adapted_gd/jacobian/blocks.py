@@ -1,4 +1,4 @@
-"""A block of Θ made of the parts of its parameters, each contracted in its own way."""
+"""A block of Θ as a sum over parameters, each contracted in the cheaper way."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from .operator import Components, Factors, Part, Terms
 from .products import Family, OuterProducts, tiles
 from .tokens import add_by_index
 
-TILE_ROWS = 320  # rows of Θ that are worked on at a time on the CPU: such a tile of float64 stays in the cache
+TILE_ROWS = 320  # rows of a tile of Θ on the CPU: a square tile of float64 stays in the cache
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ class Parts:
     """The terms of parameters that have uses in common, sorted by how they are contracted.
 
     Attributes:
-        terms: Their Jacobians as the rules gave them.
-        families: Parameters in families of outer products.
-        written: Parameters whose Jacobian is written out, ``[N, Q, numel]``, and the one on the columns' side, None if it is
-            the same.
+        terms: The Jacobians that the rules returned.
+        families: Parameters whose Jacobians are outer products with the same left factors.
+        written: Parameters whose Jacobian is written out, ``[N, Q, numel]``, and that of the columns; None if it is the same.
     """
 
     terms: Terms
@@ -34,7 +33,7 @@ class Parts:
 
     @classmethod
     def of(cls, first: Terms, second: Terms | None = None) -> "Parts":
-        """Sort the terms of the rows' and of the columns' side (None if they are the same). Uses of one parameter add up."""
+        """Sort the terms of rows and columns (None if they are the same). The uses of a parameter add up."""
         outer: dict[tuple[Any, ...], tuple[list[Part], list[OuterProducts], list[OuterProducts]]] = {}
         written: dict[Part, tuple[Tensor, Tensor | None]] = {}
         for name, terms in first.items():
@@ -60,7 +59,7 @@ class Parts:
         return cls(first, families, written)
 
     def rows(self, samples: slice) -> Iterator[tuple[Part, Tensor]]:
-        """The Jacobians of some samples written out in float64, ``[n, Q, numel]``, by parameter."""
+        """The Jacobians of some samples, written out in float64, ``[n, Q, numel]``, by parameter."""
         for name, (jacobian, _) in self.written.items():
             yield name, jacobian[samples].double()
         for names, family in self.families:
@@ -69,7 +68,7 @@ class Parts:
 
     @property
     def nbytes(self) -> int:
-        """The memory they take in addition to B."""
+        """The memory that they take in addition to B."""
         rights = [t.right for terms in self.terms.values() for t in terms if isinstance(t, OuterProducts)]
         return sum(jacobian.nbytes for jacobian, _ in self.written.values()) + sum(
             right.untyped_storage().nbytes() for right in rights if isinstance(right, Tensor)
@@ -77,7 +76,7 @@ class Parts:
 
 
 def between(rows: Factors, columns: Factors) -> list[Parts]:
-    """The parts of the block of Θ between some rows of D and others."""
+    """The sorted terms of the block of Θ between some rows of D and others."""
     return [Parts.of(terms, terms_of(names, columns.components)) for names, terms in rows.components]
 
 
@@ -92,7 +91,7 @@ def terms_of(names: set[str], components: Components) -> Terms:
 
 
 def _written(terms: list[Tensor | OuterProducts]) -> Tensor:
-    """The sum of terms written out, ``[N, Q, numel]``; outer products of one kind by one product."""
+    """The sum of terms, written out, ``[N, Q, numel]``; outer products of one kind are joined to one product."""
     kinds: dict[Any, list[OuterProducts]] = {}
     for term in terms:
         if isinstance(term, OuterProducts):
@@ -102,12 +101,12 @@ def _written(terms: list[Tensor | OuterProducts]) -> Tensor:
 
 
 class KernelBlock:
-    """Writes a block of Θ: written-out Jacobians and general contractions first, then families of one place tile by tile.
+    """Computes a block of Θ: first written-out Jacobians and general contractions, then families of one place tile by tile.
 
     Args:
-        theta: Where to write it, ``[N·Q, M·R]``; need not be initialized. `finish` mirrors a symmetric block.
+        theta: Receives the block, ``[N·Q, M·R]``; not initialized. `finish` mirrors a symmetric block.
         shape: N, Q, M and R.
-        symmetric: Rows and columns are the same.
+        symmetric: Whether rows and columns are the same.
     """
 
     def __init__(self, theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool) -> None:
@@ -116,9 +115,10 @@ class KernelBlock:
         self._single: list[Family] = []
 
     def add(self, parts: Parts) -> None:
-        """Add the part of some parameters."""
+        """Add the terms of some parameters."""
         for jacobian, other in parts.written.values():
-            self._add_jacobians(jacobian, other)
+            self._start()
+            add_gram(self.theta, jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
         for _, family in parts.families:
             if family.by_index:
                 self._start()
@@ -133,12 +133,8 @@ class KernelBlock:
                 self._start()
                 self._add_tiles([family])
 
-    def _add_jacobians(self, first: Tensor, second: Tensor | None) -> None:
-        self._start()
-        add_gram(self.theta, first.flatten(0, 1), None if second is None else second.flatten(0, 1))
-
     def finish(self) -> None:
-        """Add what is left, and mirror a symmetric block."""
+        """Add the families of one place, and mirror a symmetric block."""
         if not self._single:
             self._start()
         self._add_tiles(self._single, mirror=self.symmetric)
@@ -150,7 +146,7 @@ class KernelBlock:
 
     def _add_tiles(self, families: Iterable[Family], *, mirror: bool = False) -> None:
         n, q, m, r = self.shape
-        # Tiles on the diagonal compute the part below it in vain, so a small kernel has smaller tiles.
+        # Tiles on the diagonal also compute entries below it, so a small kernel has smaller tiles.
         rows = min(TILE_ROWS, max(TILE_ROWS // 2, n * q // 4)) if self.theta.device.type == "cpu" else 4096
         step = min((family.samples_at_a_time(rows) for family in families), default=max(1, rows // max(1, q, r)))
         contractions = [family.contraction(self.theta.dtype) for family in families]

@@ -1,9 +1,9 @@
-"""Rows of D that are worked on at a time: some outputs of each sample of one call, and what the rules make of them."""
+"""Rows of D that are computed at a time: some outputs of each sample of one call, and the terms of their Jacobian."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from .rules import Term
 from .sources import Derived, entries_of, is_transposed, is_whole, turned, written
 from .uses import Use
 
-# How the Jacobian by a parameter is held: as it is, in views of it, written out, or in a weight's lengths and directions.
+# How the Jacobian by a parameter is held: for the whole of it, in views, written out, or by lengths and directions.
 Way = Literal["whole", "views", "written", "normed"]
 
 
@@ -39,13 +39,7 @@ def views_in(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, 
 
 
 def agreed(world: World, views: dict[str, set[Any]], numels: dict[str, int]) -> dict[str, Way]:
-    """How rows that belong to one D hold each parameter, the same in all processes.
-
-    Args:
-        world: The processes that have these rows.
-        views: The views in which each parameter is used here; none if it is not there.
-        numels: Entries of each parameter.
-    """
+    """How the rows of D hold each parameter, the same in all processes; ``views`` are those of this process."""
     together = world.objects(views)
     return {name: _way(frozenset().union(*(each.get(name, ()) for each in together)), numel) for name, numel in numels.items()}
 
@@ -60,7 +54,7 @@ def _view(source: Source) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _way(views: frozenset[Any], numel: int) -> Way:
-    """Views can be held as such if they do not overlap."""
+    """The way for a parameter that is used in these views. Views that overlap have to be written out."""
     if views <= {"whole"}:
         return "whole"
     if views == {"normed"}:
@@ -73,17 +67,17 @@ def _way(views: frozenset[Any], numel: int) -> Way:
 
 @dataclass
 class Chunk(Rows):
-    """Rows of D that are worked on at a time.
+    """Rows of D that are computed at a time.
 
     Attributes:
-        piece: What they are linearized by.
-        number: Which of the calls it is.
-        first: The output of the call that is the first of the piece.
+        piece: The linearized outputs.
+        number: The number of the call.
+        first: The first output of the piece among those of the call.
         ways: How each parameter is held.
         parameters: θ by name.
-        budget: Bytes that kept parts may take, if the uses are held.
-        held: The uses with B, if they need not be made again each time.
-        kept: Parts made of these, by the place of the component, if they are small.
+        budget: Memory for kept parts, if the uses are held.
+        held: The uses with B; None if they are computed each time.
+        kept: Parts of held uses, by the place of the component, if they are small.
     """
 
     piece: Linearized
@@ -97,7 +91,7 @@ class Chunk(Rows):
 
     @property
     def _own(self) -> range:
-        """Its outputs among those of the piece."""
+        """The outputs, counted from the first of the piece."""
         return range(self.outputs.start - self.first, self.outputs.stop - self.first)
 
     @property
@@ -110,17 +104,17 @@ class Chunk(Rows):
         return self.piece.at(self._own) if self.held is None else self.held
 
     def factors(self) -> Factors:
-        """The terms of its rows."""
+        """The rows with their terms."""
         made = [(names, self.terms(names, uses)) for names, uses in self.components(self.uses())]
         return Factors(self.start, self.n, self.q, self.outputs, made)
 
     def sorted(self) -> Iterator[tuple[set[str], Parts]]:
-        """The terms, sorted, one component after the other."""
+        """The sorted terms of each component, with the names of its parameters."""
         for place, (names, uses) in enumerate(self.components(self.uses())):
             yield names, self.parts(place, names, uses)
 
     def components(self, uses: list[Use]) -> list[tuple[set[str], list[Use]]]:
-        """Groups of uses that have parameters in common, with their names; and of parameters whose rows are written out."""
+        """Groups of uses that have parameters in common, with the names of these; parameters with written rows, too."""
         groups: list[tuple[set[str], list[Use]]] = [({name}, []) for name in self.piece.rows if name in self.ways]
         for use in uses:
             names, members = use.names & self.ways.keys(), [use]
@@ -136,53 +130,22 @@ class Chunk(Rows):
         return groups
 
     def terms(self, names: set[str], uses: list[Use], rotation: Tensor | None = None) -> Terms:
-        """The terms of a component, by parameter or view of it.
-
-        Args:
-            names: Its parameters.
-            uses: Its uses.
-            rotation: See `rotated`, for rows that were written out.
-        """
+        """The terms of a component with these parameters and uses; see `rotated` for ``rotation``."""
         terms: Terms = {}
         derived: dict[int, tuple[Source, Tensor]] = {}
         for use in uses:
             for key, term in self.piece.terms(use).items():
                 source = use.sources.get(key)
-                if source is None:
-                    continue
-                view = _view(source)
-                factors = self._normed(source, term) if view == "normed" else []
-                for place, factor in factors:
-                    terms.setdefault(place, []).append(factor)
-                if factors:
-                    continue
-                if view in ("written", "normed"):
-                    before = derived.get(id(source))
-                    rows = written(term)
+                found = [] if source is None else self._by_part(source, term)
+                for part, part_term in found or ():
+                    terms.setdefault(part, []).append(part_term)
+                if found is None and source is not None:
+                    before, rows = derived.get(id(source)), written(term)
                     derived[id(source)] = (source, rows if before is None else before[1] + rows)
-                    continue
-                (name,) = source.names
-                if name not in self.ways or name in self.piece.unserved:
-                    continue
-                way, whole = self.ways[name], is_whole(source)
-                if not whole and is_transposed(source):
-                    term, whole = turned(term, source.tensor.shape), True
-                if way == "whole":
-                    terms.setdefault(name, []).append(term)
-                elif whole or source.view is None:
-                    terms.setdefault(name, []).append(written(term))
-                elif way == "views":
-                    terms.setdefault((name, source.view), []).append(term)
-                else:
-                    rows = written(term)
-                    spread = rows.new_zeros(*rows.shape[:2], self.parameters[name].numel())
-                    spread.index_add_(2, entries_of(source.view, spread.shape[2], rows.device), rows)
-                    terms.setdefault(name, []).append(spread)
         for source, rows in derived.values():
-            pulled = Derived(source, self.parameters).pulled(rows.flatten(0, 1))
-            for name, part in pulled.items():
+            for name, pulled in Derived(source, self.parameters).pulled(rows.flatten(0, 1)).items():
                 if name in self.ways and name not in self.piece.unserved:
-                    terms.setdefault(name, []).append(part.view(*rows.shape[:2], -1))
+                    terms.setdefault(name, []).append(pulled.view(*rows.shape[:2], -1))
         for name in names & self.piece.rows.keys():
             rows = self.piece.rows[name][:, self._own.start : self._own.stop]
             if rotation is not None:
@@ -190,16 +153,37 @@ class Chunk(Rows):
             terms.setdefault(name, []).append(rows)
         return terms
 
-    def _normed(self, source: Source, term: Term) -> list[tuple[str | Directions, Tensor | OuterProducts]]:
-        """The terms of a weight in lengths and directions; none where its rows have to be pulled back."""
+    def _by_part(self, source: Source, term: Term) -> Sequence[tuple[Part, Term]] | None:
+        """A term by parameters or parts of them; None if its rows have to be multiplied by the source's own Jacobian."""
+        view = _view(source)
+        if view == "written":
+            return None
+        if view == "normed":
+            return self._normed(source, term)
+        (name,) = source.names
+        if name not in self.ways or name in self.piece.unserved:
+            return []
+        if view == "whole":
+            term = term if is_whole(source) else turned(term, source.tensor.shape)
+            return [(name, term if self.ways[name] == "whole" else written(term))]
+        if self.ways[name] == "views":
+            return [((name, view), term)]
+        rows = written(term)
+        spread = rows.new_zeros(*rows.shape[:2], self.parameters[name].numel())
+        return [(name, spread.index_add_(2, entries_of(view, spread.shape[2], rows.device), rows))]
+
+    def _normed(self, source: Source, term: Term) -> Sequence[tuple[Part, Term]] | None:
+        """The terms of a weight in lengths and directions; None if they cannot be had in factors."""
         names = lengths_and_directions(source)
         assert names is not None
-        suits = isinstance(term, OuterProducts) and isinstance(term.right, Tensor) and not term.flipped
-        served = all(self.ways.get(name) == "normed" and name not in self.piece.unserved for name in names)
-        return in_factors(names, term, self.parameters) if isinstance(term, OuterProducts) and suits and served else []
+        if any(self.ways.get(name) != "normed" or name in self.piece.unserved for name in names):
+            return None
+        if not isinstance(term, OuterProducts) or not isinstance(term.right, Tensor) or term.flipped:
+            return None
+        return in_factors(names, term, self.parameters)
 
     def parts(self, place: int, names: set[str], uses: list[Use]) -> Parts:
-        """The terms of a component, sorted; kept for the next time if they fit the budget."""
+        """The sorted terms of a component, kept for the next time if they fit the budget."""
         if place in self.kept:
             return self.kept[place]
         parts = Parts.of(self.terms(names, uses))
@@ -208,7 +192,7 @@ class Chunk(Rows):
         return parts
 
     def rotated(self, rotation: Tensor) -> list[Use]:
-        """The uses with B for C combinations of its outputs, whose weights are ``rotation``, ``[N, len(outputs), C]``."""
+        """The uses with B for C linear combinations of the outputs, with weights ``rotation``, ``[N, len(outputs), C]``."""
 
         def turned(b: Tensor) -> Tensor:
             weights = rotation.to(b.dtype).transpose(1, 2)
@@ -217,7 +201,7 @@ class Chunk(Rows):
         return [use.holding(turned(b) for b in use.held.values()) for use in self.uses()]
 
     def scatter(self, part: Part, vector: Tensor, totals: dict[str, Tensor]) -> None:
-        """Add a vector over a parameter or view of it to sums by parameter, flat."""
+        """Add a vector over a parameter or a part of it to flat sums by parameter."""
         name, index = self.place(part, vector.device)
         if isinstance(part, Directions):
             vector = part.spread(vector)
@@ -229,14 +213,14 @@ class Chunk(Rows):
         totals[name] = totals[name].index_add(0, index, vector)
 
     def gather(self, part: Part, vectors: dict[str, Tensor]) -> Tensor:
-        """The entries of a parameter or view of it in flat vectors by parameter."""
+        """The entries of a parameter or a part of it, from flat vectors by parameter."""
         if isinstance(part, Directions):
             return part.gather(vectors[part.name])
         name, index = self.place(part, next(iter(vectors.values())).device)
         return vectors[name] if index is None else vectors[name][index]
 
     def place(self, part: Part, device: torch.device) -> tuple[str, Tensor | None]:
-        """The parameter, and which of its entries a part has; None for all."""
+        """The parameter of a part, and the entries that the part has; None for all."""
         if isinstance(part, str | Directions):
             return part if isinstance(part, str) else part.name, None
         return part[0], entries_of(part[1], self.parameters[part[0]].numel(), device)

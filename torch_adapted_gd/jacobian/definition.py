@@ -1,4 +1,4 @@
-"""The output Jacobian D = ∂x/∂θ (2.12), by its definition. Every faster way is tested against it."""
+"""The output Jacobian D = ∂x/∂θ (2.12) by its definition. Every faster computation is tested against it."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from ..tracking.replay import DisagreementError, Replay, State
 from .backward import BackwardPasses, allows_vmap
 
 METHODS = ("rows", "jacrev")
-_CHUNK_BYTES = 2**28  # what one chunk of D may take in addition to D itself, by default
+_CHUNK_BYTES = 2**28  # memory for one chunk of D in addition to D itself, by default
 
 
 def output_jacobian(
@@ -26,15 +26,15 @@ def output_jacobian(
     Row i·Q + q is output q of sample i (2.9); the columns follow ``model.named_parameters()``, frozen ones left out.
     Outputs may be any pytree of floating tensors with the batch first: a sample's Q outputs are their concatenation.
 
-    The model is called as it is (training mode, autocast, random state): dropout draws the mask that a call now would draw.
-    Its buffers, modes and gradients and the random number stream are left as they were.
+    The model is called in its current mode, under autocast if that is enabled, and with the current random state, so dropout
+    draws the mask that an ordinary call would draw. Buffers, modes, gradients and the random state stay as they were.
 
     Args:
         model: The network f_θ.
         x: Its input with the batch first, ``[N, ...]``, or a tuple of positional inputs.
-        method: ``"rows"`` (a backward pass for each output, many at a time, for any model), ``"jacrev"`` (`torch.func.jacrev`
-            of all outputs, for models that `torch.func` supports), or ``"auto"``, which is ``"rows"``.
-        chunk_size: How many samples' rows are differentiated at a time; by default a chunk takes about 256 MiB.
+        method: ``"rows"`` runs a backward pass for each output, many at a time, for any model. ``"jacrev"`` is
+            `torch.func.jacrev` of all outputs, for models that `torch.func` supports. ``"auto"`` is ``"rows"``.
+        chunk_size: The number of samples whose rows are differentiated at a time; by default a chunk takes about 256 MiB.
 
     Returns:
         D of shape ``[N·Q, K]``, in the parameters' dtype and on their device.
@@ -78,7 +78,7 @@ def recorded(model: nn.Module, x: Tensor | tuple[Any, ...]) -> tuple[Call, list[
 def call_jacobian(
     model: nn.Module, call: Call, names: list[str], *, method: str = "auto", chunk_size: int | None = None
 ) -> Tensor:
-    """D ``[N·Q, K]`` of the outputs of one call that the loss saw, by the parameters ``names``; see `output_jacobian`."""
+    """D ``[N·Q, K]`` of the outputs of a call that the loss depends on, by the parameters ``names``; see `output_jacobian`."""
     if chunk_size is not None:
         positive_integer("chunk_size", chunk_size)
     replay = Replay(underlying(model), call, names)
@@ -99,7 +99,7 @@ def call_jacobian(
         (_by_jacrev if method == "jacrev" else _by_rows)(replay, matrix, min(rows, 256))
     except DisagreementError as error:
         raise RuntimeError(
-            "The model's call could not be repeated with the same outputs, so its Jacobian is not known. A forward pass may "
+            "The model's call could not be repeated with the same outputs, so its Jacobian is unknown. A forward pass may "
             "depend only on its inputs, parameters, buffers and torch's global random numbers (no numpy or Python random "
             f"numbers, generators or counters): {error}."
         ) from error

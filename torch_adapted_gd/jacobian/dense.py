@@ -1,24 +1,25 @@
-"""D that is held."""
+"""D held as a matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .gram import ROWS_ELEMENTS, add_gram, add_products, gram, product, spans, summed, transpose_product
-from .operator import Components, Factors, Jacobian, Parts
+from .gram import ROWS_ELEMENTS, add_products, gram, product, spans, summed, transpose_product
+from .local import LocalJacobian
+from .operator import Components, Factors, Parts
 
 
-class DenseJacobian(Jacobian):
-    """D held in blocks of rows, one for each call, never copied into one matrix.
+class DenseJacobian(LocalJacobian):
+    """D held in blocks of rows, one for each call; they are never copied into one matrix.
 
     Args:
-        blocks: Rows ``[R_i, K]``, in their order.
-        shapes: N and Q of each.
+        blocks: Rows ``[R_i, K]`` of each call.
+        shapes: N and Q of each call.
         numels: Entries of each parameter, by name, in the order of the columns.
-        description: How D came about, for the report.
+        description: How D was computed, for the report.
     """
 
     def __init__(self, blocks: list[Tensor], shapes: list[tuple[int, int]], numels: dict[str, int], description: str) -> None:
@@ -31,14 +32,14 @@ class DenseJacobian(Jacobian):
 
     def mv(self, v: Parts) -> Tensor:
         """See `Jacobian`."""
-        vector = torch.cat([v[name] for name in self.numels])
+        vector = self.flat(v)
         return torch.cat([product(block, vector) for block in self.blocks])
 
     def rmv(self, u: Tensor) -> Parts:
         """See `Jacobian`."""
         parts = u.split([len(block) for block in self.blocks])
         products = [transpose_product(block, part) for block, part in zip(self.blocks, parts, strict=True)]
-        return dict(zip(self.numels, summed(products).split(list(self.numels.values())), strict=True))
+        return self.parts(summed(products))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002
         """See `Jacobian`; in float64."""
@@ -55,7 +56,7 @@ class DenseJacobian(Jacobian):
         return theta
 
     def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002
-        """See `Jacobian`; in float64."""
+        """See `LocalJacobian`; in float64."""
         return gram(*self.blocks)
 
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
@@ -72,30 +73,21 @@ class DenseJacobian(Jacobian):
             found.append(total)
         return found
 
-    def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
-        """See `Jacobian`; one combination at a time, as each takes N rows of D."""
-        out.zero_()
-        places = spans([len(r) for r in rotations])
-        for c, block in enumerate(out):
-            rows = []
-            for rotation, number in zip(rotations, numbers, strict=True):
-                weights = rotation[:, None, :, c].to(self.blocks[number].dtype)
-                rows.append(torch.bmm(weights, self.blocks[number].view(*rotation.shape[:2], -1)).squeeze(1))
-            for i, first in enumerate(rows):
-                for j in range(i, len(rows)):
-                    add_gram(block[places[i], places[j]], first, None if i == j else rows[j])
-
     def factors(self) -> Iterator[Factors]:
-        """See `Jacobian`."""
+        """See `LocalJacobian`."""
         start = 0
         for block, (n, q) in zip(self.blocks, self.shapes, strict=True):
             yield Factors(start, n, q, range(q), self._components(block.view(n, q, -1)))
             start += n * q
 
     def combined(self, number: int, rotation: Tensor) -> Components:
-        """See `Jacobian`."""
+        """See `LocalJacobian`."""
         block = self.blocks[number].view(*rotation.shape[:2], -1)
         return self._components(torch.bmm(rotation.to(block.dtype).transpose(1, 2), block))
+
+    def combinations_at_once(self) -> int:
+        """See `LocalJacobian`. A combination takes N rows of D."""
+        return max(1, ROWS_ELEMENTS // max(1, self.shape[1] * sum(n for n, _ in self.shapes)))
 
     def _components(self, rows: Tensor) -> Components:
         parts = rows.split(list(self.numels.values()), 2)

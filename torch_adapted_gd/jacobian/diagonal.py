@@ -1,6 +1,6 @@
-"""Blocks of Θ that are cheap without the whole: of single samples, and of single combinations of all samples' outputs."""
+"""Blocks of Θ without the whole of it: between the outputs of single samples, and between all samples for single outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .blocks import Parts, terms_of
 from .chunks import Chunk
-from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges_of_samples, spans
+from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges_of_samples
 from .operator import Components
 from .products import Family, OneHot, OuterProducts, tiles
 
-_TILE_ROWS = 512  # of a block, worked on at a time on the CPU: such a tile of float32 stays in the cache
+_TILE_ROWS = 512  # rows of a tile on the CPU: a square tile of float32 stays in the cache
 
 
 def sample_blocks(chunks: Sequence[Chunk], n: int, q: int, device: torch.device) -> Tensor:
@@ -24,29 +24,8 @@ def sample_blocks(chunks: Sequence[Chunk], n: int, q: int, device: torch.device)
     return total
 
 
-def output_blocks(make: Callable[[int, Tensor], Components], rotations: Sequence[Tensor], out: Tensor, at_once: int) -> None:
-    """Blocks of Θ between all samples for single combinations of their outputs, see `Jacobian.output_blocks`.
-
-    Args:
-        make: Makes `combined` of one of some calls, by its place among them, for a rotation.
-        rotations: The weights of a sample's outputs, ``[N_i, Q, C]`` for each.
-        out: Where to write the blocks.
-        at_once: How many combinations may be made at a time.
-    """
-    out.zero_()
-    places = spans([len(r) for r in rotations])
-    with torch.no_grad():
-        for start in range(0, rotations[0].shape[2], at_once):
-            some = slice(start, min(start + at_once, rotations[0].shape[2]))
-            for i, first in enumerate(rotations):
-                rows = make(i, first[:, :, some])
-                for j in range(i, len(rotations)):
-                    columns = None if i == j else make(j, rotations[j][:, :, some])
-                    add_output_blocks(out[some, places[i], places[j]], rows, columns)
-
-
 def combined(chunks: Sequence[Chunk], rotation: Tensor) -> Components:
-    """The components of combinations of the outputs of one call, with weights ``rotation``, ``[N, Q, C]``; by its chunks."""
+    """The terms of linear combinations of the outputs of one call, given by its chunks; weights ``rotation``, ``[N, Q, C]``."""
     components: Components = []
     by_piece: dict[int, list[Chunk]] = {}
     for chunk in chunks:
@@ -61,7 +40,7 @@ def combined(chunks: Sequence[Chunk], rotation: Tensor) -> Components:
         weights = rotation[:, whole.outputs.start : whole.outputs.stop]
         for names, members in whole.components(uses):
             terms = whole.terms(names, members, weights)
-            for other, found in [c for c in components if c[0] & names]:  # other outputs of the call
+            for other, found in [c for c in components if c[0] & names]:  # from other outputs of the call
                 components.remove((other, found))
                 names = names | other
                 for key, more_terms in found.items():
@@ -71,7 +50,7 @@ def combined(chunks: Sequence[Chunk], rotation: Tensor) -> Components:
 
 
 def add_output_blocks(out: Tensor, rows: Components, columns: Components | None) -> None:
-    """Add the blocks between two calls, ``[C, N, M]``, or within one (``columns`` None, on and above the diagonal)."""
+    """Add the blocks ``[C, N, M]`` between two calls, or within one if ``columns`` is None, on and above the diagonal."""
     for names, terms in rows:
         parts = Parts.of(terms) if columns is None else Parts.of(terms, terms_of(names, columns))
         for first, second in parts.written.values():
@@ -82,7 +61,7 @@ def add_output_blocks(out: Tensor, rows: Components, columns: Components | None)
 
 
 def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
-    """Add a family's part to each combination's block."""
+    """Add the part of a family to the block of each combination."""
     count, n, m = out.shape
     singles = [family.of_output(c) for c in range(count)]
     if singles[0].explicit_is_cheaper():
@@ -109,7 +88,7 @@ def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
 
 
 def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
-    """Add the products of two chunks' rows of one call; of different chunks, also the transposed ones."""
+    """Add the products of the rows of two chunks of one call, and their transposes if the chunks differ."""
     rows, columns = (slice(c.outputs.start, c.outputs.stop) for c in (first, second))
     block = total[:, rows, columns]
     part = block if first is second else torch.zeros_like(block)
@@ -128,7 +107,7 @@ def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
 
 
 def _add_outer_products(total: Tensor, first: OuterProducts, second: OuterProducts) -> None:
-    """Add the products of outer products, written out or contracted, whichever takes fewer operations."""
+    """Add the products of outer products, written out or contracted, whichever needs fewer operations."""
     _, q, g, o, t = first.left.shape
     r, s = second.left.shape[1], second.left.shape[4]
     onehot = isinstance(first.right, OneHot)

@@ -1,10 +1,10 @@
-"""D as what the rules make of the uses of parameters: Θ, Dᵀu and Dv without D ever being held."""
+"""D in factors, from the rules of the uses of parameters: Θ, Dᵀu and Dv without holding D."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,29 +17,27 @@ from ..world import ALONE, World
 from .blocks import KernelBlock, between
 from .blocks import Parts as Sorted
 from .chunks import Chunk, agreed, views_in
-from .diagonal import combined, output_blocks, sample_blocks
-from .gram import ROWS_ELEMENTS, new_kernel, norm, product, transpose_product
+from .diagonal import combined, sample_blocks
+from .gram import ROWS_ELEMENTS, new_kernel, norm, product, spans, transpose_product
 from .linearized import Linearized
+from .local import LocalJacobian
 from .normed import Directions
-from .operator import Components, Factors, Jacobian, Parts, Rows
+from .operator import Components, Factors, Parts, Rows
 from .uses import Use
 
-_MANY_ENTRIES = 2**26  # of rows by weights that are computed from parameters: they take seconds
-_CHUNK_BYTES = 2**29  # what B and its like may take even where Θ is smaller
+_MANY_ENTRIES = 2**26  # with more entries, rows by weights that are computed from parameters take seconds
+_CHUNK_BYTES = 2**29  # memory for B, even if Θ is smaller
 
 
 class MismatchError(RuntimeError):
-    """What the factors make of D is not what backward passes give."""
+    """The factors of D disagree with backward passes."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some outputs of a call.
+    """Some outputs of a call: ``linearized``, and the number of the first among the call's Q outputs.
 
-    Attributes:
-        linearized: What they are linearized by.
-        first: The first of them among the call's Q outputs.
-        held: The uses with B for all of them; None where their graph is alive.
+    ``held`` has the uses with B for all of them; it is None while their graph is alive.
     """
 
     linearized: Linearized
@@ -48,18 +46,18 @@ class Piece:
 
 
 def budget_of(rows: int, device: torch.device) -> int:
-    """Bytes that B and what is made of it may take, for R rows in all."""
-    free = available_bytes(device) if 8 * rows**2 > _CHUNK_BYTES else None  # Θ may never be formed
+    """Bytes that B and tensors of its size may take, for R rows in all."""
+    free = available_bytes(device) if 8 * rows**2 > _CHUNK_BYTES else None  # Θ may not be formed
     return max(_CHUNK_BYTES, 8 * rows**2 if free is None else min(8 * rows**2, free // 4))
 
 
-class FactoredJacobian(Jacobian):
+class FactoredJacobian(LocalJacobian):
     """D in factors.
 
     Args:
         calls: The pieces of each call.
         parameters: θ by name.
-        dtype: The parameters'.
+        dtype: The parameters' dtype.
         chunk_size: See `ntk`.
         world: The processes that have other rows of D.
     """
@@ -90,28 +88,28 @@ class FactoredJacobian(Jacobian):
 
     @property
     def unserved(self) -> dict[str, str]:
-        """Parameters that are served by rows of D, and why."""
+        """Parameters whose Jacobian comes from rows of D, and the reason."""
         return {name: why for piece in self._pieces for name, why in piece.unserved.items() if name in self.numels}
 
     @property
     def remarks(self) -> list[str]:
-        """What the user should know of these."""
+        """The reasons that the user should know."""
         return list(dict.fromkeys(remark for piece in self._pieces for remark in piece.remarks))
 
     @property
     def remark(self) -> str | None:  # type: ignore[override]
-        """What the user should be told of, or None."""
+        """A warning for the user, or None."""
         if not self.remarks:
             return self._remark_on_computed_weights()
         why = "; ".join(self.remarks[:3]) + (f"; and {len(self.remarks) - 3} more" if len(self.remarks) > 3 else "")
         return (
             f"Rows of the output Jacobian are taken for {len(self.unserved)} of {len(self.numels)} parameters: {why}. This is "
-            "exact but slower and larger: a backward pass per output. BatchNorm in training mode and all else that mixes a "
-            'batch need it. If that is intended, choose solver=Dense(kernel="jacobian"), which does not warn.'
+            "exact, but needs a backward pass per output and more memory. BatchNorm in training mode and all else that mixes "
+            'the samples of a batch needs it. To choose it without this warning, use solver=Dense(kernel="jacobian").'
         )
 
     def _remark_on_computed_weights(self) -> str | None:
-        """What to say of weights that are functions of parameters, if their rows are many."""
+        """A warning about weights that are computed from parameters, if their rows are many."""
         names: set[str] = set()
         entries = 0
         for piece in self._pieces:
@@ -123,19 +121,18 @@ class FactoredJacobian(Jacobian):
             return None
         some = ", ".join(map(repr, sorted(names)[:2]))
         return (
-            f"{entries:,} entries of the output Jacobian are written out, as weights are computed from parameters ({some}, "
-            f"{len(names)} in all) and their rows have to be pulled back to these. This is exact but slow. Train the weights "
-            "themselves (torch.nn.utils.parametrize.remove_parametrizations makes them from a parametrization), or use a "
-            "smaller batch."
+            f"{entries:,} entries of the output Jacobian are written out, because weights are computed from parameters "
+            f"({some}, {len(names)} in all). This is exact but slow. Train the weights themselves "
+            "(torch.nn.utils.parametrize.remove_parametrizations makes them from a parametrization), or use a smaller batch."
         )
 
     def _pulls_back(self, source: Source) -> bool:
-        """Whether rows by something computed from parameters are pulled back to these."""
+        """Whether rows by a tensor that was computed from parameters are multiplied by its Jacobian, not kept in factors."""
         return any(self._ways.get(name) != "normed" for name in source.names)
 
     @property
     def description(self) -> str:  # type: ignore[override]
-        """How D comes about, for the report."""
+        """How D is computed, for the report."""
         left = len(self.unserved)
         if not left:
             return "structured"
@@ -147,12 +144,12 @@ class FactoredJacobian(Jacobian):
         """The chunks of one of the calls."""
         return [chunk for chunk in self._chunks if chunk.number == number]
 
-    def combinations_at_once(self, count: int) -> int:
-        """See `Jacobian`."""
+    def combinations_at_once(self) -> int:
+        """See `LocalJacobian`."""
         if all(chunk.held is not None for chunk in self._chunks):
-            return count
+            return sys.maxsize
         entries = sum(2 * piece.elements for piece in self._pieces)
-        return max(1, min(count, self._budget // max(1, self._dtype.itemsize * entries)))
+        return max(1, self._budget // max(1, self._dtype.itemsize * entries))
 
     def check_products(self) -> None:
         """See `Jacobian`.
@@ -183,7 +180,7 @@ class FactoredJacobian(Jacobian):
         return theta
 
     def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """See `Jacobian`.
+        """See `LocalJacobian`.
 
         Raises:
             MismatchError: uᵀΘv differs from what backward passes give for ⟨D₁ᵀu, D₂ᵀv⟩, u and v random.
@@ -200,18 +197,17 @@ class FactoredJacobian(Jacobian):
         return theta
 
     def rmv(self, u: Tensor) -> Parts:
-        """Dᵀu from the factors that Θ was made of.
+        """Dᵀu from the same factors as Θ.
 
-        A backward pass with u would be the same in exact arithmetic. But for ψ = Θ⁻¹g its rounding in float32, |D||ψ|ε,
-        can be of the size of Dᵀψ where D is ill-conditioned. These factors are those of a matrix near D, whose Gram matrix
-        Θ is to float64's precision: so the rounding of D costs κ(D)ε, not κ(D)²ε.
+        A backward pass with u is the same in exact arithmetic. But for ψ = Θ⁻¹g its rounding error in float32 is |D||ψ|ε, which
+        can be as large as Dᵀψ if D is ill-conditioned. The factors are those of a matrix close to D, and Θ is the Gram matrix
+        of this same matrix to the precision of float64. So rounding costs κ(D)ε and not κ(D)²ε.
         """
         totals: Parts = {}
         with self._computing():
             for chunk in self._chunks:
                 part = chunk.of(u)
-                for place, (names, uses) in enumerate(chunk.components(chunk.uses())):
-                    parts = chunk.parts(place, names, uses)
+                for _, parts in chunk.sorted():
                     for key, (jacobian, _) in parts.written.items():
                         chunk.scatter(key, transpose_product(jacobian.flatten(0, 1), part.reshape(-1)), totals)
                     for keys, family in parts.families:
@@ -220,13 +216,12 @@ class FactoredJacobian(Jacobian):
         return {name: totals[name] if name in totals else u.new_zeros(numel) for name, numel in self.numels.items()}
 
     def mv(self, v: Parts) -> Tensor:
-        """Dv from the factors that Θ was made of."""
+        """Dv from the same factors as Θ."""
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
         with self._computing():
             for chunk in self._chunks:
                 part = chunk.of(total)
-                for place, (names, uses) in enumerate(chunk.components(chunk.uses())):
-                    parts = chunk.parts(place, names, uses)
+                for _, parts in chunk.sorted():
                     for key, (jacobian, _) in parts.written.items():
                         part += product(jacobian.flatten(0, 1), chunk.gather(key, v)).view_as(part)
                     for keys, family in parts.families:
@@ -239,9 +234,8 @@ class FactoredJacobian(Jacobian):
         Raises:
             MismatchError: Dᵀu differs from what a backward pass gives, u random.
         """
-        ends = dict(zip(self.numels, itertools.accumulate(self.numels.values()), strict=True))
-        columns = {name: slice(end - self.numels[name], end) for name, end in ends.items()}
-        size = sum(self.numels.values())
+        columns = dict(zip(self.numels, spans(list(self.numels.values())), strict=True))
+        size = self.shape[1]
         found = torch.zeros(size, dtype=torch.float64, device=self.device)
         probe, start = self._probe(), 0
         for number, (n, q) in enumerate(self.shapes):
@@ -252,8 +246,8 @@ class FactoredJacobian(Jacobian):
                 with self._computing():
                     for chunk in self.chunks_of(number):
                         part = block[:, chunk.outputs.start : chunk.outputs.stop]
-                        for place, (names, uses) in enumerate(chunk.components(chunk.uses())):
-                            for key, jacobian in chunk.parts(place, names, uses).rows(samples):
+                        for _, parts in chunk.sorted():
+                            for key, jacobian in parts.rows(samples):
                                 name, index = chunk.place(key, self.device)
                                 if isinstance(key, Directions):
                                     part[..., columns[name]] += key.spread(jacobian)
@@ -272,27 +266,22 @@ class FactoredJacobian(Jacobian):
         with self._computing():
             return [sample_blocks(self.chunks_of(number), n, q, self.device) for number, (n, q) in enumerate(self.shapes)]
 
-    def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
-        """See `Jacobian`."""
-        step = self.combinations_at_once(rotations[0].shape[2])
-        output_blocks(lambda place, rotation: self.combined(numbers[place], rotation), rotations, out, step)
-
     def factors(self) -> Iterator[Factors]:
-        """See `Jacobian`."""
+        """See `LocalJacobian`."""
         yield from (chunk.factors() for chunk in self._chunks)
 
     def combined(self, number: int, rotation: Tensor) -> Components:
-        """See `Jacobian`."""
+        """See `LocalJacobian`."""
         return combined(self.chunks_of(number), rotation)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """Context for products: without a graph, and in no other dtype than they are written in."""
+        """Context for products: without a graph and without autocast."""
         with torch.no_grad(), without_autocast(self.device.type):
             yield
 
     def _probe(self) -> Tensor:
-        """U of all rows, ``[R]``."""
+        """The random u of all rows, ``[R]``."""
         of_calls = [
             torch.cat([piece.linearized.probe.view(piece.linearized.n, -1) for piece in pieces], 1) for pieces in self._calls
         ]
@@ -309,7 +298,7 @@ class FactoredJacobian(Jacobian):
         return totals
 
     def _check_probe(self, found: Parts) -> None:
-        """Compare Dᵀu for the probes with that of plain backward passes."""
+        """Compare Dᵀu for the random u with backward passes."""
         u = self._probe_product(range(len(self._calls)))
         apart = {name: part - u[name].reshape(-1) if name in u else part for name, part in found.items()}
         difference = norm(apart)
@@ -317,60 +306,54 @@ class FactoredJacobian(Jacobian):
             raise MismatchError(f"Dᵀu differs by {difference:.6g} for random u from that of backward passes, {norm(u):.6g}")
 
     def _check(self, value: float, first: range, second: range, dtype: torch.dtype) -> None:
-        """Compare uᵀΘv for the probes with ⟨Dᵀu, Dᵀv⟩ of plain backward passes."""
+        """Compare uᵀΘv for random u and v with ⟨Dᵀu, Dᵀv⟩ from backward passes."""
         u = self._probe_product(first)
         v = u if second == first else self._probe_product(second)
         size = norm(u) * norm(v)
         eps = self._precision(dtype)
         expected = size if v is u else sum(float(u[name].reshape(-1) @ v[name].reshape(-1)) for name in u.keys() & v.keys())
-        if abs(value - expected) > min(1e3 * eps, 0.05) * size:  # what is not finite is for the solution to say
+        if abs(value - expected) > min(1e3 * eps, 0.05) * size:  # the solver reports what is not finite
             raise MismatchError(f"uᵀΘv is {value:.6g} for random u and v where backward passes give {expected:.6g}")
 
     def _precision(self, dtype: torch.dtype) -> float:
-        """Machine epsilon of the coarsest arithmetic that products went through, ``dtype`` being the last."""
+        """Machine epsilon of the coarsest arithmetic in the products, the last of which is in ``dtype``."""
         return max(torch.finfo(dtype).eps, *(piece.eps for piece in self._pieces))
 
     def _planned(self, chunk_size: int | None) -> Iterator[Chunk]:
-        """The outputs in as many chunks as memory asks for; the caller's ``chunk_size`` is in samples' worth of rows."""
-        costs = [max(1, self._dtype.itemsize * 2 * piece.elements) for piece in self._pieces]
+        """The outputs in as few chunks as memory allows; a ``chunk_size`` counts samples' worth of rows."""
+        costs = [max(1, self._dtype.itemsize * 2 * piece.elements) for piece in self._pieces]  # of one output
         at_once = sum(cost * piece.q for cost, piece in zip(costs, self._pieces, strict=True)) <= self._budget
-        start, cost_of = 0, dict(zip(map(id, self._pieces), costs, strict=True))
+        start, cost_of = 0, iter(costs)
         for number, (pieces, (n, q)) in enumerate(zip(self._calls, self.shapes, strict=True)):
             for piece in pieces:
-                linearized, whole = piece.linearized, range(piece.first, piece.first + piece.linearized.q)
-                if chunk_size is not None:
+                whole, cost = range(piece.first, piece.first + piece.linearized.q), next(cost_of)
+                if piece.held is not None or (at_once and chunk_size is None):
+                    step = max(1, len(whole))
+                elif chunk_size is not None:
                     step = max(1, chunk_size * q // max(1, n))
                 else:
-                    step = len(whole) if at_once else max(1, self._budget // (2 * cost_of[id(linearized)]))
-                if piece.held is not None:
-                    step = max(1, len(whole))
+                    step = max(1, self._budget // (2 * cost))
                 for first in range(whole.start, whole.stop, step):
-                    outputs = range(first, min(first + step, whole.stop))
                     yield Chunk(
-                        start,
-                        n,
-                        q,
-                        outputs,
-                        linearized,
-                        number,
-                        piece.first,
-                        self._ways,
-                        self._parameters,
-                        self._budget // 2,
-                        piece.held,
+                        start=start,
+                        n=n,
+                        q=q,
+                        outputs=range(first, min(first + step, whole.stop)),
+                        piece=piece.linearized,
+                        number=number,
+                        first=piece.first,
+                        ways=self._ways,
+                        parameters=self._parameters,
+                        budget=self._budget // 2,
+                        held=piece.held,
                     )
             start += n * q
 
 
 def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[Sorted], columns_from: int = 0) -> None:
-    """Write the block of Θ between two sets of rows.
+    """Write the block of Θ between two sets of rows; for a symmetric block they are the same object.
 
-    Args:
-        theta: Θ, or some columns of it.
-        first: The rows.
-        second: The columns; the same object for a symmetric block.
-        components: What is between them.
-        columns_from: Which column of Θ is the first.
+    ``theta`` has the columns of Θ from number ``columns_from`` on, and ``components`` are the sorted terms of the block.
     """
     target_view = view(theta, first, second, columns_from)  # [N, Q, M, R]
     n, q, m, r = target_view.shape

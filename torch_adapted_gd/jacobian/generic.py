@@ -1,4 +1,4 @@
-"""The way of any function: its own vector-Jacobian products, sample by sample."""
+"""The rule for any function: its own vector-Jacobian products, sample by sample."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..tracking.arguments import called, detached, replaced, results_of, tensors
 if TYPE_CHECKING:
     from .uses import Use
 
-_BYTES = 2**27  # of vectors that are pulled back at a time
+_BYTES = 2**27  # memory for vectors of one vectorized product
 
 
 def any_function(use: Use) -> dict[Any, Tensor]:
-    """Jacobians ``[N, Q, *operand.shape]`` of the operands that were computed from parameters, by where they are.
+    """Jacobians ``[N, Q, *operand.shape]`` by the operands that were computed from parameters.
 
-    With one operand for each sample the function is differentiated for all samples at once; where samples cannot be taken
-    apart, with a gradient that is zero but for one sample's, one after the other.
+    If the function can be called for single samples, ``vmap`` differentiates it for all of them at once. If not, there is a
+    product for each sample and output, with a gradient that is zero for all other samples.
     """
     keys = list(use.sources)
     moving = tuple(use.sources[key].tensor.detach() for key in keys)
@@ -34,7 +34,7 @@ def any_function(use: Use) -> dict[Any, Tensor]:
 
 
 class _Function:
-    """The function with its other operands: of the moving ones, and of those that have the samples."""
+    """The function of some of its operands, with the others fixed."""
 
     def __init__(self, use: Use) -> None:
         self.use = use
@@ -47,20 +47,20 @@ class _Function:
         return tuple(results_of(called(self.function, args, kwargs)))
 
     def operands(self) -> dict[Any, Tensor]:
-        """The tensors among its operands that are no parameters."""
+        """The operands that are tensors and were not computed from parameters."""
         given = dict(tensors_of(tuple(self.args), self.kwargs))
         return {key: tensor for key, tensor in given.items() if key not in self.use.sources}
 
 
 def _pull(of: Callable[..., tuple[Tensor, ...]], moving: tuple[Tensor, ...], places: list[int]) -> Callable[..., Any]:
-    """The vector-Jacobian product at some of the outputs."""
+    """The vector-Jacobian product of some outputs."""
     pulled = vjp(lambda *values: tuple(of(*values)[place] for place in places), *moving)
     values, back = pulled[0], pulled[1]
     return lambda *gradients: back(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))
 
 
 def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """``vmap`` over samples; None where a sample alone does not give its part of what the batch gives."""
+    """``vmap`` over samples; None if the function of a single sample gives another result than that of the batch."""
     places = list(use.layouts)
     if any(layout.spread or layout.places is not None for layout in use.layouts.values()):
         return None
@@ -86,7 +86,7 @@ def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, .
 
     try:
         values = vmap(lambda *sample: one(moving, *sample))(*samples)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # torch.func's refusals, or the function's of one sample
+    except (RuntimeError, ValueError, TypeError, IndexError):  # from torch.func, or from the function of one sample
         return None
     whole = of(keys, moving)
     for place, value in zip(places, values, strict=True):
@@ -104,7 +104,7 @@ def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, .
 
 
 def _agrees(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> bool:
-    """Whether Σ v_nq D_nq is, for random v, what a plain backward pass through the function gives: torch.func may err."""
+    """Whether Σ v_nq D_nq agrees, for random v, with a plain backward pass: torch.func is wrong for some functions."""
     places = list(use.layouts)
     n, q = found[0].shape[:2]
     v = torch.randn(n, q, generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(found[0])
@@ -133,7 +133,7 @@ def _plain(
 
 
 def _by_masks(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """A backward pass through the function for each sample and output, many at a time; None where vmap refuses."""
+    """A product for each sample and output, many at a time; None if vmap does not support the function."""
     places = list(use.layouts)
     n, q = next(iter(use.gradients.values())).shape[:2]
     pull = _pull(lambda *values: of(keys, values), moving, places)
@@ -166,7 +166,7 @@ def _one_by_one(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, 
 
 
 def _placed(use: Use, place: int, by_sample: Tensor) -> Tensor:
-    """What the samples have, ``[N, ...]``, where the function has it."""
+    """A gradient ``[N, ...]`` in the layout of the function's output."""
     layout = use.layouts[place]
     zero = by_sample.new_zeros(use.shapes[place])
     if layout.places is not None:
@@ -179,22 +179,17 @@ def _placed(use: Use, place: int, by_sample: Tensor) -> Tensor:
 
 
 def _alone(use: Use, place: int, sample: int, output: int) -> Tensor:
-    """B of one sample and output where the function has it, zero elsewhere."""
-    layout, shape, b = use.layouts[place], use.shapes[place], use.gradients[place]
-    zero = b.new_zeros(shape)
-    if layout.places is not None:
-        flat = zero.flatten(0, layout.leading - 1)
-        there = layout.places[sample] >= 0
-        flat[layout.places[sample][there]] = b[sample, output][there]
-        return flat.view(shape)
-    layout.samples_first(zero)[sample] = b[sample, output]  # a view
-    return zero
+    """B of one sample and output in the layout of the function's output, zero elsewhere."""
+    b = use.gradients[place]
+    by_sample = torch.zeros_like(b[:, output])
+    by_sample[sample] = b[sample, output]
+    return _placed(use, place, by_sample)
 
 
 def _sample_dim(tensor: Tensor, n: int, likely: list[int], rank: int) -> int | None:
-    """The dimension of an operand that holds the samples: where the outputs have them, if it has their size; else the first.
+    """The dimension of an operand that holds the samples: that of the outputs if it has size N, else the first of size N.
 
-    With as many or fewer dimensions than the outputs, as operands have that are broadcast, dimensions are counted from the end.
+    Dimensions are first aligned at the end, as those of operands that are broadcast.
     """
     aligned = [dim - (rank - tensor.ndim) for dim in likely]
     dims = [dim for dim in (*aligned, *likely, *range(tensor.ndim)) if 0 <= dim < tensor.ndim and tensor.shape[dim] == n]

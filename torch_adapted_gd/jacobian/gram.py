@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..memory import require_memory
 
-_CAST_ELEMENTS = 2**20  # entries of D that are cast to float64 (8 MiB) at a time
-_LEAST_WIDTH = 1024  # columns multiplied at a time: fewer would read and write Θ too often
+_CAST_ELEMENTS = 2**20  # entries of D that are cast to float64 at a time (8 MiB)
+_LEAST_WIDTH = 1024  # columns multiplied at a time; with fewer, Θ is read and written too often
 ROWS_ELEMENTS = 2**22  # entries of D that are written out at a time for DᵀD
-TILE_ROWS = 64  # the least number of rows of a symmetric product that are computed at a time
+TILE_ROWS = 64  # rows of a symmetric product that are computed at a time, at least
 
 
 def transpose_product(matrix: Tensor, u: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def gram(first: Tensor, second: Tensor | None = None) -> Tensor:
 
 
 def new_kernel(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Memory for a kernel, not initialized; a MemoryError if it would not fit."""
+    """Uninitialized memory for a kernel; a MemoryError if it would not fit."""
     require_memory(
         dtype.itemsize * rows * columns,
         device,

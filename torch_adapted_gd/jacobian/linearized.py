@@ -1,4 +1,4 @@
-"""Outputs whose graph is alive, linearized: the uses of parameters behind them, where these have the samples, and B."""
+"""Outputs whose graph is alive: the uses of parameters that they depend on, and the gradients B at these uses."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from .rules import GENERIC, Term, rule_for
 from .sources import accumulated, written
 from .uses import Layout, Use
 
-_ELEMENTS_AT_ONCE = 2**21  # entries of B that one vectorized backward pass makes on the CPU: about what its cache holds
-_COLUMNS = 8  # rows for each column from which columns are cheaper, though each takes two passes, one after the other
-_MADE_BYTES = 2**27  # of Jacobians that are kept in place of a smaller B
-_PLACES = 8  # rows of D for each place of a layer below which writing its Jacobian out is a large part of its products
-_ROW_BYTES = 2**28  # of rows of D that are differentiated at a time
+_ELEMENTS_AT_ONCE = 2**21  # entries of B from one vectorized backward pass on the CPU: about the size of its cache
+_COLUMNS = 8  # with more rows for each column, columns of D are cheaper, although each takes two passes
+_MADE_BYTES = 2**27  # memory for Jacobians that are kept in place of a smaller B
+_PLACES = 8  # with fewer rows of D for each place of a layer, writing its Jacobian out costs much of its products
+_ROW_BYTES = 2**28  # memory for rows of D that are differentiated at a time
 
 
 class Linearized:
-    """Outputs of one call with their graph, from which gradients at the uses of parameters can be had.
+    """Outputs of one call with their graph, and the gradients B at the uses of parameters.
 
-    Two plain backward passes come first. That of a random u gives Dᵀu, which what the rules make of it is held against. That
-    of s∘u, s a factor for each sample, finds where a use has the samples: its gradient has to be scaled by s there, or samples
-    interact behind it. What was computed from parameters alone and has the samples in this sense (an embedding of the batch's
-    own numbers, a parameter expanded to the batch) is where they come apart: a use itself.
+    Two plain backward passes come first. One with a random u gives Dᵀu, with which the Jacobians of the rules are compared.
+    One with s∘u, with a factor s for each sample, shows which entries of a use belong to which sample: its gradient is scaled
+    by s there. If it is not, samples interact. A tensor that was computed from parameters alone can have the samples too, such
+    as an embedding of the numbers of a batch, or an expanded parameter. The operation that computed it is the use then.
 
     Args:
         outputs: Tensors of the graph with the samples first, ``[N, ...]`` each.
-        parameters: What to differentiate by, by name: the tensors that the graph ends in.
-        notes: The operations with parameters behind the outputs.
+        parameters: The tensors to differentiate by, by name.
+        notes: The operations with parameters that the outputs depend on.
         eps: Machine epsilon of the arithmetic, as far as the caller knows.
-        dtype: The parameters'.
-        vectorized: Whether several backward passes may be made as one.
-        conditions: Makes the context that backward passes and functions run in.
+        dtype: The parameters' dtype.
+        vectorized: Whether several backward passes may run as one.
+        conditions: Returns the context for backward passes and functions.
 
     Attributes:
-        eps: The same, by what the uses gave.
+        eps: Machine epsilon of the arithmetic, from the gradients at the uses too.
         n: N.
         q: Q, the outputs of each sample.
-        uses: The uses of parameters that can be served, with Σ_q u_q B_q for B, as if Q were 1.
+        uses: The uses of parameters with Σ_q u_q B_q in place of B, as if Q were 1.
         probe: u, ``[NQ]`` in float64.
-        probe_product: Dᵀu by a plain backward pass, by parameter; one that is not there has none.
-        unserved: Parameters that are served by rows of D, and why.
-        remarks: Why, where the user should know of it.
+        probe_product: Dᵀu by a plain backward pass, by parameter, for those that the outputs depend on.
+        unserved: Parameters whose Jacobian comes from rows of D, and the reason.
+        remarks: The reasons that the user should know.
         rows: These rows by parameter, ``[N, Q, numel]``.
     """
 
@@ -81,10 +81,10 @@ class Linearized:
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
         self._doubtful: set[str] = set()
-        self._hidden: set[str] = set()  # parameters that no use is known of
-        generator = torch.Generator("cpu").manual_seed(0)  # the user's random stream is not touched
+        self._hidden: set[str] = set()  # parameters without a known use
+        generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random numbers alone
         probe = torch.randn(n, self.q, generator=generator, dtype=torch.float64, device="cpu").to(self.device)
-        # Even steps, in no order: a gradient's ratio to another one tells the sample.
+        # Equal steps in random order: the ratio of two gradients gives the sample.
         self._order = torch.randperm(n, generator=generator, device="cpu").to(self.device)
         scale = (2 * self._order.double() + 1) / max(1, n) - 1  # s, [N], within (−1, 1)
         self.probe = probe.reshape(-1)
@@ -92,7 +92,7 @@ class Linearized:
         with self._running():
             found = self._passes.one(probe, [*parameters.values(), *edges])
             scaled = self._passes.one(probe * scale[:, None], edges)
-        # An autocast that the model enters itself shows in what its operations gave.
+        # If the model itself enters autocast, the dtypes of the gradients show it.
         lowest = {g.dtype for g in found if g is not None and g.is_floating_point()}
         self.eps = max(eps, *(torch.finfo(t).eps for t in lowest)) if lowest else eps
         self.probe_product = {
@@ -107,11 +107,11 @@ class Linearized:
 
     @property
     def elements(self) -> int:
-        """Entries that are kept of the uses for one output of all samples."""
+        """Entries of the kept tensors of all uses, for one output of all samples."""
         return sum(tensor.numel() for use in self.uses for tensor in use.held.values())
 
     def release(self) -> None:
-        """Give the graph back."""
+        """Release the graph."""
         self._passes.x = None
 
     def at(self, outputs: range) -> list[Use]:
@@ -142,7 +142,7 @@ class Linearized:
         return uses
 
     def _with(self, gradients: list[Tensor]) -> list[Use]:
-        """The uses with B for some outputs, given as it arrived at the edges; or with what is smaller, see `Use.made`."""
+        """The uses with B for some outputs, from the gradients at their edges; or with Jacobians, see `Use.made`."""
         values, same = iter(gradients), dict[Any, Tensor]()
         uses = []
         for probed in self.uses:
@@ -163,12 +163,13 @@ class Linearized:
         return dataclasses.replace(use, gradients={}, made={key: written(term) for key, term in terms.items()})
 
     def _is_better_made(self, use: Use, terms: dict[Key, Term]) -> bool:
-        """Whether to keep a use's Jacobians in place of B: where they are smaller; or where they will be written out anyway.
+        """Whether to keep a use's Jacobians in place of B: if they are smaller, or will be written out anyway.
 
-        In float64 that takes 2T/R times as long as multiplying them, for T places and R rows. Here it is the arithmetic of B.
+        For T places and R rows, writing them out in float64 takes 2T/R times as long as multiplying them. Here it is done once,
+        in the dtype of B.
         """
         if any(lengths_and_directions(source) for source in use.sources.values()):
-            return False  # of these factors are wanted
+            return False  # weight norm needs the factors
         entries = sum(term.numel() for term in terms.values())
         if 2 * entries < sum(b.numel() for b in use.gradients.values()):
             return True
@@ -183,7 +184,7 @@ class Linearized:
         return True
 
     def _is_sound(self, uses: list[Use]) -> bool:
-        """Whether Σ_q u_q B_q is what the probe sent back: some of torch's operations are wrong under vmap."""
+        """Whether Σ_q u_q B_q agrees with the plain backward pass: some of torch's operations are wrong under vmap."""
         u = self.probe.view(self.n, 1, self.q).to(self._dtype)
         for use, probed in zip(uses, self.uses, strict=True):
             for b, expected in zip(use.held.values(), probed.held.values(), strict=True):
@@ -194,7 +195,7 @@ class Linearized:
         return True
 
     def terms(self, use: Use) -> dict[Key, Term]:
-        """What the rule of a use gives, by where its operands are."""
+        """The Jacobians by the operands of a use, from its rule."""
         if use.made is not None:
             return dict(use.made)
         if use.rule is not GENERIC:
@@ -211,12 +212,12 @@ class Linearized:
                 return dict(use.rule.function(use))
             devices = [self.device.index] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices), warnings.catch_warnings():  # a function may draw random numbers
-                warnings.simplefilter("ignore")  # of torch, that vmap takes a loop for an operation
+                warnings.simplefilter("ignore")  # torch warns that vmap runs a loop
                 return dict(use.rule.function(use))
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """The conditions of backward passes, which do not run under autocast."""
+        """Context of backward passes, without autocast."""
         with self._conditions(), without_autocast(self.device.type):
             yield
 
@@ -229,10 +230,10 @@ class Linearized:
     def _find_uses(
         self, notes: list[Note], plain: list[Tensor | None], scaled: list[Tensor | None], scale: Tensor
     ) -> list[Use]:
-        """The uses among the notes, with the gradient of the probe; what cannot be one makes parameters unserved."""
+        """The uses among the notes, with the gradients of u. Parameters of a note that can be no use become unserved."""
         noise = 4 * self.eps * max((float(g.norm()) for g in plain if g is not None), default=0.0)
         gradients = iter(zip(plain, scaled, strict=True))
-        of_samples: set[tuple[int, int]] = set()  # outputs that were computed from parameters alone, and have the samples
+        of_samples: set[tuple[int, int]] = set()  # outputs computed from parameters alone that have the samples
         uses = []
         for note in notes:
             both = {place: next(gradients) for place in note.edges}
@@ -274,7 +275,7 @@ class Linearized:
         return [use for use in uses if not use.names <= self.unserved.keys()]
 
     def _leave(self, name: str, why: str) -> None:
-        """Have a parameter served by rows of D."""
+        """Let the Jacobian by a parameter come from rows of D."""
         self.unserved.setdefault(name, why)
         if why not in self.remarks:
             self.remarks.append(why)
@@ -282,9 +283,10 @@ class Linearized:
     def _layout(
         self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, noise: float, *, any_order: bool
     ) -> tuple[Layout | None, bool]:
-        """Where ``twice`` is ``once`` with each sample's part times its entry of ``scale``, and if that is beyond doubt.
+        """The layout with which ``twice`` is ``once`` times ``scale``, and whether it is certain.
 
-        First without an allowance for rounding elsewhere, which lets any layout pass where gradients are tiny.
+        It is certain if it holds without an allowance for rounding errors elsewhere, which lets any layout pass where gradients
+        are tiny.
         """
         for allowed in (0.0, noise):
             for layout in Layout.candidates(once.shape, self.n, dims):
@@ -299,12 +301,12 @@ class Linearized:
         return None, False
 
     def _places(self, once: Tensor, twice: Tensor, scale: Tensor, noise: float) -> Tensor | None:
-        """The places of each sample ``[N, S]`` among those of the first dimension, −1 for none; None if some have several."""
+        """The places of each sample along the first dimension, ``[N, S]``, −1 for none; None if a place has several samples."""
         if not once.numel():
             return None
         once, twice = (t.reshape(len(t), -1) for t in (once, twice))
         if not all_finite(once) or not all_finite(twice) or 80 * self.n * self.eps > 1:
-            return None  # also where rounding hides which step of s a ratio is
+            return None  # also if rounding hides the step of s
         size, strongest = once.abs().max(1)
         rows = torch.arange(len(once), device=self.device)
         there = size > max(noise / len(once), self.eps * float(size.max()) / len(once), torch.finfo(once.dtype).tiny)
@@ -319,7 +321,7 @@ class Linearized:
         order = torch.argsort(owner, stable=True)
         counts = torch.bincount(owner, minlength=self.n + 1)[: self.n]
         width = max(1, int(counts.max()))
-        if width * self.n > 8 * len(once) + self.n:  # nearly all would be left empty
+        if width * self.n > 8 * len(once) + self.n:  # nearly all would be empty
             return None
         places = torch.full((self.n, width), -1, dtype=torch.long, device=self.device)
         sorted_owner = owner[order]
@@ -330,19 +332,19 @@ class Linearized:
         return places
 
     def _close(self, found: Tensor, expected: Tensor, noise: float) -> bool:
-        # Written so that what is not finite passes: that is for the step to say.
+        # Numbers that are not finite pass: the step reports them.
         apart, size = (float(torch.linalg.vector_norm(t)) for t in (found - expected, expected))
         return not apart > min(1e3 * self.eps, 0.05) * size + noise
 
     def _check(self) -> None:
-        """Hold what the rules make of Dᵀu against the backward pass; what differs is not served."""
+        """Compare Dᵀu by the rules with the backward pass; parameters for which they differ become unserved."""
         terms = [(use, self.terms(use)) for use in self.uses]
         total = accumulated(terms, _summed, self._parameters, self._dtype)
         self._entries = self.elements
         self.uses = [self._made(use, found) if self._is_better_made(use, found) else use for use, found in terms]
         whole = math.hypot(*(float(product.norm()) for product in self.probe_product.values()))
         for name in sorted(self._doubtful & self.probe_product.keys()):
-            # Tiny gradients at a use are no doubt about D where D is tiny too, as by a bias that a softmax takes away.
+            # Tiny gradients at a use do not matter if D is tiny too, as by a bias before a softmax.
             if float(self.probe_product[name].norm()) > 64 * self.eps * whole:
                 self._leave(name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart")
         for name, p in self._parameters.items():
@@ -364,13 +366,13 @@ class Linearized:
             share = apart / max(float(expected.norm()), 1e-300)
             self._leave(
                 name,
-                f"parameter '{name}' is used out of sight, or by a rule that is wrong{where}: what is known of it differs from "
-                f"a backward pass by {share:.2g} of its size",
+                f"parameter '{name}' has a use that AdaptedGD cannot see, or a wrong rule{where}: the Jacobian from its known "
+                f"uses differs from a backward pass by {share:.2g} of its size",
             )
         self.uses = [use for use in self.uses if not use.names <= self.unserved.keys()]
 
     def _rows_of(self, names: list[str]) -> dict[str, Tensor]:
-        """D by some parameters: by columns where these are few, else by rows, a backward pass for each output of a sample."""
+        """D by some parameters: by columns if these are few, else by rows, with a backward pass for each output of a sample."""
         tensors = [self._parameters[name] for name in names]
         width = sum(t.numel() for t in tensors)
         total = self.n * self.q
@@ -378,7 +380,7 @@ class Linearized:
             with self._running():
                 columns = self._passes.columns(tensors)
             if columns is not None:
-                self.remarks = [why for name, why in self.unserved.items() if name not in self._hidden]  # the rest is fast
+                self.remarks = [why for name, why in self.unserved.items() if name not in self._hidden]  # columns are fast
                 return {name: part.to(self._dtype) for name, part in zip(names, columns, strict=True)}
         step = max(1, min(total, 64, _ROW_BYTES // max(1, self._dtype.itemsize * width)))
         rows = {

@@ -1,7 +1,7 @@
-"""Weights in lengths and directions, W = g v/|v| for each row: their Jacobian by v and g in factors.
+"""Weight norm, W = g v/|v| for each row of W: the Jacobian by v and g in factors.
 
-With u = v/|v| and c = g/|v|, D_v = D_W c(1 − uuᵀ) and D_g = D_W u. So D_v is a layer's Jacobian P, with its left factor times
-c, less what of it is along u: S = Pu, a number for each row of the matrix. As u has length 1, D_vD_vᵀ = PPᵀ − SSᵀ.
+With u = v/|v| and c = g/|v|, D_v = D_W c(1 − uuᵀ) and D_g = D_W u. With P = cD_W, a layer's Jacobian whose left factor is
+multiplied by c, and S = Pu, one number for each row of W, D_v = P − Suᵀ. Because |u| = 1, D_vD_vᵀ = PPᵀ − SSᵀ.
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ from .products import OuterProducts
 
 @dataclass(frozen=True)
 class Directions:
-    """What a parameter v has along its own rows, less than a layer's matrix in its place would have.
-
-    Attributes:
-        name: The parameter.
-        unit: u ``[rows, entries]`` in float64.
-    """
+    """The part −Suᵀ of the Jacobian by a parameter v, with u ``[rows, entries]`` in float64."""
 
     name: str
     unit: Tensor = field(compare=False)
@@ -37,7 +32,7 @@ class Directions:
 
 
 def lengths_and_directions(source: Source) -> tuple[str, str] | None:
-    """The names of v and g if it is computed from both, each a parameter, by `torch.nn.utils.parametrizations.weight_norm`."""
+    """The names of v and g if `torch.nn.utils.parametrizations.weight_norm` computed it from these parameters; else None."""
     note = source.note
     if note is None or source.view is not None or note.function is not torch._weight_norm or note.kwargs:
         return None
@@ -50,13 +45,7 @@ def lengths_and_directions(source: Source) -> tuple[str, str] | None:
 def in_factors(
     names: tuple[str, str], term: OuterProducts, parameters: dict[str, Tensor]
 ) -> list[tuple[str | Directions, Tensor | OuterProducts]]:
-    """The Jacobian by W as those by v and g.
-
-    Args:
-        names: Those of v and g.
-        term: By W, not flipped.
-        parameters: θ by name.
-    """
+    """The Jacobians by v and g, with these names, from the one by W, which is not flipped."""
     v, g = (parameters[name].detach().double() for name in names)
     v = v.flatten(1)
     length = torch.linalg.vector_norm(v, dim=1)
@@ -66,7 +55,7 @@ def in_factors(
     scaled = OuterProducts(term.left * scale.to(term.left.dtype), term.right)
     image = term.image(unit.reshape(-1))[:, None]  # [N, 1, G, O, T]
 
-    def along(left: Tensor) -> Tensor:  # in float64, as PPᵀ − SSᵀ has to be that of one matrix
+    def along(left: Tensor) -> Tensor:  # in float64, because P and S cancel in PPᵀ − SSᵀ
         return (left.double() * image).sum(4).view(n, q, -1)
 
     return [(names[0], scaled), (Directions(names[0], unit), along(scaled.left)), (names[1], along(term.left))]

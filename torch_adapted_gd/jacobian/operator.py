@@ -1,4 +1,4 @@
-"""D as a linear operator: what solvers and steps need of it, whatever it is made of."""
+"""D as a linear operator: the interface that solvers and steps use."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from .normed import Directions
 from .products import OuterProducts
 
 Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat
-# A parameter's name, with a view of it if it is used in parts, or what it has along its own rows.
-Part = str | tuple[str, View] | Directions
+Part = str | tuple[str, View] | Directions  # a parameter's name, a view of a parameter, or directions of weight norm
 Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
-Components = list[tuple[set[str], Terms]]  # the terms of parameters that have uses in common, with these parameters' names
+Components = list[tuple[set[str], Terms]]  # groups of parameters that have uses in common: their names and terms
 
 
 @dataclass
 class Rows:
-    """Some outputs of each sample of one call: the rows (n, q) of D with q in ``outputs``.
+    """Rows of D: some outputs of each sample of one call.
 
     Attributes:
-        start: The row of D at which the call's begin.
+        start: The first row of the call in D.
         n: N, the samples of the call.
-        q: Q, the outputs of each.
-        outputs: Those that are meant.
+        q: Q, the outputs of each sample.
+        outputs: The outputs that are meant.
     """
 
     start: int
@@ -39,22 +38,18 @@ class Rows:
 
     @property
     def whole(self) -> bool:
-        """Whether it has all outputs."""
+        """Whether all outputs are meant."""
         return len(self.outputs) == self.q
 
     def of(self, u: Tensor) -> Tensor:
-        """Its part of the rows of a vector or matrix, ``[N, len(outputs), ...]``."""
+        """These rows of a vector or matrix, ``[N, len(outputs), ...]``."""
         by_sample: Tensor = u[self.start : self.start + self.n * self.q].unflatten(0, (self.n, self.q))
         return by_sample[:, self.outputs.start : self.outputs.stop]
 
 
 @dataclass
 class Factors(Rows):
-    """What rows of D are made of, apart from where that came from.
-
-    Attributes:
-        components: The terms.
-    """
+    """Rows of D, with the terms that they are sums of."""
 
     components: Components
 
@@ -65,9 +60,9 @@ class Jacobian(ABC):
     Attributes:
         shapes: N and Q of each call.
         numels: Entries of each parameter, by name, in the order of the columns.
-        device: Where it is.
-        description: How it came about, for the report.
-        remark: What the user should be told of that, or None.
+        device: The device of D.
+        description: How D is computed, for the report.
+        remark: A warning for the user about that, or None.
     """
 
     shapes: list[tuple[int, int]]
@@ -81,25 +76,29 @@ class Jacobian(ABC):
         """R and K."""
         return sum(n * q for n, q in self.shapes), sum(self.numels.values())
 
+    def flat(self, parts: Parts) -> Tensor:
+        """A vector over all parameters as one tensor, ``[K]``."""
+        return torch.cat([parts[name] for name in self.numels])
+
+    def parts(self, vector: Tensor) -> Parts:
+        """A vector ``[K]`` over all parameters by name."""
+        return dict(zip(self.numels, vector.split(list(self.numels.values())), strict=True))
+
     @abstractmethod
     def mv(self, v: Parts) -> Tensor:
         """Dv in float64, ``[R]``, for v in float64."""
 
     @abstractmethod
     def rmv(self, u: Tensor) -> Parts:
-        """Dᵀu in the dtype of u ``[R]``: in float64, unless rounding of float32 does not matter."""
+        """Dᵀu in the dtype of u ``[R]``: float64, unless float32 is precise enough."""
 
     @abstractmethod
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Θ = DDᵀ, ``[R, R]``, formed in ``dtype``."""
-
-    @abstractmethod
-    def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The block of Θ between the first call's rows and the second's, ``[R1, R2]``."""
+        """Θ = DDᵀ, ``[R, R]``, computed in ``dtype``."""
 
     @abstractmethod
     def rows(self, limit: int) -> Iterator[Tensor]:
-        """D in blocks of whole samples and at most ``limit`` entries, or one sample."""
+        """D in blocks of whole samples; a block has at most ``limit`` entries, or one sample."""
 
     @abstractmethod
     def sample_blocks(self) -> list[Tensor]:
@@ -107,37 +106,20 @@ class Jacobian(ABC):
 
     @abstractmethod
     def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
-        """Blocks of Θ between all samples for single combinations v_c of their outputs: v_cᵀΘv_c for each c.
+        """The blocks v_cᵀΘv_c of Θ between all samples, for linear combinations v_c of a sample's outputs.
 
         Args:
             rotations: The weights v_c of a sample's outputs, ``[N_i, Q, C]`` for each of some calls.
-            numbers: Which calls these are.
-            out: Where to write them, ``[C, N, N]`` with N the samples of these calls, in the dtype of the arithmetic: on and
-                above the diagonal, what is below is undefined.
+            numbers: The numbers of these calls.
+            out: Receives the blocks, ``[C, N, N]`` with N the samples of these calls. They are computed in its dtype. Entries
+                below the diagonal are undefined.
         """
-
-    @abstractmethod
-    def factors(self) -> Iterator[Factors]:
-        """What its rows are made of, for other processes to multiply theirs with."""
-
-    @abstractmethod
-    def combined(self, number: int, rotation: Tensor) -> Components:
-        """The same for combinations of the outputs of each sample of one call.
-
-        Args:
-            number: Which call.
-            rotation: Their weights, ``[N, Q, C]``.
-        """
-
-    def combinations_at_once(self, count: int) -> int:
-        """For how many combinations of the outputs, at most ``count``, what `combined` makes may be held at a time."""
-        return count
 
     def parameter_gram(
         self, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, float]:
-        """DᵀD, DᵀV and |D|², added up over blocks of samples, see `parameter_gram`."""
+        """DᵀD, DᵀV and |D|², summed over blocks of samples, see `parameter_gram`."""
         return parameter_gram(self.rows(ROWS_ELEMENTS), self.shape[1], vectors, weigh)
 
     def check_products(self) -> None:  # noqa: B027
-        """Hold Dᵀu for a random u against what backward passes give, where that is not what D was made by."""
+        """Compare Dᵀu for a random u with backward passes, unless D itself comes from backward passes."""

@@ -1,4 +1,4 @@
-"""Parts of Θ from factored layer Jacobians: outer products contracted in the cheaper order, never written out as D."""
+"""Parts of Θ from layer Jacobians in factors: outer products, contracted in the cheaper order."""
 
 import functools
 import math
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TOUCH = 64  # multiplications that take as long as writing and rearranging one entry of an intermediate
+_TOUCH = 64  # writing and permuting an entry of an intermediate costs as much as so many multiplications
 _WRITTEN_ELEMENTS = 2**20  # entries of D that are written out at a time (8 MiB in float64)
-_CACHED_ELEMENTS = 2**19  # entries of factors that are turned to float64 at a time (4 MiB)
-_WORK_ELEMENTS = 2**23  # entries of an intermediate (64 MiB in float64)
+_CACHED_ELEMENTS = 2**19  # entries of factors that are cast to float64 at a time (4 MiB)
+_WORK_ELEMENTS = 2**23  # entries of an intermediate result (64 MiB in float64)
 
 
 @dataclass(frozen=True)
 class OneHot:
-    """Unit vectors of length ``size`` as the places of their ones, ``[N, T]``."""
+    """Unit vectors of length ``size``, given by the indices of their ones, ``[N, T]``."""
 
     index: Tensor
     size: int
@@ -24,15 +24,15 @@ class OneHot:
 
 @dataclass(frozen=True)
 class OuterProducts:
-    """Jacobian by one parameter as sums of outer products: D[n, q] = Σ_t left[n, q, g, :, t] ⊗ right[n, g, :, t].
+    """The Jacobian by one parameter as a sum of outer products, D[n, q] = Σ_t left[n, q, g, :, t] ⊗ right[n, g, :, t].
 
-    This is what layers do that apply one matrix at each of T places: ``left`` is the gradient of output q at the matrix's
-    result, ``right`` what it was applied to.
+    It is the Jacobian of a layer that applies one matrix at each of T places. ``left`` has the gradients of output q with
+    respect to the results of the matrix, and ``right`` has its inputs.
 
     Attributes:
-        left: ``[N, Q, G, O, T]``: G groups, each with a matrix of its own.
-        right: ``[N, G, I, T]``, or unit vectors (for which G = 1 and I is their length).
-        flipped: The parameter is laid out ``[G, I, O]`` and not ``[G, O, I]``.
+        left: ``[N, Q, G, O, T]``, for G groups, each with a matrix of its own.
+        right: ``[N, G, I, T]``, or unit vectors, for which G = 1 and I is their length.
+        flipped: The parameter has the layout ``[G, I, O]`` instead of ``[G, O, I]``.
     """
 
     left: Tensor
@@ -51,7 +51,7 @@ class OuterProducts:
 
     @property
     def kind(self) -> tuple[bool, bool, int, int, int]:
-        """What terms have in common that can be added by placing them one after the other along T."""
+        """Terms of the same kind can be added by concatenation along T."""
         return isinstance(self.right, OneHot), self.flipped, *self.left.shape[2:4], self.width
 
     def explicit(self) -> Tensor:
@@ -60,7 +60,7 @@ class OuterProducts:
         return (jacobian.transpose(3, 4) if self.flipped else jacobian).flatten(2)
 
     def columns(self, part: slice, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
-        """The Jacobian's columns of a part of O, ``[N, Q, G, part, I]``, in ``dtype``; in ``memory`` where it can be."""
+        """The columns of the Jacobian for a part of O, ``[N, Q, G, part, I]``, in ``dtype``; if possible in ``memory``."""
         left = self.left[:, :, :, part]
         n, q, g, o, t = left.shape
         if isinstance(self.right, OneHot):
@@ -76,7 +76,7 @@ class OuterProducts:
         return rows.view(n, g, q, o, -1).transpose(1, 2)
 
     def column_blocks(self, limit: int) -> Iterator[slice]:
-        """Ranges of O for which `columns`, and what it is made of, have at most ``limit`` entries, or one."""
+        """Ranges of O for which `columns` and its factors have at most ``limit`` entries, or of length one."""
         n, q, g, o, t = self.left.shape
         step = max(1, limit // max(1, n * q * g * max(self.width, t)))
         for start in range(0, o, step):
@@ -106,7 +106,7 @@ class OuterProducts:
         return (total.transpose(1, 2) if self.flipped else total).reshape(-1)
 
     def image(self, v: Tensor) -> Tensor:
-        """What a matrix v, flat in the parameter's layout, makes of right: ``[N, G, O, T]`` in its dtype."""
+        """The product of a matrix v, flat in the parameter's layout, with right: ``[N, G, O, T]`` in the dtype of v."""
         g, o = self.left.shape[2:4]
         matrix = v.reshape(g, self.width, o).transpose(1, 2) if self.flipped else v.reshape(g, o, self.width)
         if isinstance(self.right, OneHot):
@@ -125,12 +125,12 @@ class OuterProducts:
         return (self.left.to(image.dtype).reshape(n, q, -1) @ image.reshape(n, -1, 1)).squeeze(2)
 
     def of_samples(self, samples: slice, dtype: torch.dtype) -> "OuterProducts":
-        """Those of some of the samples, in ``dtype``."""
+        """The outer products of some samples, in ``dtype``."""
         return OuterProducts(self.left[samples].to(dtype), _part(self.right, samples, dtype), self.flipped)
 
     @staticmethod
     def joined(terms: Sequence["OuterProducts"], left: Tensor | None = None) -> "OuterProducts":
-        """The sum of several of one kind; their left factors one after the other are ``left``, if there are any yet."""
+        """The sum of terms of one kind; ``left`` are their left factors, if they were concatenated before."""
         if len(terms) == 1:
             return terms[0]
         rights = [term.right for term in terms]
@@ -143,14 +143,13 @@ class OuterProducts:
 
 
 class Family:
-    """The parameters whose outer products have their left factors in common, as a layer's weight and bias do.
+    """Parameters whose outer products have the same left factors, such as the weight and bias of a layer.
 
-    Θ's part is Σ_ts ⟨left[n, q, t], left[m, r, s]⟩ ⟨right[n, t], right[m, s]⟩, where only the right factors' products differ
-    between the parameters and add up.
+    Their part of Θ is Σ_ts ⟨left[n, q, t], left[m, r, s]⟩ Σ_p ⟨right_p[n, t], right_p[m, s]⟩ with a sum over the parameters p.
 
     Args:
-        first: For each parameter its term on the rows' side.
-        second: The same on the columns' side; the very same list for a symmetric Θ.
+        first: The terms of the rows, one for each parameter.
+        second: The terms of the columns; the same list for a symmetric Θ.
     """
 
     def __init__(self, first: list[OuterProducts], second: list[OuterProducts]) -> None:
@@ -160,21 +159,21 @@ class Family:
 
     @property
     def single(self) -> bool:
-        """Whether each side has one place alone, T = 1, and one group: the plain (BBᵀ) ∘ (AAᵀ)."""
+        """Whether both sides have one place, T = 1, and one group, so that the part of Θ is (BBᵀ) ∘ (AAᵀ)."""
         return all(left.shape[2] == left.shape[4] == 1 for left in (self._left1, self._left2))
 
     @property
     def by_index(self) -> bool:
-        """Whether the right factors are unit vectors, several for a sample."""
+        """Whether the right factors are unit vectors, with several for a sample."""
         return not self.single and all(isinstance(term.right, OneHot) for term in self.first)
 
     @property
     def columns(self) -> int:
-        """Entries of the parameters: columns of D."""
+        """The columns of D: the entries of all parameters."""
         return sum(term.left.shape[2] * term.left.shape[3] * term.width for term in self.first)
 
     def of_output(self, number: int) -> "Family":
-        """That of one of the Q outputs alone."""
+        """The family for one of the Q outputs."""
         part = slice(number, number + 1)
         left1 = self._left1[:, part]
         left2 = left1 if self._left2 is self._left1 else self._left2[:, part]
@@ -184,7 +183,7 @@ class Family:
         return Family(first, [OuterProducts(left2, term.right, term.flipped) for term in self.second])
 
     def explicit_is_cheaper(self) -> bool:
-        """Whether writing the Jacobian out and multiplying it takes fewer operations than contracting the factors."""
+        """Whether it takes fewer operations to write the Jacobian out and multiply it than to contract the factors."""
         (n1, q1, g, o, t1), (n2, q2, *_, t2) = self._left1.shape, self._left2.shape
         onehot = any(isinstance(term.right, OneHot) for term in self.first)
         widths = sum(1 if isinstance(term.right, OneHot) else term.width for term in self.first)
@@ -203,15 +202,15 @@ class Family:
         )
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Columns of D of both sides, ``[N·Q, columns]``, written out in ``dtype``, a few at a time.
+        """Columns of D of both sides, ``[N·Q, columns]``, in ``dtype``, a few at a time and in the same order on both sides.
 
-        They are in any order, the same on both sides; the second is None where both sides are the same.
+        The second is None if both sides are the same.
         """
         mine = _side_by_side(self.first, dtype)
         theirs = mine if self.second is self.first else _side_by_side(self.second, dtype)
         for a, b in zip(mine, theirs, strict=True):
             parts = list(a.column_blocks(_WRITTEN_ELEMENTS))
-            # Allocating pages anew for each part would take as long as filling them.
+            # Reused, because allocating memory for each part would take as long as filling it.
             memory = a.left.new_empty(math.prod(a.left.shape[:3]) * (parts[0].stop if parts else 0) * a.width, dtype=dtype)
             for part in parts:
                 yield _rows(a.columns(part, dtype, memory)), None if b is a else _rows(b.columns(part, dtype))
@@ -227,12 +226,12 @@ class Family:
         return totals
 
     def _of_samples(self, samples: slice, dtype: torch.dtype) -> list[OuterProducts]:
-        """The terms of some of the samples, in ``dtype``, which still have their left factors in common."""
+        """The terms of some samples, in ``dtype``, with the same left factors."""
         left = self._left1[samples].to(dtype)
         return [OuterProducts(left, _part(term.right, samples, dtype), term.flipped) for term in self.first]
 
     def _samples(self) -> Iterator[slice]:
-        """Ranges of samples whose factors, in float64, stay in the cache; all of them on a GPU."""
+        """Ranges of samples whose factors in float64 stay in the cache; all samples on a GPU."""
         n = len(self._left1)
         entries = self._left1[:1].numel() + sum(1 if isinstance(t.right, OneHot) else t.right[:1].numel() for t in self.first)
         step = max(1, _CACHED_ELEMENTS // max(1, entries)) if self._left1.device.type == "cpu" else max(1, n)
@@ -249,7 +248,7 @@ class Family:
         return total
 
     def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
-        """A function of ranges of samples and their tile of Θ, ``[n·Q, m·R]``, which writes its part there, or adds it."""
+        """A function of two ranges of samples and their tile of Θ, ``[n·Q, m·R]``, that writes or adds the family's part."""
         if self.single:
             return self._contract_single(dtype)
 
@@ -269,7 +268,7 @@ class Family:
         left1 = self._left1.to(dtype, memory_format=plain).reshape(n * q, -1)
         left2 = left1 if self._left2 is self._left1 else self._left2.to(dtype, memory_format=plain).reshape(m * r, -1)
         products = self.right_products(everything, everything, dtype)[0]  # [N, M]
-        memory = left1.new_empty(0)  # allocating pages anew for each tile would take longer than filling them
+        memory = left1.new_empty(0)  # reused, because allocating it for each tile would take longer than filling it
 
         def tile(rows: slice, columns: slice, target: Tensor, add: bool) -> None:
             nonlocal memory
@@ -289,7 +288,7 @@ class Family:
         return tile
 
     def _contract(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """Σ_s of the right products with the second left factor first, then the first left factor."""
+        """The part of Θ for two ranges of samples: right products times the second left factor, then times the first."""
         left1, left2 = self._left1[rows], self._left2[columns]
         (n, q, groups, o, t), (m, r, *_, s) = left1.shape, left2.shape
         products = self.right_products(rows, columns, dtype)  # [G, nT, mS]
@@ -302,7 +301,7 @@ class Family:
         return total.view(n * q, m * r)
 
     def samples_at_a_time(self, rows_of_tile: int) -> int:
-        """How many samples on each side keep a tile of ``rows_of_tile`` rows, and what is needed to make it, small."""
+        """The number of samples of each side for which a tile has ``rows_of_tile`` rows, and intermediate results are small."""
         _, q, _, o, t = self._left1.shape
         r, s = self._left2.shape[1], self._left2.shape[4]
         samples = max(1, rows_of_tile // max(1, q, r))
@@ -312,7 +311,7 @@ class Family:
 
 
 def _side_by_side(terms: list[OuterProducts], dtype: torch.dtype) -> list[OuterProducts]:
-    """Terms with one left factor: their right ones as one along I, in ``dtype``; unit vectors as they are."""
+    """Terms with the same left factor, joined along I in ``dtype``; unit vectors stay apart."""
     rights = [term.right.to(dtype) for term in terms if isinstance(term.right, Tensor)]
     joined = [OuterProducts(terms[0].left, torch.cat(rights, 2) if len(rights) > 1 else rights[0])] if rights else []
     return joined + [term for term in terms if isinstance(term.right, OneHot)]

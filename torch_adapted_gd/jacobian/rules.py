@@ -1,4 +1,4 @@
-"""The table of rules: function → the Jacobian of its parameters, given what it was applied to and the gradients behind it."""
+"""The table of rules. A rule computes the Jacobian by the parameters that a function was called with."""
 
 from __future__ import annotations
 
@@ -13,31 +13,24 @@ from .products import OuterProducts
 from .uses import Use
 
 Term = Tensor | OuterProducts
-RuleFunction = Callable[[Use], Mapping[str, Term]]
+RuleFunction = Callable[[Use], Mapping[Any, Term]]
 SampleDims = str | int | Callable[[Any], int]
 
 
 class UnsupportedError(NotImplementedError):
-    """What a rule raises for a use that it does not serve: any function's way is taken then."""
+    """Raised by a rule for a use that it does not support: the vector-Jacobian products of the function serve instead."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the operands of a function are served.
-
-    Attributes:
-        function: Gives each operand's Jacobian, by its name: ``[N, Q, *operand.shape]``, or a factored one.
-        names: Those of the function's arguments, in order.
-        sample_dims: Which dimensions of its output can be that of the samples: the ``"first"``, ``"any"``, or an int: all but
-            that many at the end; or a function of the `Note` that returns that number.
-    """
+    """The rule of a function; see `register_rule`. ``sample_dims`` may also be a function of the `Note` that returns an int."""
 
     function: RuleFunction
     names: tuple[str, ...] = ()
     sample_dims: SampleDims = "first"
 
     def dims(self, note: Any, ndim: int) -> range:
-        """The dimensions of an output of ``ndim`` that may be that of the samples."""
+        """The dimensions that may hold the samples, for an output with ``ndim`` dimensions."""
         if self.sample_dims == "first":
             return range(min(1, ndim))
         if self.sample_dims == "any":
@@ -52,32 +45,32 @@ GENERIC = Rule(any_function, sample_dims="any")
 def register_rule(
     *functions: Callable[..., Any], names: tuple[str, ...], sample_dims: SampleDims = "first"
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function as the rule by which `ntk` and `AdaptedGD` serve the parameters that a function is given.
+    """Register a rule: a function that computes the Jacobian by the parameters that ``functions`` are called with.
 
-    Functions without a rule are served by their own vector-Jacobian products, which is right but slower. A rule is given one
-    `Use` and returns the Jacobian of each operand that was computed from parameters, for all samples and outputs, by name:
-    ``[N, Q, *operand.shape]``, or `OuterProducts` when it is a sum of outer products that need not be written out. What it
-    returns is compared with a backward pass in every step, so that a wrong rule is found out and not stepped on.
+    `ntk` and `AdaptedGD` use it. A rule takes one `Use`. It returns the Jacobian by each operand that was computed from
+    parameters, for all samples and outputs, by the operand's name: ``[N, Q, *operand.shape]``, or `OuterProducts` for a sum of
+    outer products. Functions without a rule are served by their own vector-Jacobian products, which are exact but slower.
+    Every step compares the result with a backward pass, so a wrong rule is detected, and its Jacobian is not used.
 
     Args:
-        functions: What a forward pass calls: torch's functions and methods (``torch.mul``, ``torch.Tensor.mul``), or any other
-            that goes through ``__torch_function__``.
-        names: The names of its arguments, in order.
-        sample_dims: Which dimensions of its output may hold the samples: ``"first"`` (as for convolutions), ``"any"``, or an
-            int: any but that many at the end (1 for a function that, like `torch.nn.functional.linear`, works on the last one).
+        functions: Functions that a forward pass calls: torch's functions and methods (``torch.mul``, ``torch.Tensor.mul``), or
+            any others that go through ``__torch_function__``.
+        names: The names of their arguments, in order.
+        sample_dims: The dimensions of the output that may hold the samples: ``"first"`` (as for convolutions), ``"any"``, or an
+            int: any but that many at the end (1 for a function that works on the last one, as `torch.nn.functional.linear`).
 
     Returns:
-        A decorator, which leaves the function as it is.
+        A decorator that returns the rule unchanged.
 
     Raises:
-        TypeError: What is registered for cannot be called, or is a module type.
-        ValueError: ``sample_dims`` is neither of these.
+        TypeError: One of ``functions`` is not callable, or is a module type.
+        ValueError: ``sample_dims`` is none of the above.
 
     Example:
         >>> import torch
         >>> @register_rule(torch.sinc, names=("input",), sample_dims="any")
         ... def sinc(use):
-        ...     raise NotImplementedError  # that of a parameter does not depend on samples
+        ...     raise NotImplementedError  # sinc of a parameter does not depend on samples
     """
     for function in functions:
         if isinstance(function, type) or not callable(function):
@@ -85,12 +78,8 @@ def register_rule(
                 f"`functions` should be functions that a forward pass calls, but got {function!r}. Rules belong to functions "
                 "such as torch.nn.functional.linear, not to module types."
             )
-    words = sample_dims in ("first", "any") if isinstance(sample_dims, str) else False
-    if (
-        not words
-        and not callable(sample_dims)
-        and (isinstance(sample_dims, bool) or not isinstance(sample_dims, int) or sample_dims < 0)
-    ):
+    whole = isinstance(sample_dims, int) and not isinstance(sample_dims, bool) and sample_dims >= 0
+    if not whole and not callable(sample_dims) and sample_dims not in ("first", "any"):
         raise ValueError(f"`sample_dims` should be 'first', 'any' or a whole number of at least 0, but got {sample_dims!r}.")
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -101,7 +90,7 @@ def register_rule(
 
 
 def rule_for(function: Callable[..., Any]) -> Rule:
-    """The rule of a function; the one for any function if it has none."""
+    """The rule of a function; `GENERIC` if it has none."""
     try:
         return _TABLE.get(function, GENERIC)
     except TypeError:  # not hashable

@@ -1,4 +1,4 @@
-"""From what was computed from parameters to the parameters themselves: views, and functions of them."""
+"""Tensors that were computed from parameters: views and functions of them, and Jacobians by the parameters themselves."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .products import OuterProducts
 from .rules import Term
 from .uses import Use
 
-_BYTES = 2**27  # of rows that are pulled back at a time
+_BYTES = 2**27  # memory for rows of one vectorized product
 
 
 def entries_of(view: View, numel: int, device: torch.device | None = None) -> Tensor:
-    """Which entry of the flat parameter, of ``numel``, each entry of a view of it is."""
+    """The index of each entry of a view in the flat parameter, which has ``numel`` entries."""
     _, offset, size, stride = view
     return torch.as_strided(torch.arange(numel, device=device), size, stride, offset).reshape(-1)
 
 
 def is_whole(source: Source) -> bool:
-    """Whether it is the parameter, its entries in their order."""
+    """Whether it is a parameter, with all entries in their order."""
     if source.name is not None:
         return True
     if source.view is None:
@@ -46,7 +46,7 @@ def _in_order(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def is_transposed(source: Source) -> bool:
-    """Whether it is a matrix's transpose."""
+    """Whether it is the transpose of a matrix that is a parameter."""
     if source.view is None:
         return False
     base = source.tensor._base
@@ -61,12 +61,7 @@ def is_transposed(source: Source) -> bool:
 
 
 class Derived:
-    """A function of parameters, run again on copies of them: to pull back by, as often as is wanted.
-
-    Args:
-        source: What was computed.
-        values: The parameters.
-    """
+    """A function of parameters ``values``, computed again to multiply rows by its Jacobian."""
 
     def __init__(self, source: Source, values: dict[str, Tensor]) -> None:
         self.names = sorted(source.names)
@@ -87,7 +82,7 @@ class Derived:
         return made[id(note)][source.place]
 
     def pulled(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows ``[R, numel]`` by it as rows by the parameters, ``[R, numel]`` each."""
+        """Rows of D by the parameters, ``[R, numel]`` each, from rows by the function, ``[R, numel]``."""
         leaves = list(self._leaves.values())
         vectors = rows.reshape(len(rows), *self._result.shape).to(self._result.dtype)
 
@@ -101,7 +96,7 @@ class Derived:
             some = vectors[start : start + step]
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of torch, that an operation has no batching rule and takes a loop
+                    warnings.simplefilter("ignore")  # torch warns that vmap runs a loop
                     found = vmap(pull)(some) if len(some) > 1 else [part[None] for part in pull(some[0])]
             except RuntimeError as error:  # an operation without a batching rule
                 if isinstance(error, torch.OutOfMemoryError):
@@ -118,7 +113,7 @@ def accumulated(
     parameters: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Sums of the terms of uses over all rows, flat by parameter."""
+    """The sum of all terms over all rows of D, flat by parameter; ``reduce`` sums one term."""
     totals: dict[str, Tensor] = {}
     derived: dict[int, tuple[Source, Tensor]] = {}
 
@@ -152,7 +147,7 @@ def written(term: Term) -> Tensor:
 
 
 def turned(term: Term, shape: torch.Size) -> Term:
-    """A term of a matrix's transpose, of that shape, as one of the matrix."""
+    """The term by a matrix, from the term by its transpose, which has this shape."""
     if isinstance(term, OuterProducts) and term.left.shape[2] == 1:
         return OuterProducts(term.left, term.right, not term.flipped)
     rows = written(term)

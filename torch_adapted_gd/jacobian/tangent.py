@@ -20,6 +20,7 @@ from .dense import DenseJacobian
 from .factored import FactoredJacobian, Piece
 from .gram import ROWS_ELEMENTS
 from .linearized import Linearized
+from .local import LocalJacobian
 from .operator import Jacobian
 from .sharded import ShardedJacobian
 
@@ -37,21 +38,21 @@ def ntk(
 ) -> Tensor:
     """Neural tangent kernel Θ(x_i, x_j) = Df_θ(x_i) Df_θ(x_j)ᵀ, equations (3.14)-(3.15).
 
-    Θ is summed over all uses of parameters in the forward pass, each by the rule of its function (`register_rule`), without
-    holding D = ∂x/∂θ. Where samples interact, as in BatchNorm in training mode, or a use of a parameter cannot be seen, it is
+    Θ is a sum over all uses of parameters in the forward pass, each by the rule of its function (`register_rule`), without
+    holding D = ∂x/∂θ. If samples interact, as in BatchNorm in training mode, or a use of a parameter cannot be seen, Θ is
     computed from rows of D.
 
     Args:
         model: The network f_θ; its trainable parameters are θ.
         x1: Input with the batch first, ``[N1, ...]``, or a tuple of positional inputs.
         x2: A second input, ``[N2, ...]``; by default ``x1``.
-        method: ``"structured"`` (by rules; raises for a model that they do not support), ``"jacobian"`` (products of
-            Jacobians, see `output_jacobian`), or ``"auto"``: structured where that is right, which is checked with random
-            vectors. An `AdaptedWarning` says where the Jacobian was needed for a reason that you may not know of.
-        chunk_size: How many samples' rows of D (N·Q in all) are differentiated at a time. By default the working memory stays
-            within a small multiple of Θ, or 512 MiB if that is more.
-        dtype: Dtype of the result, in which products are formed and added up. float64 is right for a model of any dtype,
-            because forming Θ squares the condition number of D. float32 takes half the time, for a well-conditioned Θ.
+        method: ``"structured"`` uses rules, and raises for a model that they do not support. ``"jacobian"`` multiplies
+            Jacobians, see `output_jacobian`. ``"auto"`` is structured where that is correct, which is checked with random
+            vectors. An `AdaptedWarning` says where and why the Jacobian was needed.
+        chunk_size: The number of samples whose rows of D (N·Q in all) are differentiated at a time. By default the working
+            memory stays within a small multiple of Θ, or 512 MiB if that is more.
+        dtype: Dtype of the result and of the products. Use float64 for models of any dtype, because Θ has the squared
+            condition number of D. float32 takes half the time, for a well-conditioned Θ.
 
     Returns:
         Θ of shape ``[N1, Q, N2, Q]``: entry (i, q, j, r) is ⟨∂x_iq/∂θ, ∂x_jr/∂θ⟩. ``.reshape(N1 * Q, N2 * Q)`` is DDᵀ.
@@ -79,7 +80,7 @@ def ntk(
         for x in (x1,) if x2 is None else (x1, x2):
             call, names = recorded(model, x)
             calls.append(call)
-        jacobian = tangent_jacobian(model, calls, names, method=method, chunk_size=chunk_size)
+        jacobian = _local_jacobian(model, calls, names, method=method, chunk_size=chunk_size)
         products = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         theta = jacobian.gram(products) if x2 is None else jacobian.cross(products)
     if jacobian.remark:
@@ -107,15 +108,32 @@ def tangent_jacobian(
         chunk_size: See `ntk`.
         world: The processes that have other rows of D; ``calls`` may then be empty.
     """
+    if world.size == 1:
+        return _local_jacobian(model, calls, names, method=method, chunk_size=chunk_size)
+    named = dict(underlying(model).named_parameters())
+    numels = {name: named[name].numel() for name in names}
+    local = None
+    if calls:
+        local = _local_jacobian(model, calls, names, method=method, chunk_size=chunk_size, world=world)
+    else:
+        agreed(world, {}, numels)
+    return ShardedJacobian(local, world, numels, named[names[0]].device)
+
+
+def _local_jacobian(
+    model: nn.Module,
+    calls: Sequence[Outputs],
+    names: list[str],
+    *,
+    method: str,
+    chunk_size: int | None,
+    world: World = ALONE,
+) -> LocalJacobian:
+    """D of the calls of this process."""
     named = dict(underlying(model).named_parameters())
     parameters = {name: named[name] for name in names}
-    dtype, device = dtype_and_device(list(parameters.values()))
+    dtype, _ = dtype_and_device(list(parameters.values()))
     shapes = [batch_and_outputs(call) for call in calls]
-    numels = {name: p.numel() for name, p in parameters.items()}
-    if not calls:
-        agreed(world, {}, numels)
-        return ShardedJacobian(None, world, numels, device)
-    jacobian: Jacobian
     if method != "jacobian" and not any(0 in shape for shape in shapes):
         pieces = [call.pieces() or _traced(model, call, names, dtype) for call in calls]
         factored = FactoredJacobian(pieces, parameters, dtype=dtype, chunk_size=chunk_size, world=world)
@@ -124,16 +142,15 @@ def tangent_jacobian(
                 f'The structured kernel is not right for this model: {"; ".join(factored.remarks[:3])}. Use "auto" or '
                 '"jacobian" for the kernel.'
             )
-        jacobian = factored
-    else:
-        blocks = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
-        agreed(world, {name: {"written"} for name in numels}, numels)  # others may have factors
-        jacobian = DenseJacobian(blocks, shapes, numels, "jacobian (rows)")
-    return jacobian if world.size == 1 else ShardedJacobian(jacobian, world, numels, device)
+        return factored
+    blocks = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
+    numels = {name: p.numel() for name, p in parameters.items()}
+    agreed(world, {name: {"written"} for name in numels}, numels)  # other processes may have factors
+    return DenseJacobian(blocks, shapes, numels, "jacobian (rows)")
 
 
 def _repeatable(outputs: Outputs) -> Call:
-    """The call that gave these outputs; a RuntimeError if they were computed outside of the model."""
+    """The call that gave these outputs; a RuntimeError if the user's code computed them from calls."""
     if isinstance(outputs, Call) and not outputs.nested:
         return outputs
     raise RuntimeError(
@@ -169,13 +186,13 @@ def _traced(model: nn.Module, outputs: Outputs, names: list[str], dtype: torch.d
 
 
 def written_if_small(jacobian: Jacobian, limit: int = ROWS_ELEMENTS) -> Jacobian:
-    """The same, with D held if it has at most ``limit`` entries."""
+    """The same Jacobian, held as a matrix if it has at most ``limit`` entries."""
     rows, columns = jacobian.shape
     return jacobian if rows * columns > limit else written(jacobian)
 
 
 def written(jacobian: Jacobian) -> DenseJacobian:
-    """The same with D held."""
+    """The same Jacobian, held as a matrix."""
     if isinstance(jacobian, DenseJacobian):
         return jacobian
     whole = torch.cat(list(jacobian.rows(ROWS_ELEMENTS)))

@@ -1,4 +1,4 @@
-"""The part of Θ that embeddings have: only places with the same row of the table have anything in common."""
+"""The part of Θ of embeddings: only places that use the same row of the table contribute."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from .gram import add_gram
 from .products import Family, OneHot, OuterProducts
 
 _ELEMENTS = 2**20  # entries of factors that are gathered at a time
-# Writing out the columns of one row of the table takes as long as this share of all pairs of samples, taken one by one.
+# Writing out the columns of one row of the table takes as long as this fraction of all pairs of samples one by one.
 _MANY = 1 / 16
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The gradient at each row of the table that a sample uses, summed over the sample's places.
-
-    Attributes:
-        sample: ``[P]``.
-        index: Which row, ``[P]``.
-        values: The gradients ``[P, Q, O]``.
-    """
+    """The gradients ``values`` ``[P, Q, O]`` at row ``index`` of the table from ``sample``, summed over the sample's places."""
 
     sample: Tensor
     index: Tensor
@@ -32,7 +26,7 @@ class _Rows:
 
     @classmethod
     def of(cls, term: OuterProducts, dtype: torch.dtype) -> _Rows:
-        """Those of a term."""
+        """The rows of a term."""
         assert isinstance(term.right, OneHot)
         n, q, _, o, t = term.left.shape
         place = torch.arange(n, device=term.left.device)[:, None] * term.right.size + term.right.index
@@ -43,9 +37,9 @@ class _Rows:
 
 
 def add_by_index(theta: Tensor, family: Family) -> None:
-    """Add the part of embeddings to Θ, ``[N·Q, M·R]``; of a symmetric one what is on and above the diagonal.
+    """Add the part of embeddings to Θ, ``[N·Q, M·R]``; to a symmetric one on and above the diagonal.
 
-    A row of the table that few samples use is taken for each pair of them, one that many use is written out.
+    A row of the table that few samples use is multiplied for each pair of them. One that many use is written out.
     """
     for first, second in zip(family.first, family.second, strict=True):
         assert isinstance(first.right, OneHot)
@@ -60,7 +54,7 @@ def add_by_index(theta: Tensor, family: Family) -> None:
 
 
 def _add_pairs(theta: Tensor, rows: _Rows, columns: _Rows, counts: Tensor) -> None:
-    """Add the products of all pairs with the same index, of those with which ``counts`` columns are to be multiplied."""
+    """Add the products of all pairs with the same index; ``counts`` is the number of columns for each index, 0 to skip it."""
     (_, q, o), r = rows.values.shape, columns.values.shape[1]
     starts = torch.bincount(columns.index, minlength=len(counts)).cumsum(0)
     order = torch.argsort(columns.index)
@@ -80,7 +74,7 @@ def _add_pairs(theta: Tensor, rows: _Rows, columns: _Rows, counts: Tensor) -> No
 
 
 def _written(rows: _Rows, columns: _Rows, many: Tensor, samples: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The columns of D of the rows of the table that many samples use, of both sides."""
+    """Columns of D, of both sides, for the rows of the table that many samples use."""
     (_, q, o) = rows.values.shape
     step = max(1, _ELEMENTS // max(1, max(samples) * max(q, columns.values.shape[1]) * o))
     for some in many.nonzero()[:, 0].split(step):
@@ -91,7 +85,7 @@ def _written(rows: _Rows, columns: _Rows, many: Tensor, samples: tuple[int, int]
 
 
 def _dense(side: _Rows, number: Tensor, n: int, width: int) -> Tensor:
-    """``[N·Q, width·O]``, for the rows of the table that have a number."""
+    """Columns of D, ``[N·Q, width·O]``, for the rows of the table that have a number."""
     q, o = side.values.shape[1:]
     there = number[side.index] >= 0
     dense = side.values.new_zeros(n, width, q, o)

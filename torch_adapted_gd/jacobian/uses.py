@@ -1,4 +1,4 @@
-"""One use of parameters in an operation: what a rule computes their Jacobian from."""
+"""A use of parameters in an operation: the input of a rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tracking.arguments import Key
+from ..tracking.arguments import Key, detached
 from ..tracking.tape import Note, Source
 
 if TYPE_CHECKING:
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor has the samples: dimension ``dim`` holds N of them, or N·S entries, S for each; or any places do.
+    """Which entries of a tensor belong to which sample.
 
     Attributes:
-        dim: The dimension.
+        dim: The dimension that holds the N samples, or N·S entries, S for each sample.
         samples: N.
-        spread: Whether there are S entries for each sample, a dimension of their own once the samples come first.
-        minor: The samples change fastest within the dimension.
-        places: For samples in no order: of each sample the places among the first ``leading`` dimensions, counted through,
-            ``[N, S]``; −1 where it has less than S.
-        leading: How many dimensions these are.
+        spread: Whether there are S entries for each sample.
+        minor: With ``spread``: whether the sample changes fastest along the dimension, not the entry of a sample.
+        places: For samples in no order: the places of each sample, ``[N, S]``, as indices into the flattened first ``leading``
+            dimensions; −1 where a sample has fewer than S.
+        leading: The number of these dimensions.
     """
 
     dim: int
@@ -38,7 +38,7 @@ class Layout:
     leading: int = 0
 
     def samples_first(self, tensor: Tensor, offset: int = 0) -> Tensor:
-        """The tensor with the samples as dimension ``offset``, after ``offset`` others; S becomes the next one."""
+        """The tensor with the samples in dimension ``offset``, and S in the next one; ``dim`` counts from ``offset`` on."""
         if self.places is not None:
             flat = tensor.flatten(offset, offset + self.leading - 1)
             index = self.places.clamp(min=0).reshape(-1)
@@ -56,7 +56,7 @@ class Layout:
 
     @staticmethod
     def candidates(shape: torch.Size, samples: int, dims: range) -> Iterator[Layout]:
-        """The layouts that a tensor of this shape could have, the likeliest first."""
+        """The layouts that a tensor of this shape can have, the most likely first."""
         yield from (Layout(dim, samples) for dim in dims if shape[dim] == samples)
         for dim in dims:
             if shape[dim] > samples and shape[dim] % samples == 0:
@@ -67,19 +67,19 @@ class Layout:
 
 @dataclass(eq=False)
 class Use:
-    """One operation that a parameter, or something computed from parameters alone, was an operand of.
+    """An operation with an operand that is a parameter, or was computed from parameters alone.
 
-    `gradient` has the samples first, and so has what `samples_first` gives. Where the operation has S entries of each sample
-    in one dimension (the patches of an image, say), that is ``[N, Q, S, ...]``, and ``leading`` is 2.
+    `gradient` and the results of `samples_first` have the samples first. Where the operation has S entries of each sample in
+    one dimension, such as the patches of an image, the gradient is ``[N, Q, S, ...]`` and ``leading`` is 2.
 
     Attributes:
-        function: What was called.
-        arguments: With what, by the names that the rule gave them; tensors are detached.
-        sources: Operands that were computed from parameters, by number, keyword, or place in a list.
-        layouts: Where each output has the samples, by place.
-        gradients: B, the gradients of the model's outputs at each of these, ``[N, Q, ...]``.
-        shapes: The shapes of these as they were returned.
-        made: The Jacobians ``[N, Q, ...]`` by operand where they are smaller than B, which is not kept then; or None.
+        function: The function that was called.
+        arguments: Its arguments by the names that the rule gave them; tensors are detached.
+        sources: The operands that were computed from parameters, by number, keyword, or place in a list.
+        layouts: Which entries of each output belong to which sample, by the output's place.
+        gradients: B, the gradients of the model's outputs with respect to each of these outputs, ``[N, Q, ...]``.
+        shapes: The shapes of these outputs as they were returned.
+        made: The Jacobians ``[N, Q, ...]`` by operand, if they are kept in place of B; else None.
     """
 
     rule: Rule
@@ -92,32 +92,40 @@ class Use:
 
     @property
     def held(self) -> dict[Any, Tensor]:
-        """What is kept of it, ``[N, Q, ...]`` each: B, or the Jacobians."""
+        """The tensors that are kept, ``[N, Q, ...]`` each: B, or the Jacobians."""
         return self.gradients if self.made is None else self.made
 
     def holding(self, tensors: Iterable[Tensor]) -> Use:
-        """The same with other tensors in place of these, in their order."""
+        """A copy with other tensors in place of `held`, in the same order."""
         held = dict(zip(self.held, tensors, strict=True))
         return replace(self, gradients=held) if self.made is None else replace(self, made=held)
 
     @property
     def function(self) -> Callable[..., Any]:
-        """What was called."""
+        """The function that was called."""
         return self.note.function
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that were given, by name; tensors are detached."""
+        given = {**dict(zip(self.rule.names, self.note.args, strict=False)), **self.note.kwargs}
+        return {name: detached(value) for name, value in given.items()}
+
     def argument(self, name: str, default: Any = None) -> Any:
-        """An argument by the name that the rule gives it; tensors are detached."""
-        key = self.key(name)
-        value = self.note.kwargs.get(key, default) if isinstance(key, str) else self.note.args[key]
-        return value.detach() if isinstance(value, Tensor) else value
+        """The argument of a name; tensors are detached."""
+        return self.operand(self.key(name), default)
+
+    def operand(self, key: int | str, default: Any = None) -> Any:
+        """The argument with a number or keyword; tensors are detached."""
+        return detached(self.note.kwargs.get(key, default) if isinstance(key, str) else self.note.args[key])
 
     def key(self, name: str) -> int | str:
-        """Where an argument is."""
+        """The number of an argument, or its name if it was given by keyword."""
         number = self.rule.names.index(name)
         return number if number < len(self.note.args) else name
 
     def wants(self, name: str) -> bool:
-        """Whether the Jacobian by an argument is asked for."""
+        """Whether an argument was computed from parameters, so that the Jacobian by it is needed."""
         return self.key(name) in self.sources
 
     @property
@@ -128,28 +136,28 @@ class Use:
 
     @property
     def layout(self) -> Layout:
-        """Where the only output has the samples."""
+        """The layout of the only output."""
         (layout,) = self.layouts.values()
         return layout
 
     @property
     def shape(self) -> torch.Size:
-        """That of the only output."""
+        """The shape of the only output."""
         (shape,) = self.shapes.values()
         return shape
 
     def samples_first(self, tensor: Tensor) -> Tensor:
-        """A tensor that has the samples where the output has them, ``[N, ...]``, in the gradient's dtype if it is floating."""
+        """A tensor with the layout of the output as ``[N, ...]``, in the gradient's dtype if it is floating."""
         return self.layout.samples_first(tensor.to(self.gradient.dtype) if tensor.is_floating_point() else tensor)
 
     @property
     def leading(self) -> int:
-        """How many dimensions come before those that the operation knows of as a sample's own: 1, or 2 with S."""
+        """The number of dimensions before a sample's own ones, once the samples come first: 1, or 2 with S."""
         return 2 if self.layout.spread or self.layout.places is not None else 1
 
     @property
     def names(self) -> set[str]:
-        """The parameters that it is about."""
+        """The names of the parameters."""
         return {name for source in self.sources.values() for name in source.names}
 
     def __str__(self) -> str:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..jacobian import norm
+from ..jacobian import Parts, norm
 from .remembered import State
 
 if TYPE_CHECKING:
-    from .linearization import Direction, Linearization, Parts
+    from .linearization import Linearization
+    from .system import Direction
     from .trials import Judge, Trial, TrialMaker
 
 FIRST_RAISED, RAISE = 1e-18, 1e3  # relative λ where undamped steps are of no use, and what raises it again

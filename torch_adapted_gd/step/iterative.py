@@ -29,11 +29,12 @@ class KernelOperator:
         options: How to solve.
         start: A ψ̃ to begin the first solution with, or None.
         world: The processes that have rows of D, and share the preconditioner.
+        rows: The rows that the loss depends on, by default all.
 
     Attributes:
         size: R, the rows of Θ̃.
         square: |D|², the trace of Θ.
-        scale: The mean of diag Θ̃.
+        scale: The mean of diag Θ̃ over these rows.
         last: The last solution for a step; None before.
         iterations: Those of all solutions.
         seconds: Time spent, by part: ``"preconditioner"`` and ``"iterations"``.
@@ -49,9 +50,11 @@ class KernelOperator:
         options: ConjugateGradients,
         start: Tensor | None = None,
         world: World = ALONE,
+        rows: int | None = None,
     ) -> None:
         started = time.perf_counter()
         self._jacobian, self._metric, self._options, self._world = jacobian, metric, options, world
+        self.warm_start = options.warm_start
         self._spans = spans([n * q for n, q in jacobian.shapes])  # the rows of each call
         self.size = self._spans[-1].stop
         self._start = start if start is not None and start.numel() == self.size else None
@@ -73,7 +76,7 @@ class KernelOperator:
                 for _ in range(2):
                     block = metric.root_transpose(block.flatten(0, 1), span.start).view(block.shape).mT.contiguous()
                 self._blocks[number] = block
-        self.scale = self._trace() / self.size
+        self.scale = self._trace() / (self.size if rows is None else max(1, rows))
         self._add_time("preconditioner", started)
 
     def _trace(self) -> float:

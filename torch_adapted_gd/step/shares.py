@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import all_finite, checksum
+from ..tracking.calls import Call
+from ..tracking.private import bottom
 from ..tracking.terms import RefusedError, Term
 from ..world import ALONE, World
 
@@ -176,20 +178,20 @@ def mean_or_sum(world: World, term: Term, loss: float) -> float:
 
 
 class TotalLoss:
-    """The loss of the present step by the values of criteria, of all processes together; to judge the last step by.
+    """The loss of this step by the values of criteria, of all processes together. It judges the last step.
 
     Attributes:
-        job: A number for all that the loss is computed from except the parameters, see `CallRecorder.job`; NaN if chance is
-            involved.
+        job: A checksum of all that the loss is computed from except the parameters; NaN if random numbers were drawn.
         factors: The factors f of terms that are numbers, those of one process after those of another.
         lost: Whether an argument of a criterion is not finite.
     """
 
     def __init__(self, recorder: CallRecorder, shares: Shares, loss_scale: float) -> None:
-        self._recorder, self._shares, self._loss_scale = recorder, shares, loss_scale
-        own = recorder.factors(loss_scale)
-        lost = any(not all_finite(part.of.outputs[part.place]) for term in recorder.terms for part in term.parts)
-        told = shares.world.objects((recorder.job(loss_scale), own, lost))
+        self._terms, self._shares, self._loss_scale = recorder.terms, shares, loss_scale
+        found = (factor for term in self._terms for factor in term.factors.values())
+        own = [float(factor) / loss_scale for factor in found if factor.numel() == 1]
+        lost = any(not all_finite(part.of.outputs[part.place]) for term in self._terms for part in term.parts)
+        told = shares.world.objects((self._own_job(), own, lost))
         jobs = [job for job, *_ in told]
         self.job = jobs[0] if len(jobs) == 1 else math.nan if any(map(math.isnan, jobs)) else checksum(jobs)
         self.factors = [factor for _, factors, _ in told for factor in factors]
@@ -200,5 +202,23 @@ class TotalLoss:
     def value(self, factors: Sequence[float] | None = None) -> float:
         """The loss, for its own factors or for others."""
         chosen = self.factors if factors is None else factors
-        own = self._recorder.loss(chosen[self._own], self._loss_scale, self._shares.weights or None)
-        return math.fsum(self._shares.world.objects(own))
+        total, given = 0.0, iter(chosen[self._own])
+        for term, weight in zip(self._terms, self._shares.weights or [1.0] * len(self._terms), strict=True):
+            for number, factor in term.factors.items():
+                value = term.values[number].double()
+                part = next(given) * float(value) if factor.numel() == 1 else float((factor * value).sum()) / self._loss_scale
+                total += weight * part if weight else 0.0  # the mean of no labels is NaN
+        return math.fsum(self._shares.world.objects(total))
+
+    def _own_job(self) -> float:
+        """The `job` of this process: the same for the same inputs, targets and weights."""
+        sources = [part.of for term in self._terms for part in term.parts]
+        calls = dict.fromkeys(call for of in sources for call in ([of] if isinstance(of, Call) else of.calls))
+        if any(call.random for call in calls):
+            return math.nan
+        leaves = [leaf for call in calls for leaf in call.inputs.as_given]
+        given = [bottom(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for term in self._terms:
+            given += [leaf for number, leaf in enumerate(term.arguments) if number not in term.entries]
+            given += [factor / self._loss_scale for factor in term.factors.values() if factor.numel() > 1]
+        return checksum(given)

@@ -1,15 +1,16 @@
-"""The linear system of a step, and where and how to solve it: in the space of samples or of parameters, with or without Θ."""
+"""The linear system of a step, in the space of samples or of parameters, with or without a matrix."""
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import one_of, positive_integer, real_number
-from ..jacobian import METHODS, Jacobian, tangent_jacobian, written, written_if_small
+from ..checks import all_finite, one_of, positive_integer, real_number
+from ..jacobian import METHODS, Jacobian, Parts, tangent_jacobian, written, written_if_small
 from ..memory import available_bytes, require_memory
 from ..solve import (
     ConjugateGradients,
@@ -28,31 +29,31 @@ from .output_metric import Metric
 
 SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh", "svd")
-_DENSE = 8192  # rows up to which "auto" forms and factors a matrix: one of 8,192 rows takes 0.5 GB, and Cholesky some seconds
-_SMALL = 2**18  # entries of D up to which it is written out: its parts would take longer to be called than to be computed
-_LARGE = 2**21  # entries of D above which a step by its singular values takes half a second or more
-_REFINING = 10.0  # what the cut of the singular values of such a D is divided by where steps have come to its end
-_COPIES = 4  # as many as D that its singular values may need
-_MATRICES = 5  # as many as Θ that a solution with it may need: its eigenvectors, and LAPACK's workspace
+_DENSE = 8192  # largest matrix that "auto" forms and factors: 8,192 rows take 0.5 GB, and Cholesky some seconds
+_SMALL = 2**18  # D with at most so many entries is written out, because calls would take longer than the arithmetic
+_LARGE = 2**21  # a step by the singular values of a larger D takes half a second or more
+_REFINING = 10.0  # the cut of these singular values is divided by it where steps have come to its end
+_COPIES = 4  # memory for the singular values of D, in multiples of D
+_MATRICES = 5  # memory for a solution with Θ, in multiples of Θ: eigenvectors and LAPACK's workspace
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Solve for steps with a matrix: Θ = DDᵀ, or DᵀD, formed and factored in float64, its rank revealed.
+    """Solve with a matrix, Θ = DDᵀ or DᵀD. It is formed and factored in float64, and its rank is revealed.
 
     Args:
-        space: Where to solve: ``"sample"``, with Θ, QN×QN; ``"parameter"``, with DᵀD, K×K, added up over blocks of samples; or
-            ``"auto"``, whichever is smaller.
-        rtol: Singular values of D up to rtol·σ_max count as zero. By default √(QN·ε) with ε of float64, or the machine epsilon
-            of the forward pass (autocast's, under autocast) where that is larger; a λ far above that rounding makes them count.
-            By ``"svd"`` max(QN, K)·ε, or that machine epsilon.
-        factorization: ``"auto"``: Cholesky where an estimate of the condition allows it, pivoted Cholesky where the rank is
-            short and unambiguous, else ``"eigh"``, the eigenvalue decomposition, which may be had always; see `solve_kernel`.
-            ``"svd"`` writes D out, R·K numbers in float64, and takes its singular values: those down to 1e-12 of the largest
-            count, where Θ and DᵀD lose what is below 1e-7. It is for undamped steps on D without a gap in its spectrum.
-        kernel: How to come by Θ, see `ntk`: ``"structured"`` sums it over the uses of parameters and raises for a model
-            that this does not fit, ``"jacobian"`` builds it from D, ``"auto"`` is structured where that is right.
-        chunk_size: Samples' worth of rows of D that are differentiated at a time, see `ntk`.
+        space: ``"sample"`` solves with Θ, QN×QN; ``"parameter"`` with DᵀD, K×K, summed over blocks of samples; ``"auto"`` with
+            the smaller one.
+        rtol: Singular values of D up to rtol·σ_max count as zero, unless λ is far above their rounding error. The default is
+            √(QN·ε) with ε of float64, or the machine epsilon of the forward pass (autocast's, under autocast) if that is
+            larger. For ``"svd"`` it is max(QN, K)·ε, or that machine epsilon.
+        factorization: ``"auto"`` takes Cholesky where an estimate of the condition number allows it, pivoted Cholesky where D
+            is rank-deficient with a clear gap, and else ``"eigh"``, the eigenvalue decomposition; see `solve_kernel`. ``"svd"``
+            writes D out, R·K numbers in float64, and takes its singular values. It resolves singular values down to 1e-12 of
+            the largest, where Θ and DᵀD resolve 1e-7. Use it for undamped steps if the spectrum of D has no gap.
+        kernel: How to compute Θ, see `ntk`: ``"structured"`` sums it over the uses of parameters and raises for a model that
+            this does not support, ``"jacobian"`` builds it from D, ``"auto"`` is structured where that is correct.
+        chunk_size: The number of samples whose rows of D are differentiated at a time, see `ntk`.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -80,20 +81,40 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Direction:
+    """The direction of a step for one damping.
+
+    Attributes:
+        adapted: φ = D⁺g, damped and with momentum. The step is −η φ at α = 1.
+        weights: ψ̃ in sample space, None in parameter space.
+        size: |Dᵀψ|, without momentum.
+        damping: λ in the units of the kernel.
+    """
+
+    adapted: Parts
+    weights: Tensor | None
+    size: float
+    damping: float
+
+
+@dataclass(frozen=True)
 class System:
     """The linear system of a step: Θ̃ψ̃ = Pg̃ in sample space, M δ = Dᵀg in parameter space.
 
-    With the metric H = SSᵀ of the outputs, Θ̃ = SᵀΘS, g̃ = S⁺g and M = DᵀHD; S = 1 in the Euclidean one.
+    With the metric H = SSᵀ of the outputs, Θ̃ = SᵀΘS, g̃ = S⁺g and M = DᵀHD; S = 1 in the Euclidean metric.
 
     Attributes:
         space: ``"sample"`` or ``"parameter"``.
-        matrix: Θ̃ ``[R, R]`` or M ``[K, K]``; or something that multiplies like Θ̃, or by ``"svd"`` like M.
-        factorization: Its factorization; of the latter, itself.
-        right: g̃ ``[R]`` or Dᵀg ``[K]``.
+        matrix: Θ̃ ``[R', R']`` or M ``[K, K]``; or an operator that multiplies like Θ̃, or by ``"svd"`` like M.
+        factorization: The factorization of the matrix; an operator is its own.
+        right: g̃ ``[R']`` or Dᵀg ``[K]``.
         size: |g̃|.
         scale: The mean of diag Θ̃.
+        square: |D|².
+        rows: R', the rows of x that the loss depends on.
         jacobian: D.
-        seconds: Time spent, by part, where it was taken.
+        metric: S, None for 1.
+        seconds: Time spent on parts of the solution, where it was measured.
         least: How small a damping still makes a difference, relative to one that does where parameters have the same units.
     """
 
@@ -103,7 +124,10 @@ class System:
     right: Tensor
     size: float
     scale: float
+    square: float
+    rows: int
     jacobian: Jacobian
+    metric: Metric | None
     seconds: dict[str, float] = field(default_factory=dict)
     least: float = 1.0
 
@@ -118,6 +142,70 @@ class System:
             part = math.sqrt(max(0.0, float(self.right @ self.factorization.solve(self.right))))
         return min(1.0, part / self.size)
 
+    @property
+    def iterative(self) -> KernelOperator | None:
+        """The operator that is solved by iteration, None if there is a matrix."""
+        return self.matrix if isinstance(self.matrix, KernelOperator) else None
+
+    @property
+    def status(self) -> str:
+        """The rank of D: ``"full_rank"`` (QN), ``"rank_deficient"`` or ``"zero"``; or whether iterations converged."""
+        if self.iterative:
+            return self.iterative.status
+        rank = self.factorization.rank
+        return "full_rank" if rank == self.rows else "rank_deficient" if rank else "zero"
+
+    def solve(self, right: Tensor, shift: float, *, beside: bool = False) -> tuple[Parts, Tensor | None]:
+        """The step for a right-hand side and the damping ``shift``; and ψ̃, None if there is none.
+
+        With ``beside`` it is not the step itself, so that an iterative solution is not kept as a start.
+        """
+        by_parameter = self.space == "parameter"
+        if self.iterative:
+            solution = self.iterative.solve(right, shift, beside=beside)
+        elif isinstance(self.factorization, SingularValueFactorization):
+            solution, by_parameter = self.factorization.step(right, shift), True
+        else:
+            solution = self.factorization.solve(right, shift)
+        if not all_finite(solution):
+            raise RuntimeError(
+                f"The linear system of {self.jacobian.shape[0]} outputs has no finite solution in float64, so nothing was "
+                "changed. Its entries are near the limits of float64. Check the scale of outputs and inputs."
+            )
+        if by_parameter:
+            return self.jacobian.parts(solution), None
+        return self.jacobian.rmv(self.unweigh(solution)), solution
+
+    def check_solved(self) -> None:
+        """Raise a RuntimeError if the matrix could not be factored."""
+        if self.factorization.status in ("not_finite", "not_converged"):
+            bad = ""
+            if isinstance(self.matrix, Tensor):
+                bad = f" ({int((~torch.isfinite(self.matrix)).sum())} entries are not finite)"
+            raise RuntimeError(
+                f"The kernel Θ of {self.jacobian.shape[0]} outputs could not be solved{bad}, so nothing was changed. A "
+                "derivative that is infinite at a finite output causes this (sqrt or norm at 0). Check the inputs, then lower "
+                "`lr`."
+            )
+
+    def weigh(self, v: Tensor) -> Tensor:
+        """Sᵀv."""
+        return v if self.metric is None else self.metric.root_transpose(v)
+
+    def unweigh(self, v: Tensor) -> Tensor:
+        """Sv."""
+        return v if self.metric is None else self.metric.root(v)
+
+    def identity_gap(self, direction: Direction) -> float:
+        """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if the matrix and the products agree."""
+        if (psi := direction.weights) is not None:
+            size = direction.size
+        else:
+            psi = self.jacobian.flat(direction.adapted)
+            size = float(torch.linalg.vector_norm(self.weigh(self.jacobian.mv(direction.adapted))))
+        square = size * size
+        return abs(float(psi @ (self.matrix @ psi)) - square) / square if square else 0.0
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -125,27 +213,51 @@ class Problem:
 
     Attributes:
         model: The network.
-        stacked_from: What x is stacked from, its calls and others; their rows of D are stacked.
-        names: The parameters θ.
+        stacked_from: The calls and other outputs that x is stacked from; their rows of D are stacked.
+        trained: The parameters θ by name.
         g: ∇ₓC, ``[R]``.
-        metric: Where S comes from; None for S = 1.
-        solver: How to solve.
-        damping: The least λ that will be asked for, relative to the mean of diag Θ: if it is large enough, the Cholesky factor
-            of Θ + λ1 does, and the rank is an estimate.
+        metric: S, None for 1.
+        solver: How to solve, None for a choice by size.
+        eps: Machine epsilon of the arithmetic of x.
+        start: A ψ̃ to start iterations with, or None.
+        damping: The smallest λ that will be used, relative to the mean of diag Θ. If it is large enough, the Cholesky factor
+            of Θ + λ1 serves, and the rank is an estimate.
         world: The processes that have other rows.
     """
 
     model: nn.Module
     stacked_from: list[Outputs]
-    names: list[str]
+    trained: Mapping[str, Tensor]
     g: Tensor
     metric: Metric | None
-    solver: Dense | ConjugateGradients
+    solver: Dense | ConjugateGradients | None
+    eps: float
+    start: Tensor | None = None
     damping: float = 0.0
     world: World = ALONE
 
-    def in_sample_space(self, solving: dict[str, Any]) -> tuple[System, float]:
-        """The system with Θ̃, and |D|²."""
+    def system(self) -> System:
+        """The system, factored.
+
+        Raises:
+            ValueError: The solver does not suit the metric.
+            MemoryError: The Jacobian or the kernel would not fit.
+        """
+        params, local = sum(p.numel() for p in self.trained.values()), self.metric is None or self.metric.local
+        space, solver = choose_solver(self.solver, params, self._rows, self.g.device, self.world, local=local)
+        if isinstance(solver, ConjugateGradients):
+            return self._without_matrix(solver)
+        if solver.factorization == "svd":
+            return self._on_jacobian(default_svd_rtol((self._rows, params), self.eps) if solver.rtol is None else solver.rtol)
+        solving = {
+            "rtol": default_rtol(self._rows, self.eps) if solver.rtol is None else solver.rtol,
+            "method": solver.factorization,
+            "truncate": solver.rtol is not None,
+        }
+        return self._in_parameter_space(solving) if space == "parameter" else self._in_sample_space(solving)
+
+    def _in_sample_space(self, solving: dict[str, Any]) -> System:
+        """The system with Θ̃."""
         rows = len(self.g)
         require_memory(
             _MATRICES * 8 * rows**2,
@@ -160,24 +272,20 @@ class Problem:
             theta = self.metric.root_transpose(self.metric.root_transpose(theta).T.contiguous())
         scale = float(theta.diagonal().mean())
         factorization = factorize(theta, **solving, least_shift=self.damping * scale)
-        return self._system(jacobian, theta, factorization, scale), square
+        return self._made(jacobian, theta, factorization, scale, square)
 
-    def in_parameter_space(self, solving: dict[str, Any]) -> tuple[System, float]:
-        """The system with M, and |D|²."""
+    def _in_parameter_space(self, solving: dict[str, Any]) -> System:
+        """The system with M."""
         jacobian = written_if_small(self._jacobian())
         weigh = self.metric.root_transpose if self.metric else None
         gram, products, square = jacobian.parameter_gram(self.g[:, None], weigh)
-        scale = float(gram.diagonal().sum()) / max(1, len(self._right()))
+        scale = float(gram.diagonal().sum()) / max(1, self._rows)
         found = equilibrated(gram, factorize(gram, **solving, least_shift=self.damping * scale), **solving)
         least = float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0
-        return self._system(jacobian, gram, found, scale, space="parameter", right=products[:, 0], least=least), square
+        return self._made(jacobian, gram, found, scale, square, space="parameter", right=products[:, 0], least=least)
 
-    def on_jacobian(self, rtol: float) -> tuple[System, float]:
-        """The system with the singular values of SᵀD, and |D|².
-
-        Raises:
-            MemoryError: D would not fit.
-        """
+    def _on_jacobian(self, rtol: float) -> System:
+        """The system with the singular values of SᵀD."""
         factored = self._jacobian()
         rows, params = factored.shape
         require_memory(
@@ -193,55 +301,64 @@ class Problem:
             d = self.metric.root_transpose(d)
         scale = float(torch.linalg.vector_norm(d)) ** 2 / max(1, len(d))
         factorization = by_singular_values(d, rtol)
-        return self._system(jacobian, factorization, factorization, scale), square
+        return self._made(jacobian, factorization, factorization, scale, square)
 
-    def without_matrix(self, options: ConjugateGradients, start: Tensor | None) -> tuple[System, float]:
-        """The system with Θ̃ to be applied, and |D|²."""
+    def _without_matrix(self, options: ConjugateGradients) -> System:
+        """The system with an operator that applies Θ̃."""
         started = time.perf_counter()
         jacobian = self._jacobian()
         jacobian.check_products()
-        seconds = time.perf_counter() - started
-        operator = KernelOperator(jacobian, self.metric, options, start, self.world)
-        operator.seconds["factors"] = seconds
-        return self._system(jacobian, operator, operator, operator.scale, seconds=operator.seconds), operator.square
+        elapsed = time.perf_counter() - started
+        padded = None if self.metric is None else self.metric.padded()
+        start = self.start if options.warm_start else None
+        operator = KernelOperator(jacobian, padded, options, start, self.world, rows=self._rows)
+        operator.seconds["factors"] = elapsed
+        seconds = operator.seconds
+        return self._made(jacobian, operator, operator, operator.scale, operator.square, metric=padded, seconds=seconds)
 
-    def _system(
+    def _made(
         self,
         jacobian: Jacobian,
         matrix: Tensor | KernelOperator | SingularValueFactorization,
         factorization: Factorization | KernelOperator,
         scale: float,
+        square: float,
         *,
         space: Literal["sample", "parameter"] = "sample",
         right: Tensor | None = None,
+        metric: Metric | None = None,
         **more: Any,
     ) -> System:
-        """A system; its right-hand side is g̃, unless it is another one."""
-        g = self._right()
-        size = float(torch.linalg.vector_norm(g))
-        return System(space, matrix, factorization, g if right is None else right, size, scale, jacobian, **more)
+        """A system. ``right`` and ``metric`` are by default g̃ and the metric of the problem."""
+        metric = metric or self.metric
+        g = self.g if metric is None else metric.root_inverse(self.g)
+        right, size = g if right is None else right, float(torch.linalg.vector_norm(g))
+        return System(space, matrix, factorization, right, size, scale, square, self._rows, jacobian, metric, **more)
+
+    @property
+    def _rows(self) -> int:
+        """R'."""
+        return len(self.g) if self.metric is None or self.metric.kept is None else len(self.metric.kept)
 
     def _jacobian(self) -> Jacobian:
         given = self.solver if isinstance(self.solver, Dense) else Dense()
         return tangent_jacobian(
             self.model,
             self.stacked_from,
-            self.names,
+            list(self.trained),
             method=given.kernel,
             chunk_size=given.chunk_size,
             world=self.world,
         )
 
-    def _right(self) -> Tensor:
-        return self.g if self.metric is None else self.metric.root_inverse(self.g)
-
 
 def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE, refined: int = 0) -> Dense | None:
-    """How to solve without damping where D's spectrum has no gap; None where D, of so many rows, is too large for that.
+    """The solver for undamped steps if the spectrum of D has no gap; None if D, of so many rows, is too large for it.
 
-    Steps by all singular values above rounding at first move the parameters far and the loss little. Where D is large, so that
-    a step takes long, only those count at first that Θ would show, down to √(R·ε) of the largest, and tenfold smaller ones each
-    time that the cut is ``refined``: the first digits come in fewer steps, the last ones in more. docs/pinns.md has figures.
+    By all singular values above rounding, the first steps move the parameters far and the loss little. If D is so large that
+    a step takes long, only those that Θ would show count at first, down to √(R·ε) of the largest, and tenfold smaller ones
+    each time that the cut is ``refined``. The first digits then come in fewer steps, the last ones in more. docs/pinns.md has
+    figures.
     """
     params = sum(p.numel() for p in trained)
     size = _COPIES * 8 * rows * params
@@ -262,18 +379,18 @@ def choose_solver(
     *,
     local: bool,
 ) -> tuple[str, Dense | ConjugateGradients]:
-    """The space to solve in, and how.
+    """The space to solve in, and the solver: by default conjugate gradients if a matrix would be large.
 
     Args:
-        solver: What the user gave; None for conjugate gradients where a matrix would be large, else with one.
+        solver: The user's solver, or None.
         params: K.
-        rows: The rows of x that the loss looks at.
-        device: Where.
-        world: The processes that have to choose alike.
-        local: Whether the metric does not couple samples; where it does, blocks of samples cannot be added up one by one.
+        rows: The rows of x that the loss depends on.
+        device: The device of the matrix.
+        world: The processes, which have to choose the same.
+        local: Whether the metric couples no samples. If it does, DᵀHD is no sum over blocks of samples.
 
     Raises:
-        ValueError: They cannot, but the user asked for it.
+        ValueError: ``space="parameter"`` for a metric that couples samples.
     """
     if isinstance(solver, ConjugateGradients):
         return "sample", solver

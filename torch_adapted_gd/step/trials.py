@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..jacobian import Parts
 from ..tracking.calls import Outputs
 from ..tracking.closure import Closure
 from ..world import ALONE, World
-from .linearization import Direction, Linearization, Parts
+from .linearization import Linearization
+from .system import Direction
 
 
 @dataclass(frozen=True)

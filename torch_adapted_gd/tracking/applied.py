@@ -1,4 +1,4 @@
-"""Functions of a forward pass run as operations whose derivatives use parameters again, and are noted too."""
+"""Runs functions of a forward pass as operations whose derivatives are noted too, as they use parameters again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .operations import Addition, General, MatrixProduct, Multiplication, Operat
 if TYPE_CHECKING:
     from .tape import Source, Tape
 
-# By these a sampled operand's gradient does not use the parameter: an ordinary operation does.
+# The gradients of these by a sampled operand do not use the parameter, so they need no `Applied`.
 _LINEAR_IN_BOTH = {
     *(getattr(owner, name) for owner in (torch, Tensor) for name in ("add", "sub", "subtract") if hasattr(owner, name)),
     *(Tensor.add_, Tensor.sub_, Tensor.__rsub__, Tensor.__setitem__, Tensor.__getitem__),
@@ -31,7 +31,7 @@ _MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tens
 
 
 class Applied(torch.autograd.Function):
-    """An operation in the graph, or under a transform of `torch.func`, at whose bottom it comes to be in the graph."""
+    """An operation in the graph; under transforms of `torch.func`, it is in the graph at their bottom."""
 
     @classmethod
     def apply(cls, operation: Operation, tape: weakref.ref[Tape], *tensors: Tensor) -> Tensor:
@@ -157,15 +157,10 @@ def applied(
     *,
     transformed: bool,
 ) -> Tensor | None:
-    """A function's value by operations that are noted in its derivatives too; None where these need no note.
+    """``func(*args, **kwargs)`` by operations whose derivatives are noted too; None if these need no note.
 
-    Args:
-        func: What was called.
-        args: With these.
-        kwargs: And these.
-        keys: The operands that were computed from parameters.
-        tape: Who notes them.
-        transformed: Within a transform of `torch.func`, at whose bottom alone an operation can be noted: then all are.
+    ``keys`` are the operands that were computed from parameters. If ``transformed`` by `torch.func`, all operations are run so,
+    because an operation can be noted only at the bottom of the transforms.
     """
     if changes_in_place(func, kwargs) or (func in _LINEAR_IN_BOTH and not transformed):
         return None

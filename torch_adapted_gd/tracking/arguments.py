@@ -1,4 +1,4 @@
-"""Arguments and results of functions: the tensors among them, and calls with some of them replaced."""
+"""Arguments and results of functions: the tensors among them, and calls with other tensors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Key = int | str | tuple[int, int]  # an operand: its number, its keyword, or its
 
 
 def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Key, Tensor]]:
-    """The tensors among arguments, those in lists too, and where they are."""
+    """The tensors among arguments, also those in lists, with their keys."""
     for number, value in enumerate(args):
         if isinstance(value, Tensor):
             yield number, value
@@ -23,7 +23,7 @@ def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[
 
 
 def results_of(result: Any) -> list[Tensor]:
-    """The tensors that a function gave."""
+    """The tensors among the results of a function."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, (tuple, list)):
@@ -32,7 +32,7 @@ def results_of(result: Any) -> list[Tensor]:
 
 
 def detached(value: Any) -> Any:
-    """An argument without its graph, lists and tuples of tensors too."""
+    """An argument without its graph; also for lists and tuples of tensors."""
     if isinstance(value, Tensor):
         return value.detach()
     if type(value) in (tuple, list):
@@ -49,7 +49,7 @@ def changes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> bo
 
 
 def replaced(args: Sequence[Any], kwargs: dict[str, Any], values: Mapping[Key, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments with some of the operands replaced; tuples among them stay tuples, which an index has to be."""
+    """Arguments with some operands replaced; tuples stay tuples, because an index has to be one."""
     given, by_name = list(args), dict(kwargs)
     for key, value in values.items():
         if isinstance(key, str):
@@ -64,7 +64,7 @@ def replaced(args: Sequence[Any], kwargs: dict[str, Any], values: Mapping[Key, A
 
 
 def called(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """What a function returns; of one that changes its first operand, that operand as it is afterwards, which is a copy."""
+    """The result of a function. If it changes its first operand, the result is a changed copy of that."""
     if not changes_in_place(function, kwargs):
         return function(*args, **kwargs)
     changed = args[0].clone()

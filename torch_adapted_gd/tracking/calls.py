@@ -21,13 +21,13 @@ _thread = threading.local()
 
 
 def replaying() -> bool:
-    """Whether this thread is replaying a call: no recorder may take a replay for a call of the user's."""
+    """Whether this thread is repeating a call, which recorders must ignore."""
     return getattr(_thread, "replaying", False)
 
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Context for passes of our own, of which no recorder may take notice."""
+    """Context for forward and backward passes of our own, which recorders must ignore."""
     outer = replaying()
     _thread.replaying = True
     try:
@@ -37,7 +37,7 @@ def unwatched() -> Iterator[None]:
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Context without autocast on a type of device. Where there is none anyway it costs nothing: a step enters many of them."""
+    """Context without autocast on a type of device. It costs nothing without autocast, because a step enters it often."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
@@ -76,7 +76,7 @@ def _autocast_state(model: nn.Module) -> list[tuple[str, torch.dtype, bool]]:
 
 @dataclass
 class Conditions:
-    """All that the outcome of a forward pass depends on, besides its inputs and the parameters."""
+    """What the result of a forward pass depends on, besides its inputs and the parameters."""
 
     cpu_rng: Tensor
     cuda_rng: dict[int, Tensor]
@@ -86,7 +86,7 @@ class Conditions:
 
     @classmethod
     def now(cls, model: nn.Module) -> "Conditions":
-        """Take them down from the present state of the model and of the random number generators."""
+        """The current conditions of a model."""
         model = underlying(model)
         return cls(
             cpu_rng=torch.get_rng_state(),
@@ -97,23 +97,23 @@ class Conditions:
         )
 
     def random_numbers_drawn(self) -> bool:
-        """Whether any generator has moved since."""
+        """Whether random numbers were drawn since."""
         return not torch.equal(self.cpu_rng, torch.get_rng_state()) or any(
             not torch.equal(state, torch.cuda.get_rng_state(i)) for i, state in self.cuda_rng.items()
         )
 
     def rewind(self) -> None:
-        """Set the random number generators back to where they were."""
+        """Reset the random number generators to these states."""
         torch.set_rng_state(self.cpu_rng)
         for i, state in self.cuda_rng.items():
             torch.cuda.set_rng_state(state, i)
 
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
-        """Bring them back for a replay, and leave everything as it was found: what a forward pass sets on modules too."""
+        """Context in which they are in force. At its end, modules, buffers and random numbers are as before."""
         modules = dict(model.named_modules())
         attributes = [(module, dict(module.__dict__)) for module in modules.values()]
-        # A checkpointed part runs on the model's own buffers when a backward pass computes it again.
+        # A backward pass computes checkpointed parts again, with the model's own buffers.
         present = [b for module in modules.values() for b in module._buffers.values() if b is not None]
         buffers = [(b, b.detach().clone()) for b in dict.fromkeys(present)]
         outer = replaying()
@@ -121,7 +121,7 @@ class Conditions:
             stack.enter_context(torch.random.fork_rng(devices=list(self.cuda_rng)))
             self.rewind()
             for kind, dtype, enabled in self.autocast:
-                # No cache of low-precision weights: under torch.func they are wrappers that must not outlive it.
+                # No cache of low-precision weights: torch.func would leave its wrappers in it.
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             if any(map(_is_compiled, modules.values())):
@@ -134,7 +134,7 @@ class Conditions:
             finally:
                 _thread.replaying = outer
                 for buffer, value in buffers:
-                    if not torch.equal(buffer, value):  # its version does not tell: batch norm's update leaves it
+                    if not torch.equal(buffer, value):  # batch norm does not change the version
                         with torch.no_grad():
                             buffer.copy_(value)
                 for module, before in attributes:
@@ -146,18 +146,18 @@ class Conditions:
 
 @dataclass(eq=False)
 class Outputs:
-    """Tensors of the user's graph whose entries the loss is a function of: a part of x.
+    """Tensors of the user's graph that the loss is a function of: a part of x.
 
     Attributes:
         outputs: Their values, by place.
-        gradients: What the loss sent back to each, float64, by the same places. Filled by backward passes.
-        selected: The places that a criterion was given entries of.
-        tapes: The uses of parameters behind them, while the graph is alive; none where nobody could follow it.
-        behind: Themselves, as they are in the graph, likewise.
-        linearized: What they were linearized by, in the backward pass that first came by each.
-        backward_pass: Identifies the last backward pass that came by.
-        calls: The calls that it was computed from, if it is no call itself.
-        eps: Machine epsilon of the coarsest dtype that it was cast to, if it is none.
+        gradients: The gradients of the loss, float64, by the same places. Backward passes fill it.
+        selected: The places of which a criterion was given entries.
+        tapes: The operations with parameters that they depend on, while the graph is alive; empty if it cannot be followed.
+        behind: The tensors in the graph, while it is alive.
+        linearized: Their linearizations, from the first backward pass that reached each.
+        backward_pass: The number of the last backward pass that reached them.
+        calls: The calls that they were computed from, unless this is a call itself.
+        eps: Machine epsilon of the coarsest dtype on the way from these calls.
     """
 
     outputs: dict[int, Tensor] = field(default_factory=dict)
@@ -173,11 +173,11 @@ class Outputs:
 
     @property
     def places(self) -> list[int]:
-        """The outputs that the loss saw; before any backward pass, all of them."""
+        """The outputs that the loss depends on; before any backward pass, all of them."""
         return sorted(self.selected or self.gradients or self.outputs)
 
     def pieces(self) -> "list[Piece]":
-        """What of it was linearized while its graph was alive, by output; nothing if that could not be."""
+        """The linearizations from while the graph was alive, by output; empty if one is missing."""
         if any(place not in self.linearized for place in self.places):
             return []
         first, pieces = 0, []
@@ -188,16 +188,12 @@ class Outputs:
         return pieces
 
     def remember(self, model: nn.Module) -> None:
-        """Take down which parameters these belong to."""
+        """Record the versions of the parameters."""
         named = underlying(model).named_parameters()
         self._parameters = {name: (_version(p), p.dtype, p.device) for name, p in named}
 
     def check_unchanged(self, model: nn.Module) -> None:
-        """Make sure that the model is still that of the forward pass.
-
-        Raises:
-            RuntimeError: A parameter was changed in place, or the model was moved or cast.
-        """
+        """Raise a RuntimeError if a parameter was changed in place since the call, or the model was moved or cast."""
         for name, p in underlying(model).named_parameters():
             version, dtype, device = self._parameters.get(name, (_version(p), p.dtype, p.device))
             if (p.dtype, p.device) != (dtype, device):
@@ -207,13 +203,13 @@ class Outputs:
                 )
             if _version(p) != version:
                 raise RuntimeError(
-                    f"Parameter '{name}' was changed between the model's call and `step`, so the loss's gradient belongs "
-                    "to other parameters than the Jacobian would. Call this optimizer's `step` before anything else that "
-                    "changes the model; for parts of one model use one AdaptedGD with parameter groups."
+                    f"Parameter '{name}' was changed between the model's call and `step`, so the loss's gradient and the "
+                    "Jacobian belong to different parameters. Call this optimizer's `step` before anything else that changes "
+                    "the model; for parts of one model use one AdaptedGD with parameter groups."
                 )
 
     def release(self) -> None:
-        """Give back all that a step needed: the user's graph may live on for long."""
+        """Release all that a step needed, as the user's graph may live on."""
         self.outputs, self.behind, self.linearized, self.tapes, self.calls = {}, {}, {}, [], []
 
 
@@ -222,14 +218,14 @@ class Call(Outputs):
     """One call of a model, with all that is needed to repeat it.
 
     Attributes:
-        number: Counts the calls of a recorder.
-        inputs: Copies of positional and keyword inputs as they were given.
-        conditions: Random state, autocast, modes and buffers in force.
-        outputs: The values of the floating outputs that depend on parameters, by place among the output's leaves.
-        random: Whether the pass drew random numbers.
-        nested: Whether an input was computed from another recorded call's output.
-        returned: What the user was given.
-        noted: How many uses of parameters the forward pass itself had.
+        number: The number of the call in its recorder.
+        inputs: Copies of the inputs.
+        conditions: The conditions of the call.
+        outputs: The values of the floating outputs that depend on parameters, by place among the leaves of the output.
+        random: Whether the forward pass drew random numbers.
+        nested: Whether an input was computed from the output of another recorded call.
+        returned: Weak references to the tensors that the user got.
+        noted: The number of operations with parameters in the forward pass itself.
     """
 
     number: int = 0
@@ -242,7 +238,7 @@ class Call(Outputs):
 
     @classmethod
     def of(cls, number: int, model: nn.Module, inputs: "Inputs", start: Conditions, output: Any) -> "Call":
-        """Take down a call that has just returned ``output``."""
+        """The call that has just returned ``output``."""
         model = underlying(model)
         call = cls(
             number=number,
@@ -255,25 +251,21 @@ class Call(Outputs):
         return call
 
     def can_be_reached(self) -> bool:
-        """Whether a criterion may still be given something that was computed from this call."""
+        """Whether a criterion may still be given a tensor that was computed from this call."""
         derived = any(len(tape.notes) > self.noted for tape in self.tapes)
         return derived or any(reference() is not None for reference in self.returned)
 
     def check_alone(self) -> None:
-        """Make sure that outputs can be taken for x where no criterion tells which the loss is a function of.
-
-        Raises:
-            RuntimeError: The loss went through another call, too.
-        """
+        """Raise a RuntimeError if the loss also went through another call, so that without a criterion x is not known."""
         if self.nested:
             raise RuntimeError(
-                "A call of the model has an input that was computed from the output of another call of it, and the loss went "
-                "through both. AdaptedGD would take both for outputs in their own right. Give it the loss as `criterion`, or a "
-                "module that makes all the calls and returns what the loss is computed from."
+                "A call of the model has an input that was computed from the output of another call of it, and the loss "
+                "depends on both, so AdaptedGD cannot tell which outputs the loss is a function of. Give it the loss as "
+                "`criterion`, or a module that makes all the calls and returns what the loss is computed from."
             )
 
     def release(self) -> None:
-        """See `Outputs`: all that a replay needs too."""
+        """See `Outputs`."""
         super().release()
         self.inputs = Inputs((), {})
         self.conditions.buffers = {}
@@ -290,7 +282,7 @@ class Call(Outputs):
         return forward
 
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
-        """Fresh copies of the buffers as they were before the call, so that a replay updates none of the model's."""
+        """Copies of the buffers before the call, so that a repeated call changes none of the model's."""
         then = self.conditions.buffers
         return {name: then.get(name, b).detach().clone() for name, b in underlying(model).named_buffers()}
 
@@ -314,7 +306,7 @@ class Inputs:
         return self._leaves
 
     def differentiable_leaves(self) -> list[Any]:
-        """The same, those requiring a gradient that did so in the call."""
+        """Fresh copies of the leaves; those that required a gradient in the call require one."""
         marks = zip(self.leaves, self._differentiable, strict=True)
         return [leaf.requires_grad_() if mark else leaf for leaf, mark in marks]
 
@@ -325,7 +317,7 @@ class Inputs:
 
 
 def output_leaves(output: Any) -> dict[int, Tensor]:
-    """The floating tensors of a pytree that a gradient can reach, each once, by place."""
+    """The floating tensors of a pytree with a graph, each once, by place."""
     found: dict[int, Tensor] = {}
     for i, leaf in enumerate(tree_leaves(output)):
         reachable = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.grad_fn is not None
@@ -335,13 +327,7 @@ def output_leaves(output: Any) -> dict[int, Tensor]:
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Call:
-    """Call the model once and take the call down; its buffers and the random stream stay as they were.
-
-    Args:
-        model: The model to call.
-        args: Its positional inputs.
-        kwargs: Its keyword inputs.
-    """
+    """Call the model once, and record the call; buffers and random numbers stay as they were."""
     with torch.inference_mode(False), torch.enable_grad():
         inputs = Inputs(args, kwargs or {})
         start = Conditions.now(model)
@@ -360,10 +346,7 @@ def stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def hides_its_graph(tensor: Tensor) -> bool:
-    """Whether a tensor comes from `torch.utils.checkpoint` with ``use_reentrant=True``.
-
-    That hides its parameters from `torch.autograd.grad`, which would return zeros for them.
-    """
+    """Whether `torch.utils.checkpoint` with ``use_reentrant=True`` hides parameters from `torch.autograd.grad`."""
     return any(node.name() == "CheckpointFunctionBackward" for node in graph(tensor))
 
 

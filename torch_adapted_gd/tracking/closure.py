@@ -1,4 +1,4 @@
-"""The user's closure, evaluated at trial parameters and without a trace."""
+"""The user's closure, evaluated at trial parameters without side effects."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +19,8 @@ class Closure:
 
     Args:
         function: The user's.
-        model: The network, whose random numbers and buffers every evaluation starts from alike.
-        criterion_calls: How many calls of criteria there have been before.
+        model: The network; each evaluation starts from the same random numbers and buffers.
+        criterion_calls: The number of calls of criteria before.
     """
 
     def __init__(self, function: Callable[[], Any], model: nn.Module, criterion_calls: int = 0) -> None:
@@ -29,32 +29,21 @@ class Closure:
         self.returned: Any = None
 
     def __call__(self) -> Any:
-        """Evaluate it for the step: random numbers, buffers and ``.grad`` move on as they would."""
+        """Evaluate it for the step; random numbers, buffers and ``.grad`` change as usual."""
         with torch.enable_grad():
             self.returned = self._function()
         return self.returned
 
     @property
     def value(self) -> float:
-        """What that returned, as a number.
-
-        Raises:
-            TypeError: It is none.
-        """
+        """The returned loss as a number; a TypeError if it is none."""
         return _number(self.returned)
 
     def at(self, values: dict[str, Tensor], criteria: Iterable[nn.Module] = ()) -> tuple[float, Given]:
-        """The loss at other values of parameters, by name; then everything is as it was, whatever happens.
-
-        Args:
-            values: The parameters.
-            criteria: Whose calls to watch.
-
-        Returns:
-            The loss, and each call of a criterion: which one, and its arguments, flat.
+        """The loss at other values of parameters, by name, and the calls of criteria; then all is as before.
 
         Raises:
-            TypeError: The closure returns something else than a number.
+            TypeError: The closure does not return a number.
         """
         given: Given = []
 
@@ -74,7 +63,7 @@ class Closure:
         parameters = dict(model.named_parameters())
         modules = list(model.modules())
         tensors = [(t, t.detach().clone()) for t in (*parameters.values(), *model.buffers())]
-        # A forward pass may set attributes, and put other tensors in the place of buffers.
+        # A forward pass may set attributes and replace buffers.
         kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in modules]
         gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters.values()]
         now = Conditions.now(model)

@@ -1,4 +1,4 @@
-"""Watching criteria: each call of one, before and after, and where its arguments come from."""
+"""Watches the calls of criteria, and finds where their arguments come from."""
 
 from __future__ import annotations
 
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 class CriterionWatch:
     """Watches one criterion for a recorder.
 
-    What is part of x a criterion is given as copies, and what it returns are copies, so that the gradients of these are its
-    alone and what the loss makes of each value is told apart.
-
-    Args:
-        recorder: Who takes its calls down; it keeps this.
-        criterion: The criterion.
+    The criterion gets copies of outputs, and its caller gets copies of its values. So the gradients of the copies belong to
+    this call alone.
     """
 
     def __init__(self, recorder: CallRecorder, criterion: nn.Module) -> None:
@@ -39,7 +35,7 @@ class CriterionWatch:
         private.outermost(criterion, *self._handles)
         under_way = self._under_way.setdefault(threading.get_ident(), [])
         if private.passes(criterion) <= 1:
-            under_way.clear()  # what is left over was interrupted
+            under_way.clear()  # left over from an interrupted call
         recorder = self._recorder()
         term = None
         if recorder is not None:
@@ -69,7 +65,7 @@ class CriterionWatch:
 
 
 class _Given:
-    """What a criterion is given."""
+    """Finds where the arguments of a criterion come from."""
 
     def __init__(self, recorder: CallRecorder) -> None:
         self._recorder = recorder
@@ -77,7 +73,7 @@ class _Given:
     def term(
         self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Term, tuple[Any, ...], dict[str, Any]] | None:
-        """The term, and the arguments to give it; None if the loss is not followed by it."""
+        """The term, and the arguments for the criterion; None if the term is not to be followed."""
         recorder = self._recorder
         leaves, structure = tree_flatten((args, kwargs))
         entries: dict[int, list[Entries]] = {}
@@ -86,13 +82,13 @@ class _Given:
         for number, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not leaf.requires_grad or not leaf.is_floating_point():
                 continue
-            if private.is_batched(leaf):  # within torch.func.vmap: one sample's loss, and nobody sees all of them
+            if private.is_batched(leaf):  # within torch.func.vmap, no hook sees all samples
                 recorder.unusable_criterion = True
                 return None
             if id(leaf) not in copies:
                 graph = Graph(leaf, recorder.mark, recorder.parameters)
                 if graph.of_a_criterion:
-                    return None  # what is made of another one's value is followed by what that one's value receives
+                    return None  # the gradient of that criterion's value tells all
                 if not graph.depends:
                     continue
                 parts = entries_of(leaf, graph.marked) if graph.moved else None
@@ -111,7 +107,7 @@ class _Given:
         return term, args, kwargs
 
     def _argument(self, leaf: Tensor, copy: Tensor, graph: Graph) -> Entries:
-        """An argument that has to be differentiated itself."""
+        """An argument that is differentiated itself."""
         recorder = self._recorder
         argument = recorder.arguments.get(id(leaf))
         if argument is None or argument.leaf() is not leaf:
@@ -129,10 +125,6 @@ class _Given:
 
 
 class Argument(Outputs):
-    """What a criterion was given, where it is not made of entries of outputs.
-
-    Attributes:
-        leaf: The tensor, as the user has it.
-    """
+    """An argument of a criterion that does not consist of entries of outputs; ``leaf`` is the user's tensor."""
 
     leaf: weakref.ref[Tensor]

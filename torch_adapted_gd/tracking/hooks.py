@@ -1,4 +1,4 @@
-"""Hooks on modules that stay out of the way of copies, saved, scripted and exported models, and end with their watcher."""
+"""Hooks on modules that end with their watcher, and do not disturb copied, saved, scripted and exported models."""
 
 import contextlib
 import copy
@@ -19,10 +19,7 @@ _PREPARE = "__prepare_scriptable__"  # what torch.jit.script asks each module fo
 
 
 def watch_calls(module: nn.Module, watcher: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Handles:
-    """Have methods of a watcher called before and after each forward pass, for as long as the watcher lives.
-
-    ``after`` is called after a forward pass that raised, too.
-    """
+    """Call methods of a watcher before and after each forward pass while the watcher lives, ``after`` also after an error."""
     handles = (
         module.register_forward_pre_hook(_Hook(watcher, before), prepend=True, with_kwargs=True),
         module.register_forward_hook(_Hook(watcher, after), with_kwargs=True, always_call=True),
@@ -33,7 +30,7 @@ def watch_calls(module: nn.Module, watcher: Any, before: Callable[..., Any], aft
 
 
 def remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
-    """Take hooks away."""
+    """Remove hooks."""
     for handle in handles:
         handle.remove()
 
@@ -50,14 +47,14 @@ def _nobody() -> None:
 
 
 class _Hook:
-    """A module hook that holds its watcher weakly. Copies and saved models have one that does nothing."""
+    """A module hook with a weak reference to its watcher. In copied and saved models it does nothing."""
 
     def __init__(self, watcher: Any, method: Callable[..., Any]) -> None:
         self._watcher: Callable[[], Any] = weakref.ref(watcher)
         self._method = method
 
     def __call__(self, *arguments: Any) -> Any:
-        """Tell the watcher. Strict export traces this function, and ``_tell`` must not be."""
+        """Call the watcher. Strict export traces this function, and must not trace ``_tell``."""
         return None if private.is_exporting() else self._tell(*arguments)
 
     @private.disable_compilation
@@ -67,7 +64,7 @@ class _Hook:
         watcher = self._watcher()
         return None if watcher is None else self._method(watcher, *arguments)
 
-    # Strict export of torch 2.6 does not say that it is at work. It refuses what must not be compiled by this name.
+    # Strict export of torch 2.6 cannot be detected. Its error for a function that must not be compiled shows this name.
     _tell.__qualname__ = "AdaptedGD's hook (delete the optimizer before exporting, or use torch.export with strict=False)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
@@ -82,7 +79,7 @@ class _Hook:
 
 
 class _WithoutHooks:
-    """Gives a watched module without our hooks, which `torch.jit.script` cannot compile."""
+    """Returns a watched module without our hooks, which `torch.jit.script` cannot compile."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)

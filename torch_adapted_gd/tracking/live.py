@@ -1,4 +1,4 @@
-"""The Jacobian of a call's outputs from the user's own graph, in the user's own backward pass."""
+"""Linearizing outputs within the user's backward pass, from the user's graph."""
 
 import contextlib
 import dataclasses
@@ -18,38 +18,31 @@ from .calls import Outputs, hides_its_graph, unwatched
 from .replay import precision
 from .tape import Note, Source, Tape
 
-_ASK = 2**26  # bytes from which the system is asked how much there is
+_ASK = 2**26  # above so many bytes, ask the system for the available memory
 
 
 def linearized_live(of: Outputs, place: int, model: nn.Module | None, parameters: dict[str, Tensor]) -> None:
-    """Linearize an output before the backward pass that has just reached it frees what is behind.
+    """Linearize output ``place`` of ``of`` by parameters, before the backward pass that has just reached it frees the graph.
 
-    Where that is not possible a call will be repeated for it: with activations that are checkpointed in the way that hides its
-    graph, or where B would take more memory than there is.
-
-    Args:
-        of: Whose output; gets what was found.
-        place: Which one.
-        model: The model.
-        parameters: What to differentiate by, by name.
+    If checkpointing hides the graph, or if B would need more memory than there is, the call will be repeated instead.
     """
     x = of.behind[place]
     if model is None or x.ndim == 0 or x.numel() == 0 or len({p.device for p in parameters.values()}) > 1:
-        return  # for the step to say
+        return  # the step raises the error
     dtype, _ = dtype_and_device(list(parameters.values()))
     with unwatched(), _gradients_kept(of.tapes), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of functorch; the user's own pass gave the model's
+        warnings.simplefilter("ignore")  # of functorch, and of the model, which the user's pass gave
         if any(tape.without_graph for tape in of.tapes) and hides_its_graph(x):
             of.tapes = []
             return
         notes = [note for tape in of.tapes for note in tape.notes]
         before = [(tape, len(tape.notes), tape.derived) for tape in of.tapes]
         found = Linearized([x], parameters, notes, eps=precision(of, x.dtype), dtype=dtype, vectorized=allows_vmap(model))
-        for tape, count, derived in before:  # without what our own second derivatives noted
+        for tape, count, derived in before:  # without the notes of our own second derivatives
             del tape.notes[count:]
             tape.derived = derived
         size = dtype.itemsize * 2 * found.elements * found.q
-        free = available_bytes(x.device) if size > _ASK else None  # other calls may hold theirs
+        free = available_bytes(x.device) if size > _ASK else None  # other calls may hold B too
         if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):
             return
         copies = _Copies()
@@ -62,7 +55,7 @@ def linearized_live(of: Outputs, place: int, model: nn.Module | None, parameters
 
 @contextlib.contextmanager
 def _gradients_kept(tapes: list[Tape]) -> Iterator[None]:
-    """Context in which ``.grad`` of hidden tensors that retain theirs is left as it is by passes of our own."""
+    """Context in which passes of our own leave ``.grad`` of hidden tensors that retain it as it is."""
     tensors = [tensor for tape in tapes for reference in tape.retaining if (tensor := reference()) is not None]
     before = [None if tensor.grad is None else tensor.grad.clone() for tensor in tensors]
     try:
@@ -73,14 +66,14 @@ def _gradients_kept(tapes: list[Tape]) -> Iterator[None]:
 
 
 class _Copies:
-    """Notes with copies of what the user may refill before the step: data, which no graph keeps."""
+    """Notes with copies of data, which the user may overwrite before the step."""
 
     def __init__(self) -> None:
         self._notes: dict[int, Note] = {}
         self._sources: dict[int, Source] = {}
 
     def of(self, note: Note) -> Note:
-        """A note, with the notes behind it."""
+        """A copy of a note and of the notes that its operands came from."""
         if id(note) not in self._notes:
             args = tuple(self._kept(note, number, value) for number, value in enumerate(note.args))
             kwargs = {name: self._kept(note, name, value) for name, value in note.kwargs.items()}
@@ -89,7 +82,7 @@ class _Copies:
         return self._notes[id(note)]
 
     def sources(self, sources: dict[Key, Source]) -> dict[Key, Source]:
-        """What was computed from parameters, likewise."""
+        """Copies of the sources of a note."""
         return {key: self._source(source) for key, source in sources.items()}
 
     def _source(self, source: Source) -> Source:

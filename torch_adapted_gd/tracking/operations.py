@@ -1,4 +1,4 @@
-"""Operations that are closed under differentiation: the derivative of each, of any kind, is another one."""
+"""Operations that are closed under differentiation: each derivative is an operation again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class SeveralResultsError(TypeError):
-    """A function does not give one tensor, as an operation has to."""
+    """A function does not return one tensor."""
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Operation:
 
     Attributes:
         tensors: Its operands.
-        sources: Which of them were computed from parameters, by their number.
+        sources: The numbers of those that were computed from parameters.
     """
 
     tensors: tuple[Tensor, ...]
@@ -29,7 +29,7 @@ class Operation:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """What a note of it says was called."""
+        """The function for the note of the operation."""
         raise NotImplementedError
 
     def compute(self, *tensors: Tensor) -> Tensor:
@@ -38,15 +38,15 @@ class Operation:
         return result
 
     def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        """The gradient in an operand, as another operation."""
+        """The gradient by an operand, as an operation."""
         return General((*tensors, g), self.sources, _Derivative(self.compute, number, pull=True))
 
     def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
-        """What a tangent of an operand makes of it, as another operation."""
+        """The tangent of the result for a tangent of an operand, as an operation."""
         return General((*tensors, t), self.sources, _Derivative(self.compute, number, pull=False))
 
     def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        """The same for operands of which some have a batch, as another operation whose result has it first."""
+        """The operation for operands of which some have a batch dimension; the result has it first."""
         return General(tensors, self.sources, _Batched(self.compute, dims))
 
 
@@ -82,7 +82,7 @@ class MatrixProduct(Operation):
 
 @dataclass
 class _OuterSum(Operation):
-    """Σ_t a_t ⊗ b_t over all leading dimensions: what a matrix's gradient is."""
+    """Σ_t a_t ⊗ b_t over all leading dimensions: the gradient of a matrix."""
 
     def compute(self, *tensors: Tensor) -> Tensor:
         """See `Operation`."""
@@ -91,7 +91,7 @@ class _OuterSum(Operation):
 
 
 def _aligned(dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Operands to be broadcast, with the batch of those that have one first."""
+    """Operands to be broadcast; those with a batch dimension have it first."""
     rank = max(t.ndim - (dim is not None) for dim, t in zip(dims, tensors, strict=True))
     found = []
     for dim, t in zip(dims, tensors, strict=True):
@@ -136,7 +136,7 @@ class Multiplication(Operation):
 
 @dataclass
 class Addition(Operation):
-    """a + b, broadcast: what transforms of `torch.func` need to be noted of, where no mode sees what comes out below them."""
+    """a + b, broadcast. It is noted only under transforms of `torch.func`, where no function mode sees it."""
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -231,7 +231,7 @@ class _Derivative:
 
 @dataclass(frozen=True)
 class _Batched:
-    """A function of operands of which some have a batch."""
+    """A function of operands of which some have a batch dimension."""
 
     of: Callable[..., Tensor]
     dims: tuple[int | None, ...]

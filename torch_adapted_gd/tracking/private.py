@@ -1,4 +1,4 @@
-"""All that touches private parts of torch, in one place."""
+"""All use of private parts of torch."""
 
 import sys
 import types
@@ -13,12 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 
 def in_transform() -> bool:
-    """Whether a `torch.func` transform is under way, whose tensors are wrappers that do not outlive it."""
+    """Whether a `torch.func` transform is in progress; its tensors are wrappers that do not outlive it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor under the wrappers of transforms that differentiate; one that is batched stays."""
+    """The tensor without the wrappers of differentiating transforms; the wrapper of a batched tensor stays."""
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -26,7 +26,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 
 def bottom(tensor: Tensor) -> Tensor:
-    """What is under all wrappers of transforms."""
+    """The tensor without any wrappers of transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -34,16 +34,16 @@ def bottom(tensor: Tensor) -> Tensor:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Whether this is many backward passes at once, as `torch.autograd.functional.jacobian(vectorize=True)` makes them."""
+    """Whether a gradient is of many backward passes at once, as in `torch.autograd.functional.jacobian(vectorize=True)`."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(gradient) or functorch.is_functorch_wrapped_tensor(gradient)
 
 
 def owner_of(node: Any, tensor: Tensor) -> Any:
-    """What has to be kept beside an edge to the node that a tensor came from, or None.
+    """An object that keeps the node of an edge alive, or None if the edge does.
 
-    A node of a Python function is owned by the graph. The object that an edge holds does not keep it alive, and asking for its
-    gradient after the graph is gone crashes. Edges of newer torch hold a token for that; those of torch 2.6 do not.
+    The graph owns the node of a Python function, an edge of torch 2.6 does not. Asking for a gradient at the node after the
+    graph was freed crashes. Edges of newer torch hold a token that keeps the node alive.
     """
     if "ownership_token" in GradientEdge._fields or not isinstance(node, torch._C._FunctionBase):
         return None
@@ -52,22 +52,17 @@ def owner_of(node: Any, tensor: Tensor) -> Any:
 
 
 def backward_pass() -> int:
-    """A number for the backward pass under way, -1 outside of one."""
+    """The number of the backward pass in progress, -1 outside of one."""
     return int(torch._C._current_graph_task_id())
 
 
 def at_end_of_backward(function: Callable[[], None]) -> None:
-    """Have a function called when the backward pass under way ends well."""
+    """Call a function when the backward pass in progress ends without an exception."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def will_reach(node: Any, *, else_: bool) -> bool:
-    """Whether the backward pass under way will come to a node of the graph.
-
-    Args:
-        node: The node.
-        else_: What to say of an end of the graph that `torch.autograd.grad` was asked for: torch does not tell.
-    """
+    """Whether the backward pass in progress will reach a node; ``else_`` for an input of `torch.autograd.grad`."""
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
@@ -75,7 +70,7 @@ def will_reach(node: Any, *, else_: bool) -> bool:
 
 
 def leave(mode: TorchFunctionMode) -> None:
-    """Leave a function mode of this thread, whatever was entered since and stays: two watchers may end in any order."""
+    """Leave a function mode of this thread. Modes that were entered later stay, as two watchers may end in any order."""
     if not any(torch._C._get_function_stack_at(i) is mode for i in range(torch._C._len_torch_function_stack())):
         return
     above = []
@@ -91,12 +86,12 @@ def disable_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_tracing() -> bool:
-    """Whether `torch.jit.trace` is at work."""
+    """Whether `torch.jit.trace` is in progress."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return, no-untyped-call]
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is at work; torch 2.6 does not tell."""
+    """Whether `torch.export` is in progress; torch 2.6 does not tell."""
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
@@ -104,9 +99,9 @@ _opened: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of torch written in Python, as one whose operations a function mode sees one by one.
+    """A copy of a Python function of torch whose operations a function mode sees one by one.
 
-    Such functions hand themselves over to a mode as a whole. This is the same code where nothing is handed over.
+    The original passes itself to the mode as a whole. The copy has the same code without that.
     """
     if function not in _opened:
         assert isinstance(function, types.FunctionType)
@@ -123,13 +118,13 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dtype_at(node: Any) -> torch.dtype | None:
-    """The dtype of what a node of the graph gave."""
+    """The dtype of the output of a node of the graph."""
     known = getattr(node, "_input_metadata", None)
     return known[0].dtype if known else None
 
 
 def passes(module: nn.Module) -> int:
-    """How many calls of ``module`` are under way in this thread."""
+    """The number of calls of ``module`` in progress in this thread."""
     found = 0
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
@@ -139,7 +134,7 @@ def passes(module: nn.Module) -> int:
 
 
 def outermost(module: nn.Module, before: Any, after: Any) -> None:
-    """Make a pre-hook the first and a hook the last, whatever was registered since: a replay runs the user's own."""
+    """Make a pre-hook the first and a hook the last, before and after hooks of the user, which a repeated call runs too."""
     pre_hooks = cast(OrderedDict[int, Any], module._forward_pre_hooks)
     hooks = cast(OrderedDict[int, Any], module._forward_hooks)
     if before.id in pre_hooks and next(iter(pre_hooks)) != before.id:

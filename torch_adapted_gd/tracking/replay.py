@@ -1,4 +1,4 @@
-"""A recorded call repeated: with copies of the parameters to differentiate by, and its outputs held against the call's."""
+"""Repeating a recorded call: to differentiate it, or with other parameters."""
 
 import contextlib
 import warnings
@@ -16,18 +16,18 @@ State = dict[str, Tensor]
 
 
 class DisagreementError(RuntimeError):
-    """A replay gave other outputs than the call."""
+    """A repeated call gave other outputs."""
 
 
 class Replay:
-    """The repetition of one call. Everything that runs the model belongs into a ``with replay.conditions():``.
+    """A call to be repeated. All that runs the model has to be within ``with replay.conditions():``.
 
     Attributes:
         model: The user's module, unwrapped.
         call: The call.
         names: The parameters to differentiate by.
-        n: N, the batch size of the outputs that the loss saw.
-        q: Q, their number for each sample.
+        n: N, the batch size of the outputs that the loss depends on.
+        q: Q, the number of these outputs for each sample.
     """
 
     def __init__(self, model: nn.Module, call: Call, names: list[str]) -> None:
@@ -39,34 +39,31 @@ class Replay:
 
     @contextlib.contextmanager
     def conditions(self) -> Iterator[None]:
-        """The conditions of the call, without the warnings of the model (the user's own call gave them) and of functorch."""
+        """The conditions of the call, without warnings of the model, which the user's own call gave, and of functorch."""
         with self.call.conditions.restored(self.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
 
     def copies(self) -> tuple[State, State]:
-        """Copies of the parameters to differentiate by, in the order of ``names``, and of all else as before the call.
-
-        A forward pass may change them in place.
-        """
+        """Copies of the parameters to differentiate by, and of all other tensors before the call; the model may change them."""
         parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         moving = {name: parameters.pop(name) for name in self.names}
         return moving, {**parameters, **self.call.buffers(self.model)}
 
     def with_graph(self, mode: Callable[[State, State, bool], AbstractContextManager[Any]]) -> tuple[State, list[Tensor]]:
-        """The parameters to differentiate by, and outputs computed from them, with their graph.
+        """The parameters to differentiate by, and the outputs with their graph.
 
         Args:
-            mode: Makes the context that the model runs in, of those parameters, of all others and buffers, and of whether some
-                input requires a gradient.
+            mode: Returns the context that the model runs in, given these parameters, all other parameters and buffers, and
+                whether an input requires a gradient.
 
         Raises:
-            DisagreementError: These are not the call's outputs, or gradients of parameters would be lost.
+            DisagreementError: The outputs differ from those of the call, or the graph does not have all parameters.
         """
         with self.conditions(), torch.enable_grad():
             inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
             moving, rest = self.copies()
-            # Not leaves: autograd lets nobody change one in place.
+            # Not leaves, because a model cannot change a leaf in place.
             given = {name: value.requires_grad_().clone() for name, value in moving.items()}
             differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs))
             with mode(given, rest, differentiable):
@@ -77,25 +74,21 @@ class Replay:
         return given, outputs
 
     def outputs_with(self, values: State) -> Tensor:
-        """Outputs ``[NQ]`` for other values of parameters, by name; no graph of these is made."""
-        with self.conditions(), torch.enable_grad():  # grad mode is as in the call, for models that differentiate within
+        """Outputs ``[NQ]`` for other values of parameters, by name, without a graph."""
+        with self.conditions(), torch.enable_grad():  # the grad mode of the call, for models that take derivatives
             inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
             # Copies: a forward pass may change them in place.
             given = {name: values.get(name, p).detach().clone() for name, p in self.model.named_parameters()}
             return stacked(self.forward({**given, **self.call.buffers(self.model)}, *inputs)).detach()
 
     def check_outputs(self, x: Tensor) -> None:
-        """Compare the outputs of a replay with those of the call.
-
-        Raises:
-            DisagreementError: They differ.
-        """
+        """Raise a DisagreementError if outputs differ from those of the call."""
         reference = stacked([self.call.outputs[place] for place in self.call.places])
         x = x.reshape(-1)
         if x.shape != reference.shape:
             raise DisagreementError(f"it gave {x.numel()} outputs where the call gave {reference.numel()}")
         scale = reference.abs().max().double()
-        # Some of CUDA's fused operations, such as weight_norm's, round numbers of float64 to float32 inside.
+        # Some fused CUDA operations, such as weight_norm's, round float64 to float32.
         tolerance = min(max(1e3 * precision(self.call, x.dtype), 1e-7), 0.05) * scale
         difference = (x.double() - reference.double()).abs().max()
         if torch.isfinite(reference).all() and not difference <= tolerance:
@@ -103,15 +96,11 @@ class Replay:
 
 
 def batch_and_outputs(call: Outputs) -> tuple[int, int]:
-    """N and Q of outputs that belong together.
-
-    Raises:
-        ValueError: The outputs do not share a first dimension.
-    """
+    """N and Q of outputs; a ValueError if they do not share a first dimension."""
     shapes = [call.outputs[place].shape for place in call.places]
     if any(len(shape) == 0 or shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
-            "The model's outputs should all have the batch as their first dimension, but those that the loss saw have "
+            "The model's outputs should all have the batch as their first dimension, but those of the loss have "
             f"shapes {[list(shape) for shape in shapes]}. Return per-sample outputs, or reduce them outside the model."
         )
     n = shapes[0][0]
@@ -119,7 +108,7 @@ def batch_and_outputs(call: Outputs) -> tuple[int, int]:
 
 
 def precision(call: Outputs, dtype: torch.dtype) -> float:
-    """Machine epsilon of the arithmetic that outputs came from: of ``dtype``, theirs or autocast's, the coarsest."""
+    """Machine epsilon of the arithmetic of outputs, the coarsest of ``dtype``, their own dtypes and autocast's."""
     kinds = {x.device.type for x in call.outputs.values()}
     autocast = call.conditions.autocast if isinstance(call, Call) else []
     lowered = [low for kind, low, enabled in autocast if enabled and kind in kinds]

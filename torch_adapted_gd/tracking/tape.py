@@ -1,4 +1,4 @@
-"""Which operations parameters are used in, noted while the user's own forward pass runs."""
+"""Notes the operations with parameters while the user's forward pass runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .applied import applied
 from .arguments import Key, changes_in_place, results_of, tensors_of
 from .decomposed import DECOMPOSED
 
-_OPENED = {F.multi_head_attention_forward}  # made of operations that have rules of their own
-_QUIET = {  # asked often, and never of interest
+_OPENED = {F.multi_head_attention_forward}  # its operations have rules of their own
+_QUIET = {  # called often, and never of interest
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.stride),
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "requires_grad", "ndim", "is_cuda", "is_nested")),
 }
-# Of their second operand these take its form alone.
+# These take only the shape or dtype of their second operand.
 _BY_EXAMPLE = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as}
 _ASKS_FOR_GRADIENTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
@@ -33,14 +33,14 @@ View = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of a parameter: its 
 
 @dataclass(eq=False)
 class Source:
-    """A tensor that was computed from parameters alone, and from constants: the same for all samples.
+    """A tensor that was computed from parameters and constants alone, so that it is the same for all samples.
 
     Attributes:
-        tensor: It.
-        name: The parameter's, if it is one.
-        view: Which view of a parameter it is, if it is one.
-        note: Where else it comes from.
-        place: Which output of that.
+        tensor: The tensor.
+        name: The name of the parameter, if it is one.
+        view: The view of a parameter, if it is one.
+        note: The operation that computed it.
+        place: Its place among the outputs of that.
     """
 
     tensor: Tensor
@@ -62,17 +62,14 @@ class Source:
 
 @dataclass(eq=False)
 class Note:
-    """One operation with operands that were computed from parameters.
+    """One operation, ``function(*args, **kwargs)``, with operands that were computed from parameters.
 
     Attributes:
-        function: What was called.
-        args: With these.
-        kwargs: And these.
         sources: The operands that were computed from parameters.
-        mixed: Whether there were others that may depend on the samples.
-        edges: Where its outputs are in the graph, by place.
-        shapes: Their shapes.
-        owners: What keeps the edges' nodes alive.
+        mixed: Whether other operands may depend on the samples.
+        edges: The edges of its outputs in the graph, by place.
+        shapes: The shapes of the outputs.
+        owners: Objects that keep the nodes of the edges alive.
     """
 
     function: Callable[..., Any]
@@ -86,25 +83,23 @@ class Note:
 
 
 class Tape(TorchFunctionMode):
-    """Notes each operation that has a parameter, or something computed from parameters alone, as an operand.
+    """Notes each operation with an operand that is a parameter, or was computed from parameters alone.
 
-    Derivatives that are taken within a forward pass use parameters again, in operations that no function mode sees. Where they
-    may be taken, which is where something requires a gradient that is no parameter, an operation is run as an `Applied`, whose
-    backward pass comes by here too.
+    Derivatives within a forward pass use parameters again, in operations that no function mode sees. They are possible once a
+    tensor that is no parameter requires a gradient. Operations are then run as `Applied`, whose backward pass is noted too.
 
     Args:
         parameters: The parameters to be differentiated by, by name.
-        constants: Other tensors that are the same for all samples: buffers, frozen parameters.
-        differentiable: Whether derivatives may be taken.
-        still_runs: Tells whether the forward pass is under way.
+        constants: Other tensors that are the same for all samples: buffers and frozen parameters.
+        differentiable: Whether derivatives are possible.
+        still_runs: Tells whether the forward pass is in progress.
 
     Attributes:
         notes: The notes, in the order of the operations.
-        finished: Whether it takes no more notes.
-        parameters: As given.
+        finished: Whether the forward pass has ended.
         retaining: Hidden tensors whose gradient the user keeps.
         without_graph: Whether a parameter was used with gradients disabled, as within `torch.utils.checkpoint`.
-        derived: Whether a derivative was taken that parameters are used in.
+        derived: Whether a derivative was taken in which parameters are used.
     """
 
     def __init__(
@@ -134,11 +129,11 @@ class Tape(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a function that is compiled within the model: nothing of it is noted
+        if torch.compiler.is_compiling():  # a function that is compiled within the model is not noted
             return func(*args, **kwargs)
         self._operations += 1
         if self.finished or (self._operations % 256 == 0 and not self._still_runs()):
-            self.finish()  # a forward pass that was interrupted leaves its modes behind
+            self.finish()  # an interrupted forward pass leaves its mode behind
             return func(*args, **kwargs)
         if func in _QUIET or func in _GRADIENTS:
             return func(*args, **kwargs)
@@ -181,24 +176,24 @@ class Tape(TorchFunctionMode):
             note = Note(func, args, kwargs, sources, mixed)
             result = func(*args, **kwargs)
             if transformed and any(map(private.is_batched, results_of(result))):
-                # What it is shows at the bottom of the transforms, where an operation with it is noted.
+                # An operation with it is noted at the bottom of the transforms.
                 self._sources |= {id(tensor): Source(tensor) for tensor in results_of(result)}
                 return result
         self._close(note, result if changed is None else changed)
         return result
 
     def finish(self) -> None:
-        """Take no more notes, but for derivatives that are taken after the forward pass; what it needed is given back."""
+        """Take no more notes, except of derivatives after the forward pass."""
         self.finished = True
         if not self.differentiable:
             self._sources, self._constants = {}, {}
 
     def note(self, function: Callable[..., Any], args: tuple[Any, ...], sources: dict[Key, Source], result: Tensor) -> None:
-        """Take down an operation that was run elsewhere."""
+        """Note an operation that was run elsewhere."""
         self._close(Note(function, args, {}, sources, True), result)
 
     def source_of(self, tensor: Tensor) -> Source | None:
-        """What is known of a tensor, if it was computed from parameters alone."""
+        """The source of a tensor that was computed from parameters alone, else None."""
         source = self._sources.get(id(tensor))
         if source is None and (view := self._view(tensor)) is not None:
             return Source(tensor, None, view)
@@ -249,7 +244,7 @@ class Tape(TorchFunctionMode):
 
 
 def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
-    """The tensors of a model that are the same for all samples, but for the parameters."""
+    """The tensors of a model that are the same for all samples, except the parameters."""
     ours = {id(p) for p in parameters.values()}
     for module in model.modules():
         held: list[Any] = [module._parameters, module._buffers, module.__dict__]

@@ -1,4 +1,4 @@
-"""Calls of a criterion: what it was given, what it gave, and which entries of the model's outputs those were."""
+"""Calls of a criterion: its arguments and values, and which entries of the model's outputs the arguments are."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .calls import Outputs, unwatched, without_autocast
 from .tape import Tape
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
-# Of the digits of positions that are sent back through a graph: what bfloat16 holds, and float32.
+# Positions are sent back through a graph in digits of these bases, which bfloat16 and float32 hold exactly.
 _LOW, _BASE = 2**8, 2**20
 
-# Nodes of the graph whose outputs are entries of their inputs, or constants.
+# Nodes of the graph that move entries, and may add constants.
 _MOVING = (
     *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Slice", "Select", "Index"),
     *("IndexSelect", "MaskedSelect", "Gather", "Take", "TakeAlongDim", "Clone", "Alias", "ToCopy", "Cat", "Stack", "Split"),
@@ -33,18 +33,16 @@ _MOVES = {f"{name}Backward{number}" for name in _MOVING for number in range(6)}
 
 
 class RefusedError(RuntimeError):
-    """A criterion does not take what it is given, as one that checks its arguments."""
+    """A criterion raised an error for its arguments."""
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries of a criterion's argument that are entries of something in x.
+    """Entries of a criterion's argument that are entries of output ``place`` of ``of``.
 
     Attributes:
-        of: What they are entries of.
-        place: Which output of it.
-        index: Which entries of that, flat, ``[S]``; None for all, in order.
-        at: Where they are in the argument, flat, ``[S]``; None for everywhere, in order.
+        index: The entries of the output, flat, ``[S]``; None for all, in order.
+        at: The entries of the argument, flat, ``[S]``; None for all, in order.
     """
 
     of: Outputs
@@ -55,18 +53,18 @@ class Entries:
 
 @dataclass(eq=False)
 class Term:
-    """One call of a criterion, C = Σ ⟨f, values⟩ a term of the loss.
+    """One call of a criterion. Σ ⟨f, values⟩ is a term of the loss C.
 
     Attributes:
-        criterion: What was called.
-        arguments: Its positional and keyword arguments, flat, tensors as copies.
-        structure: How these belong together.
-        entries: For those of its arguments that are part of x, by number: which part.
-        state: The criterion's own, before the call.
-        values: What it gave, by number.
-        factors: f by number: ∂loss/∂value as backward passes delivered it, float64.
-        doubles: Whether the criterion takes float64; None as long as nobody asked.
-        number: Which call of any criterion it was.
+        criterion: The criterion.
+        arguments: Its positional and keyword arguments, flat; tensors are copies.
+        structure: The pytree structure of the arguments.
+        entries: The part of x that an argument is, by the number of the argument.
+        state: The state of the criterion before the call.
+        values: The returned values, by number.
+        factors: f = ∂loss/∂value from backward passes, float64, by number of the value.
+        doubles: Whether the criterion takes float64; None if it was not tried yet.
+        number: The number of the call among those of all criteria.
     """
 
     criterion: nn.Module
@@ -85,11 +83,11 @@ class Term:
         return [entries for found in self.entries.values() for entries in found]
 
     def called(self, arguments: dict[int, Tensor]) -> Tensor:
-        """Σ ⟨f, values⟩ for other arguments, by number, in float64 where the criterion can.
+        """Σ ⟨f, values⟩ for other arguments, by number, in float64 if the criterion takes it.
 
         Raises:
-            RuntimeError: The criterion does not give what it gave.
-            RefusedError: It does not take these arguments.
+            RuntimeError: Called again with its own arguments, the criterion gives other values.
+            RefusedError: It raises an error for these arguments.
         """
         if self.doubles is None:
             self._choose_dtype()
@@ -102,7 +100,7 @@ class Term:
         return total
 
     def _choose_dtype(self) -> None:
-        """Whether the criterion takes float64; some have tensors of their own in another dtype."""
+        """Find out whether the criterion takes float64, or has tensors of its own in another dtype."""
         given = {number: self.arguments[number].double() for number in self.entries}
         found: dict[int, Tensor] = {}
         size = max([1.0, *(float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in given.values() if x.numel())])
@@ -115,21 +113,21 @@ class Term:
                     continue
                 raise RuntimeError(
                     f"`criterion`, a {type(self.criterion).__name__}, could not be called again with its arguments: {error}. "
-                    "Nothing was changed. Take derivatives of what it is given outside of it, and give it what they are."
+                    "Nothing was changed. Take derivatives of its arguments outside of it, and give it the derivatives."
                 ) from error
             if all(_agree(found[number], value, size) for number, value in self.values.items() if number in found):
                 self.doubles = doubles
                 return
         raise RuntimeError(
             f"`criterion`, a {type(self.criterion).__name__}, gave {_shown(self.values)} in the training step and "
-            f"{_shown(found)} for the same arguments when it was called again, so that steps cannot be judged by it. Let what "
-            "it gives depend on its arguments, its parameters and buffers, and torch's default random numbers alone."
+            f"{_shown(found)} for the same arguments when it was called again, so it cannot judge steps. Its value may depend "
+            "only on its arguments, its parameters and buffers, and torch's default random numbers."
         )
 
     def _run(self, arguments: dict[int, Tensor], *, doubles: bool) -> dict[int, Tensor]:
         leaves = list(self.arguments)
         for number, value in enumerate(leaves):
-            if isinstance(value, Tensor):  # copies: it may change them
+            if isinstance(value, Tensor):  # copies, because it may change them
                 leaves[number] = _copied(arguments.get(number, value), value.dtype, doubles=doubles)
         args, kwargs = tree_unflatten(leaves, self.structure)
         kind = next(iter(self.values.values())).device.type
@@ -146,12 +144,12 @@ class Term:
 
 @dataclass
 class State:
-    """What the outcome of a criterion depends on beside its arguments.
+    """What the value of a criterion depends on besides its arguments.
 
     Attributes:
-        held: Its parameters and buffers by name, copies.
-        attributes: Those of its modules; lists and dicts among them as copies.
-        random: The states of the random number generators, None where it did not draw.
+        held: Copies of its parameters and buffers by name.
+        attributes: The attributes of its modules, with copies of lists and dicts.
+        random: The states of the random number generators; None if it drew no numbers.
     """
 
     held: dict[str, Tensor]
@@ -160,12 +158,7 @@ class State:
 
     @classmethod
     def now(cls, criterion: nn.Module, devices: list[int]) -> State:
-        """Take it down.
-
-        Args:
-            criterion: The criterion.
-            devices: The GPUs that it works on.
-        """
+        """The current state of a criterion that works on these GPUs."""
         held = {**dict(criterion.named_parameters()), **dict(criterion.named_buffers())}
         return cls(
             held={name: tensor.detach().clone() for name, tensor in held.items()},
@@ -174,7 +167,7 @@ class State:
         )
 
     def forget_unused(self) -> None:
-        """The random numbers, if none was drawn since."""
+        """Forget the states of random number generators if no number was drawn since."""
         if self.random is None:
             return
         cpu, cuda = self.random
@@ -185,7 +178,7 @@ class State:
 
     @contextlib.contextmanager
     def restored(self, criterion: nn.Module) -> Iterator[None]:
-        """Context in which it is in force; all is left as it was found."""
+        """Context in which it is in force; at its end all is as before."""
         present = [(module, dict(module.__dict__)) for module in criterion.modules()]
         with contextlib.ExitStack() as stack:
             if self.random is not None:
@@ -225,7 +218,7 @@ def _copied(tensor: Tensor, dtype: torch.dtype, *, doubles: bool) -> Tensor:
 
 
 def _agree(found: Tensor, value: Tensor, size: float) -> bool:
-    """Whether two values of a criterion are the same but for rounding of arguments of some size, which may hide them."""
+    """Whether two values of a criterion agree within the rounding error of arguments of this size."""
     expected = value.double()
     scale = expected.abs().mean() if expected.numel() else 0.0
     allowed = 1e-2 * (expected.abs() + scale) + 1e2 * torch.finfo(value.dtype).eps * size
@@ -243,13 +236,13 @@ class Graph:
 
     Args:
         x: The tensor.
-        mark: What the outputs that count are marked with.
-        parameters: The parameters that count, by ``id``.
+        mark: The mark of recorded outputs.
+        parameters: The parameters to be stepped, by ``id``.
 
     Attributes:
-        marked: The nodes of marked outputs, by ``id`` of the call and place, with both.
-        moved: Whether all on the way to them moves entries alone.
-        depends: Whether it was computed from any of them or from one of the parameters.
+        marked: The nodes of recorded outputs, with the call and place, by ``id`` of the call and place.
+        moved: Whether all operations since these outputs only move entries.
+        depends: Whether it was computed from such an output or a parameter.
         of_a_criterion: Whether it was computed from the value of a watched criterion.
         eps: Machine epsilon of the coarsest dtype that it was cast to on the way.
     """
@@ -285,18 +278,14 @@ class Graph:
         self.moved = self.moved and bool(self.marked)
 
     def touches(self, tapes: list[Tape]) -> bool:
-        """Whether uses of parameters that a tape has noted are behind it."""
+        """Whether it depends on operations with parameters that a tape has noted."""
         return any(edge.node in self._seen for tape in tapes for note in tape.notes for edge in note.edges.values())
 
 
 def entries_of(x: Tensor, marked: dict[tuple[int, int], Any]) -> list[Entries] | None:
-    """Which entries of recorded outputs a tensor's entries are; None if they are others, or one of them twice.
+    """Which entries of the recorded outputs ``marked`` the entries of x are; None if x has others, or one of them twice.
 
-    Each position is sent back through the graph: the gradient says where it came from.
-
-    Args:
-        x: A tensor that was made from these outputs by moving entries.
-        marked: The outputs.
+    Positions are sent back through the graph as gradients: the gradient at an output tells where its entries went.
     """
     outputs = list(marked.values())
     if len(outputs) == 1 and x.grad_fn is outputs[0][0]:
@@ -308,7 +297,7 @@ def entries_of(x: Tensor, marked: dict[tuple[int, int], Any]) -> list[Entries] |
     numbers = torch.cat([code[code > 0] for code in found])
     if len(numbers) != len(numbers.unique()) or (len(numbers) and int(numbers.max()) > size):
         return None
-    if len(numbers) < size:  # the others are constants, or there twice: another order tells
+    if len(numbers) < size:  # others are constants or duplicates: try another order
         order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(x.device)
         again = _sent_back(x, codes[order], nodes, sizes)
         for first, second in zip(found, again, strict=True):
@@ -329,7 +318,7 @@ def entries_of(x: Tensor, marked: dict[tuple[int, int], Any]) -> list[Entries] |
 
 
 def _sent_back(x: Tensor, codes: Tensor, nodes: list[Any], sizes: list[int]) -> list[Tensor]:
-    """Codes of entries, as they arrive at nodes of the graph, flat integers; digit by digit."""
+    """The codes of entries as they arrive at nodes of the graph, flat integers, sent digit by digit."""
     totals: list[Tensor | int] = [0] * len(nodes)
     weight, rest = 1, codes
     base = _BASE if all(t >= 4 for t in (x.element_size(), *sizes)) else _LOW
