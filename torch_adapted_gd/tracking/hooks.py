@@ -20,6 +20,7 @@ _PREPARE = "__prepare_scriptable__"  # what torch.jit.script asks each module fo
 
 def watch_calls(module: nn.Module, watcher: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Handles:
     """Call methods of a watcher before and after each forward pass while the watcher lives, ``after`` also after an error."""
+    private.not_compiled_alone(_Hook.__call__)
     handles = (
         module.register_forward_pre_hook(_Hook(watcher, before), prepend=True, with_kwargs=True),
         module.register_forward_hook(_Hook(watcher, after), with_kwargs=True, always_call=True),

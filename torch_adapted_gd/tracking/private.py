@@ -85,6 +85,13 @@ def disable_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch._disable_dynamo(function)  # type: ignore[attr-defined]
 
 
+def not_compiled_alone(function: Any) -> None:
+    """Have a function not compiled where plain code calls it. What is traced may contain it."""
+    from torch._dynamo.eval_frame import skip_code  # heavy; torch itself imports it in the first step
+
+    skip_code(function.__code__)
+
+
 def is_tracing() -> bool:
     """Whether `torch.jit.trace` is in progress."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return, no-untyped-call]
