@@ -1,6 +1,6 @@
 """Recurrent layers and weight normalization as the operations that they are made of: torch runs each as one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -146,3 +146,10 @@ DECOMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     **{getattr(torch, f"{kind}_cell"): _single(kind) for kind in _CELLS},
 }
 BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm}  # instead, under vmap
+
+
+def decomposition(function: Callable[..., Any], args: Sequence[Any]) -> Callable[..., Any] | None:
+    """What to compute instead of a function of torch, of operations that have rules; None for the function itself."""
+    if function is torch._weight_norm and args[0].is_cuda and args[0].dtype == torch.float64:
+        return _weight_norm  # torch's own rounds to float32 inside
+    return DECOMPOSED.get(function)

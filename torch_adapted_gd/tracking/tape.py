@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from . import private
 from .applied import applied
 from .arguments import Key, changes_in_place, results_of, tensors_of
-from .decomposed import DECOMPOSED
+from .decomposed import decomposition
 
 _OPENED = {F.multi_head_attention_forward}  # its operations have rules of their own
 _QUIET = {  # called often, and never of interest
@@ -158,9 +158,9 @@ class Tape(TorchFunctionMode):
         if func in _OPENED:
             with self:
                 return private.opened(func)(*args, **kwargs)
-        if func in DECOMPOSED:
+        if (decomposed := decomposition(func, args)) is not None:
             with self:
-                return DECOMPOSED[func](*args, **kwargs)
+                return decomposed(*args, **kwargs)
         if mixed and (self.differentiable or transformed):
             result = applied(func, args, kwargs, sources.keys(), self, transformed=transformed)
             if result is not None:
