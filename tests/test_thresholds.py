@@ -1,0 +1,87 @@
+"""Thresholds of the policies, on curves with one parameter: what is just beyond one goes another way than what is just before."""
+
+import pytest
+import torch
+from torch import nn
+
+from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt
+from torch_adapted_gd.step.remembered import SamePoints
+
+from .cases import MSE
+
+ONE = torch.ones(1, 1, dtype=torch.float64)
+
+
+class Curve(nn.Module):
+    """w ↦ f(w), from w = 0 on; without damping a step aims at f = 1 along the tangent."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.w = f, nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.f(x @ self.w)
+
+
+def beyond(start, value):
+    """w up to a start, then a line to a value at 1."""
+    slope = (value - 1) / (1 - start)
+    return lambda w: w + slope * torch.relu(w - start)
+
+
+class Loop:
+    def __init__(self, f, policy, **options):
+        self.model = Curve(f)
+        self.optimizer = AdaptedGD(self.model, criterion=MSE, damping=policy, **options)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        MSE(self.model(ONE), ONE).backward()
+        self.optimizer.step()
+        return self.model.w.item()
+
+
+def test_a_length_is_enough_from_a_ten_thousandth_of_what_the_slope_promises():
+    """(f − 1)² goes from 1 to (1 − ε)², by 2ε, and the slope promises 2."""
+    policy = Backtracking(second_order=False)
+    assert Loop(beyond(0.6, 2 - 2e-4), policy).step() == pytest.approx(1.0)
+    loop = Loop(beyond(0.6, 2 - 5e-5), policy)
+    assert loop.step() == pytest.approx(0.5)
+    loop.step()
+    assert loop.optimizer.last_step.num_trials == 2  # the whole length comes first again
+
+
+def test_where_no_length_is_enough_damping_begins_at_1e_18_and_grows_a_thousandfold():
+    loop = Loop(lambda w: torch.where(w > 0.4, 3.0, w), Backtracking(smallest=0.3, second_order=False))
+    assert loop.step() == pytest.approx(0.25)  # half of the length with λ = 1
+    report = loop.optimizer.last_step
+    assert report.relative_damping == pytest.approx(1.0)
+    assert report.num_trials == 2 * 8  # 0, 1e-18, 1e-15, …, 1
+    loop.model.f = lambda w: w
+    dampings = []
+    for _ in range(3):
+        loop.step()
+        dampings.append(loop.optimizer.last_step.relative_damping)
+    assert dampings == pytest.approx([1.0, 1e-3, 1e-6])
+
+
+def test_losses_on_other_inputs_raise_damping_up_to_ten():
+    policy, state = LevenbergMarquardt(), {"before": 1.0, "predicted": -1.0}
+    raised = {d: policy.looked_back({**state, "damping": d}, 2.0, same=False)[0]["damping"] for d in (0.1, 9.0, 20.0)}
+    assert raised == {0.1: 0.2, 9.0: 10.0, 20.0: 20.0}
+
+
+def test_steps_that_are_taken_back_one_after_the_other_raise_damping_faster_and_faster():
+    policy, state = LevenbergMarquardt(), {"before": 1.0, "predicted": -1.0, "damping": 1.0}
+    for rejections, factor in ((0.0, 2.0), (1.0, 4.0), (2.0, 8.0), (1e5, 2.0**40)):  # and no further than floats go
+        found, back = policy.looked_back({**state, "rejections": rejections}, 2.0, same=True)
+        assert back
+        assert found["damping"] == factor
+
+
+@pytest.mark.parametrize(("left", "undamped"), [(0.45, True), (0.55, False)])
+def test_fifty_undamped_steps_have_to_halve_the_loss(left, undamped):
+    points = SamePoints()
+    for number in range(52):
+        points = points.met(1.0, left ** (number / 51))
+    assert points.undamped == undamped
