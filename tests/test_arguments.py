@@ -37,7 +37,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_defaults_do_not_change_unnoticed(name):
-    """The documentation's figures were measured with them, and a change of one has to be in the changelog (docs/stability.md)."""
+    """Figures of the documentation were measured with them, and the changelog has to tell of a change (docs/stability.md)."""
     found = inspect.signature(getattr(torch_adapted_gd, name)).parameters.items()
     assert {key: p.default for key, p in found if p.default is not p.empty} == DEFAULTS[name]
 

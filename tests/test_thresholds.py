@@ -1,4 +1,4 @@
-"""Thresholds of the policies, on curves with one parameter: what is just beyond one goes another way than what is just before."""
+"""Thresholds of the policies, on curves with one parameter: what is just beyond one goes another way than what is before it."""
 
 import pytest
 import torch
@@ -85,3 +85,35 @@ def test_fifty_undamped_steps_have_to_halve_the_loss(left, undamped):
     for number in range(52):
         points = points.met(1.0, left ** (number / 51))
     assert points.undamped == undamped
+
+
+@pytest.mark.parametrize(
+    ("policy", "fraction"),
+    [(Backtracking(), 1 / 16), (LevenbergMarquardt(initial=1e-6), 0.1)],  # which then raises λ
+    ids=["line search", "levenberg-marquardt"],
+)
+def test_a_curvature_is_learned_from_losses_threefold_in_a_step_at_most_and_not_from_their_rounding(policy, fraction):
+    model, constant, curvatures, fractions = Curve(lambda w: w), 1e3, [], []
+    optimizer = AdaptedGD(model, damping=policy)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = constant + 50 * (model(ONE) - 1).square().sum()  # its curvature is 100, and |g|²/2C = 100/21
+        loss.backward()
+        return loss
+
+    def step():
+        optimizer.step(closure)
+        curvatures.append(optimizer.last_step.curvature)
+        fractions.append(optimizer.last_step.fraction)
+
+    for _ in range(4):
+        step()
+    assert curvatures == pytest.approx([100 / 21, 300 / 21, 900 / 21, 100])
+    assert fractions[0] == pytest.approx(fraction)
+    constant = 1e6
+    torch.nn.init.constant_(model.w, 1 - 3e-6)  # the loss falls by four times its rounding
+    step()
+    assert model.w.item() > 1 - 2e-6
+    step()
+    assert curvatures[-1] == pytest.approx(100, rel=1e-6)
