@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt
+from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt, LossFunction
 from torch_adapted_gd.step.remembered import SamePoints
 
 from .cases import MSE
@@ -117,3 +117,34 @@ def test_a_curvature_is_learned_from_losses_threefold_in_a_step_at_most_and_not_
     assert model.w.item() > 1 - 2e-6
     step()
     assert curvatures[-1] == pytest.approx(100, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "value", "end"),
+    [
+        (LevenbergMarquardt(initial=1e-12), 1.37, 0.63),
+        (LevenbergMarquardt(initial=1e-12), 1.38, 1.0),  # 0.38 is more than three eighths of the step
+        (Backtracking(), 1.3, 0.7),  # (f − 1)² goes from 0.09 to 0.051 only
+        (Backtracking(), 1.2, 13 / 15),  # to 0.01, and on like that
+    ],
+)
+def test_how_far_the_bend_is_mended(policy, value, end):
+    loop = Loop(beyond(0.6, value), policy)
+    assert loop.step() == pytest.approx(end, abs=1e-6)
+    assert loop.optimizer.last_step.num_trials == 1
+
+
+@pytest.mark.parametrize(("noise", "taken_back"), [(5e-4, True), (2e-3, False)])
+def test_losses_that_repeat_to_a_thousandth_judge_the_step_before(noise, taken_back):
+    level = 0.0
+    criterion = LossFunction(lambda out: (1 + level) * (out - 1).square().sum())
+    model = Curve(lambda w: torch.where(w > 0.5, 3.0, w))
+    optimizer = AdaptedGD(model, criterion=criterion, damping=LevenbergMarquardt(initial=1e-12, judge="next"))
+    statuses = []
+    for level in (0.0, 0.0, noise, noise):  # there, taken back, the same place with another loss, there
+        optimizer.zero_grad()
+        criterion(model(ONE)).backward()
+        optimizer.step()
+        statuses.append(optimizer.last_step.status)
+    assert statuses[:3] == ["full_rank", "rejected", "full_rank"]
+    assert (statuses[3] == "rejected") == taken_back
