@@ -136,12 +136,12 @@ def test_how_far_the_bend_is_mended(policy, value, end):
 
 @pytest.mark.parametrize(("noise", "taken_back"), [(5e-4, True), (2e-3, False)])
 def test_losses_that_repeat_to_a_thousandth_judge_the_step_before(noise, taken_back):
-    level = 0.0
-    criterion = LossFunction(lambda out: (1 + level) * (out - 1).square().sum())
+    levels = [0.0, 0.0, noise, noise]  # there, taken back, the same place with another loss, there
+    criterion = LossFunction(lambda out: (1 + levels[len(statuses)]) * (out - 1).square().sum())
     model = Curve(lambda w: torch.where(w > 0.5, 3.0, w))
     optimizer = AdaptedGD(model, criterion=criterion, damping=LevenbergMarquardt(initial=1e-12, judge="next"))
     statuses = []
-    for level in (0.0, 0.0, noise, noise):  # there, taken back, the same place with another loss, there
+    for _ in levels:
         optimizer.zero_grad()
         criterion(model(ONE)).backward()
         optimizer.step()
