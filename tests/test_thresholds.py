@@ -112,7 +112,7 @@ def test_a_curvature_is_learned_from_losses_threefold_in_a_step_at_most_and_not_
     assert curvatures == pytest.approx([100 / 21, 300 / 21, 900 / 21, 100])
     assert fractions[0] == pytest.approx(fraction)
     constant = 1e6
-    torch.nn.init.constant_(model.w, 1 - 3e-6)  # the loss falls by four times its rounding
+    nn.init.constant_(model.w, 1 - 3e-6)  # the loss falls by four times its rounding
     step()
     assert model.w.item() > 1 - 2e-6
     step()
@@ -148,3 +148,28 @@ def test_losses_that_repeat_to_a_thousandth_judge_the_step_before(noise, taken_b
         statuses.append(optimizer.last_step.status)
     assert statuses[:3] == ["full_rank", "rejected", "full_rank"]
     assert (statuses[3] == "rejected") == taken_back
+
+
+@pytest.mark.parametrize(("edge", "damping", "fraction"), [(1e-2, 0.0, 1 / 128), (1.5e-3, 1.0, 1 / 512)])
+def test_undamped_steps_on_differential_equations_are_no_shorter_than_a_thousandth(edge, damping, fraction):
+    """u = f(w)·x with f(w) = w up to an edge and 3 beyond, for the equation u′ = 1. Where undamped steps fail, λ is raised."""
+
+    class Solution(Curve):
+        def forward(self, x):
+            return self.f(self.w) * x
+
+    model = Solution(lambda w: torch.where(w > edge, 3.0, w))
+    optimizer = AdaptedGD(model, criterion=MSE)
+
+    def closure():
+        optimizer.zero_grad()
+        x = ONE.clone().requires_grad_()
+        loss = MSE(torch.autograd.grad(model(x).sum(), x, create_graph=True)[0], ONE)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # the next one knows that the points stay
+    nn.init.zeros_(model.w)
+    optimizer.step(closure)
+    assert optimizer.last_step.relative_damping == pytest.approx(damping)
+    assert optimizer.last_step.fraction == fraction
