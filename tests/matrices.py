@@ -134,6 +134,9 @@ TABLE: dict[str, Expected] = {
     "600, a gap at the user's cut that is too narrow for the remainder": Expected(
         lambda: Matrix.with_values(600, torch.cat([spread(300, 10.0), 1e-4 * spread(300, 10.0)]), 300), 300, "eigh", rtol=1e-3
     ),
+    "600, a gap at the user's cut with a remainder that the solution would show": Expected(
+        lambda: Matrix.with_values(600, torch.cat([spread(300, 10.0), 1e-5 * spread(300, 10.0)]), 300), 300, "eigh", rtol=1e-3
+    ),
     "600, no gap at the user's cut": Expected(
         lambda: Matrix.with_values(600, spread(600, 1e3), 400), 400, "eigh", rtol=float(spread(600, 1e3)[399:401].mean())
     ),
