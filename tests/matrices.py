@@ -96,6 +96,7 @@ TABLE: dict[str, Expected] = {
     "128": Expected(lambda: Matrix.with_values(128, spread(128, 10.0)), 128, "eigh"),
     "129": Expected(lambda: Matrix.with_values(129, spread(129, 10.0)), 129, "cholesky"),
     "129, rank 60": Expected(lambda: Matrix.with_values(129, spread(60, 10.0)), 60, "eigh"),
+    "200, κ = 1e6": Expected(lambda: Matrix.with_values(200, spread(200, 1e6)), 200, "eigh"),
     "200, κ = 1e7": Expected(lambda: Matrix.with_values(200, spread(200, 1e7)), 188, "eigh", slack=3),
     "300, orthogonal": Expected(lambda: Matrix.with_values(300, spread(300, 1.0)), 300, "cholesky"),
     "300, float32": Expected(lambda: Matrix.of(torch.randn(300, 400), 300), 300, "cholesky"),
@@ -132,6 +133,9 @@ TABLE: dict[str, Expected] = {
     ),
     "600, a gap at the user's cut that is too narrow for the remainder": Expected(
         lambda: Matrix.with_values(600, torch.cat([spread(300, 10.0), 1e-4 * spread(300, 10.0)]), 300), 300, "eigh", rtol=1e-3
+    ),
+    "600, a gap at the user's cut with a remainder that the solution would show": Expected(
+        lambda: Matrix.with_values(600, torch.cat([spread(300, 10.0), 1e-5 * spread(300, 10.0)]), 300), 300, "eigh", rtol=1e-3
     ),
     "600, no gap at the user's cut": Expected(
         lambda: Matrix.with_values(600, spread(600, 1e3), 400), 400, "eigh", rtol=float(spread(600, 1e3)[399:401].mean())

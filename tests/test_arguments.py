@@ -1,6 +1,7 @@
 """Bad arguments: refused when they are given, not first in a step."""
 
 import copy
+import inspect
 import math
 
 import numpy as np
@@ -8,11 +9,37 @@ import pytest
 import torch
 from torch import nn
 
+import torch_adapted_gd
 from torch_adapted_gd import AdaptedGD, ConjugateGradients, Dense
 
 from .cases import mlp
 
 MSE = nn.MSELoss()
+
+FLOW = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-10, "steps": 20, "rank_rtol": None}
+DEFAULTS = {
+    "AdaptedGD": {"lr": 1.0, "criterion": None, "params": None, "alpha": 1.0, "damping": None, "momentum": 0.0}
+    | {"weight_decay": 0.0, "metric": "euclidean", "solver": "auto", "process_group": None},
+    "Backtracking": {"damping": 0.0, "judge": "auto", "smallest": 1e-12, "second_order": True},
+    "ConjugateGradients": {"rtol": 1e-2, "max_iter": 500, "preconditioner": "outputs", "warm_start": True},
+    "Dense": {"space": "auto", "rtol": None, "factorization": "auto", "kernel": "auto", "chunk_size": None},
+    "LevenbergMarquardt": {"initial": 0.1, "increase": 2.0, "decrease": 1 / 3, "good": 0.75, "poor": 0.25, "accept": 1e-4}
+    | {"carry_over": 0.5, "smallest": 1e-15, "num_trials": 10, "second_order": True, "judge": "auto"},
+    "StraightLine": {"tolerance": 0.02, "smallest": 1e-6, "damping": 0.0},
+    "adapted_flow": {"alpha": 1.0, "time": "t", "t_end": None, "load": False} | FLOW,
+    "effective_kernel": {"alpha": 1.0, "step": 1e-4, "rank_rtol": None},
+    "follow_path": {"s_end": 1.0, "correction": 0.0, "load": False} | FLOW,
+    "interpolation_deviation": {"t_end": 0.99} | FLOW,
+    "line_losses": {"steps": 50},
+    "solve_kernel": {"damping": 0.0, "rtol": None, "method": "auto"},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_do_not_change_unnoticed(name):
+    """Figures of the documentation were measured with them, and the changelog has to tell of a change (docs/stability.md)."""
+    found = inspect.signature(getattr(torch_adapted_gd, name)).parameters.items()
+    assert {key: p.default for key, p in found if p.default is not p.empty} == DEFAULTS[name]
 
 
 @pytest.mark.parametrize(

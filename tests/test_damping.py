@@ -135,6 +135,9 @@ def test_damping_is_raised_while_the_next_batch_is_worse_by_far():
     assert policy.after(1.0, 1.0, -1.5) == 2.0
     carry = CarryOver().met(1.0).stepped(1.0, -1.0)
     assert carry.met(100.0).share == -3.0  # an outlier counts for no more than that
+    # Where a step gains a hundredth of the loss, chance makes batches differ by more: what counts is beyond that.
+    carry = CarryOver().met(100.0).stepped(100.0, -1.0)
+    assert [carry.met(loss).share for loss in (99.0, 100.0, 101.5, 102.5)] == [None, None, None, -2.5]
 
 
 def test_no_damping_is_not_the_end():

@@ -409,3 +409,19 @@ def test_a_singular_system_settles_or_says_that_it_has_not(max_iter, converged):
     assert found.converged == converged
     if converged:
         assert (found.image - torch.where(values > 0, g, 0.0)).norm() <= 1e-6 * g.norm()
+
+
+def test_a_singular_value_at_the_shift_comes_within_reach_round_by_round():
+    """Each round halves what is left of it: ten until it is a thousandth."""
+    values, g = torch.tensor([1.0, 2.0, 5.0, 0.0, 2e-8], dtype=DOUBLE), torch.ones(5, dtype=DOUBLE)
+    found = solve_by_cg(
+        lambda v: values * v,
+        g,
+        shift=0.0,
+        scale=2.0,
+        precondition=lambda mu: torch.clone,
+        options=ConjugateGradients(rtol=1e-3),
+    )
+    assert found.singular
+    assert found.converged
+    assert (found.image - torch.where(values > 0, g, 0.0)).norm() <= 1e-3 * g.norm()

@@ -85,3 +85,14 @@ def test_never_silently_wrong(system, tolerance, dtype, preconditioner):
 def test_small_singular_values_are_not_silently_left_out(system, preconditioner):
     found, wrong = silently_wrong(system, torch.float64, rtol=1e-2, preconditioner=preconditioner)
     assert not found, wrong
+
+
+def test_no_progress_is_noticed_long_before_iterations_run_out():
+    model, x = copies()
+    optimizer = AdaptedGD(
+        model.double(), criterion=HALF, solver=ConjugateGradients(preconditioner="none"), damping=0.0, lr=1e-3
+    )
+    HALF(model(x.double()), torch.randn(20, 3).double()).backward()
+    optimizer.step()
+    assert optimizer.last_step.status == "rank_deficient"
+    assert optimizer.last_step.iterations < 280  # about 200, of which the last 60 of the first system were in vain

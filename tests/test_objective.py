@@ -131,6 +131,36 @@ def test_a_loss_that_couples_samples_has_one_block():
     assert float(objective.curvatures(x.reshape(-1), g).max()) == pytest.approx(float(torch.linalg.eigvalsh(h)[-1]))
 
 
+def test_only_squares_have_a_curvature_for_each_entry():
+    """It is the same everywhere; for others one is right for all of them."""
+    x, weight = torch.randn(N, 3, dtype=torch.float64), double(1, 2, 3)
+    for form, expected in ((torch.square, (2 * weight).repeat(N)), (torch.cosh, (weight * x.cosh()).max().expand(3 * N))):
+        objective = objective_of(LossFunction(lambda z, form=form: (weight * form(z)).sum()), x)
+        torch.testing.assert_close(objective.curvatures(x.reshape(-1), objective.gradient(x.reshape(-1))), expected)
+
+
+def test_where_a_loss_is_straight_its_gradient_alone_makes_a_root():
+    """(z₀ + z₁)² + (z₀ − z₁)²/100 + z₂ at z₀ = z₁: a small eigenvalue that g does not ask for, and none where it does."""
+    x = torch.ones(N, 3, dtype=torch.float64)
+    objective = objective_of(
+        LossFunction(lambda z: ((z[:, 0] + z[:, 1]) ** 2 + (z[:, 0] - z[:, 1]) ** 2 / 100 + z[:, 2]).sum()), x
+    )
+    g = objective.gradient(x.reshape(-1))
+    metric = objective.hessian_metric(x.reshape(-1), g).padded()
+    torch.testing.assert_close(metric.root(metric.root_inverse(g)), g)
+    root = metric.root(torch.eye(x.numel(), dtype=torch.float64))
+    expected = torch.block_diag(*N * [double([2.02, 1.98, 0], [1.98, 2.02, 0], [0, 0, 0])])
+    torch.testing.assert_close(root @ root.T, expected, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "q", "coupled"), [(2, 257, False), (257, 256, False), (4097, 1, True)])
+def test_blocks_that_are_too_large_are_refused(n, q, coupled):
+    x = torch.ones(n, q, dtype=torch.float64)
+    objective = objective_of(LossFunction(lambda z: (z.sum() if coupled else z.sum(1)).square().sum()), x)
+    with pytest.raises(RuntimeError, match='Hessian would have to be held as one, and nothing was changed. Use metric="eucl'):
+        objective.hessian_metric(x.reshape(-1), objective.gradient(x.reshape(-1)))
+
+
 def test_what_is_to_be_maximized_is_refused():
     x, y = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
     objective = objective_of(nn.MSELoss(), x, y, factor=-1.0)

@@ -92,7 +92,7 @@ class BlockMetric(Metric):
         values, vectors = torch.linalg.eigh(blocks)
         own, allowed = (torch.where(index >= 0, v[index.clamp(min=0)], 0.0) for v in (g, noise))  # [G, m]
         along = (vectors.mT @ own[..., None])[..., 0].abs()
-        asked = (along > 1e-8 * own.norm(dim=1, keepdim=True)) & (along > allowed.norm(dim=1, keepdim=True))
+        asked = along > allowed.norm(dim=1, keepdim=True)
         there = values > 1e-14 * values[:, -1:]
         least = LEAST * float(values.max())
         values = torch.where(asked, values.clamp(min=least), torch.where(there, values.clamp(min=0.0), 0.0))
