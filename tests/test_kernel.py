@@ -74,3 +74,15 @@ def test_the_batch_size_is_that_of_the_outputs():
     d = dense_jacobian(model, edges, x)
     assert theta.shape == (6, 2, 6, 2)
     torch.testing.assert_close(theta.reshape(12, 12), d @ d.T)
+
+
+@pytest.mark.parametrize("elements", [1, 300])
+def test_embeddings_multiply_some_pairs_at_a_time(monkeypatch, elements):
+    """Pairs of places with equal tokens may be more than memory holds."""
+    monkeypatch.setattr("torch_adapted_gd.jacobian.tokens._ELEMENTS", elements)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 4), nn.Flatten(), nn.Linear(20, 2)).double()
+    x, other = torch.randint(30, (12, 5)), torch.randint(30, (7, 5))
+    first, second = (dense_jacobian(model, inputs) for inputs in (x, other))
+    for found, expected in ((ntk(model, x), first @ first.T), (ntk(model, x, other), first @ second.T)):
+        assert (found.flatten(2).flatten(0, 1) - expected).norm() <= 1e-12 * expected.norm()

@@ -59,18 +59,20 @@ def _add_pairs(theta: Tensor, rows: _Rows, columns: _Rows, counts: Tensor) -> No
     starts = torch.bincount(columns.index, minlength=len(counts)).cumsum(0)
     order = torch.argsort(columns.index)
     repeats = counts[rows.index]
-    ends = repeats.cumsum(0)
-    mine = torch.arange(len(repeats), device=theta.device).repeat_interleave(repeats)
-    last = (ends[mine] - 1) - torch.arange(len(mine), device=theta.device)
-    theirs = order[starts[rows.index[mine]] - 1 - last]
-    if columns is rows:
-        above = rows.sample[mine] <= rows.sample[theirs]
-        mine, theirs = mine[above], theirs[above]
     blocks = theta.unflatten(0, (-1, q)).unflatten(2, (-1, r)).transpose(1, 2)  # [N, M, Q, R]
     step = max(1, _ELEMENTS // max(1, (q + r) * o))
-    for one, two in zip(mine.split(step), theirs.split(step), strict=True):
-        products = rows.values[one] @ columns.values[two].transpose(1, 2)
-        blocks.index_put_((rows.sample[one], columns.sample[two]), products, accumulate=True)
+    several = (repeats.cumsum(0) // step).unique_consecutive(return_counts=True)[1].tolist()  # rows with about so many pairs
+    for some in torch.arange(len(repeats), device=theta.device).split(several):
+        times = repeats[some]
+        number = torch.arange(len(some), device=theta.device).repeat_interleave(times)
+        last = times.cumsum(0)[number] - 1 - torch.arange(len(number), device=theta.device)
+        mine = some[number]
+        theirs = order[starts[rows.index[mine]] - 1 - last]
+        if columns is rows:
+            above = rows.sample[mine] <= rows.sample[theirs]
+            mine, theirs = mine[above], theirs[above]
+        products = rows.values[mine] @ columns.values[theirs].transpose(1, 2)
+        blocks.index_put_((rows.sample[mine], columns.sample[theirs]), products, accumulate=True)
 
 
 def _written(rows: _Rows, columns: _Rows, many: Tensor, samples: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor | None]]:
