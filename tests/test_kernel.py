@@ -81,7 +81,7 @@ def test_embeddings_multiply_some_pairs_at_a_time(monkeypatch, elements):
     """Pairs of places with equal tokens may be more than memory holds."""
     monkeypatch.setattr("torch_adapted_gd.jacobian.tokens._ELEMENTS", elements)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(30, 4), nn.Flatten(), nn.Linear(20, 2)).double()
+    model = nn.Sequential(nn.Embedding(3000, 4), nn.Flatten(), nn.Linear(20, 2)).double()  # a small table is written out
     x, other = torch.randint(30, (12, 5)), torch.randint(30, (7, 5))
     first, second = (dense_jacobian(model, inputs) for inputs in (x, other))
     for found, expected in ((ntk(model, x), first @ first.T), (ntk(model, x, other), first @ second.T)):
