@@ -1,7 +1,6 @@
 """A call of a model: its inputs, conditions, outputs and their gradients, and its exact replay."""
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,27 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .state import RandomNumbers, unharmed, unwatched
+
 if TYPE_CHECKING:
     from ..jacobian.factored import Piece
     from .tape import Tape
-
-_thread = threading.local()
-
-
-def replaying() -> bool:
-    """Whether this thread is repeating a call, which recorders must ignore."""
-    return getattr(_thread, "replaying", False)
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Context for forward and backward passes of our own, which recorders must ignore."""
-    outer = replaying()
-    _thread.replaying = True
-    try:
-        yield
-    finally:
-        _thread.replaying = outer
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -54,32 +37,18 @@ def underlying(model: nn.Module) -> nn.Module:
 
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model was given to ``torch.compile``."""
-    return any(map(_is_compiled, model.modules()))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _autocast_state(model: nn.Module) -> list[tuple[str, torch.dtype, bool]]:
-    kinds = sorted({"cpu", *(p.device.type for p in model.parameters())})
-    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
-
-
 @dataclass
 class Conditions:
     """What the result of a forward pass depends on, besides its inputs and the parameters."""
 
-    cpu_rng: Tensor
-    cuda_rng: dict[int, Tensor]
+    random: RandomNumbers
     autocast: list[tuple[str, torch.dtype, bool]]
     training: dict[str, bool]  # by the module's name
     buffers: dict[str, Tensor]  # copies of their values before the pass
@@ -88,60 +57,31 @@ class Conditions:
     def now(cls, model: nn.Module) -> "Conditions":
         """The current conditions of a model."""
         model = underlying(model)
+        kinds = sorted({"cpu", *(p.device.type for p in model.parameters())})
         return cls(
-            cpu_rng=torch.get_rng_state(),
-            cuda_rng={i: torch.cuda.get_rng_state(i) for i in _cuda_devices(model)},
-            autocast=_autocast_state(model),
+            random=RandomNumbers(model.parameters()),
+            autocast=[(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds],
             training={name: module.training for name, module in model.named_modules()},
             buffers={name: b.detach().clone() for name, b in model.named_buffers()},
         )
 
-    def random_numbers_drawn(self) -> bool:
-        """Whether random numbers were drawn since."""
-        return not torch.equal(self.cpu_rng, torch.get_rng_state()) or any(
-            not torch.equal(state, torch.cuda.get_rng_state(i)) for i, state in self.cuda_rng.items()
-        )
-
-    def rewind(self) -> None:
-        """Reset the random number generators to these states."""
-        torch.set_rng_state(self.cpu_rng)
-        for i, state in self.cuda_rng.items():
-            torch.cuda.set_rng_state(state, i)
-
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """Context in which they are in force. At its end, modules, buffers and random numbers are as before."""
-        modules = dict(model.named_modules())
-        attributes = [(module, dict(module.__dict__)) for module in modules.values()]
-        # A backward pass computes checkpointed parts again, with the model's own buffers.
-        present = [b for module in modules.values() for b in module._buffers.values() if b is not None]
-        buffers = [(b, b.detach().clone()) for b in dict.fromkeys(present)]
-        outer = replaying()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=list(self.cuda_rng)))
-            self.rewind()
+            # A backward pass computes checkpointed parts again, with the model's own buffers.
+            stack.enter_context(unharmed(model, model.buffers()))
+            stack.enter_context(self.random.again())
             for kind, dtype, enabled in self.autocast:
                 # No cache of low-precision weights: torch.func would leave its wrappers in it.
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            if any(map(_is_compiled, modules.values())):
+            if compiled(model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            try:
-                _thread.replaying = True
-                for name, module in modules.items():
-                    module.training = self.training.get(name, module.training)
-                yield
-            finally:
-                _thread.replaying = outer
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):  # batch norm does not change the version
-                        with torch.no_grad():
-                            buffer.copy_(value)
-                for module, before in attributes:
-                    now = module.__dict__
-                    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-                        now.clear()
-                        now.update(before)
+            stack.enter_context(unwatched())
+            for name, module in model.named_modules():
+                module.training = self.training.get(name, module.training)
+            yield
 
 
 @dataclass(eq=False)
@@ -245,7 +185,7 @@ class Call(Outputs):
             inputs=inputs,
             conditions=start,
             outputs={i: leaf.detach().clone() for i, leaf in output_leaves(output).items()},
-            random=start.random_numbers_drawn(),
+            random=start.random.drawn(),
         )
         call.remember(model)
         return call

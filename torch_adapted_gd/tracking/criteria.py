@@ -100,8 +100,7 @@ class _Given:
         if not entries:
             return None
         arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        devices = {leaf.device.index for leaf in arguments if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
-        state = State.now(criterion, sorted(devices))
+        state = State.now(criterion, (leaf for leaf in arguments if isinstance(leaf, Tensor)))
         term = Term(criterion, arguments, structure, entries, state, number=recorder.criterion_calls)
         args, kwargs = tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
         return term, args, kwargs

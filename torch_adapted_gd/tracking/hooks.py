@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import private
-from .calls import replaying
+from .state import replaying
 
 Handles = tuple[torch.utils.hooks.RemovableHandle, torch.utils.hooks.RemovableHandle]
 _PREPARE = "__prepare_scriptable__"  # what torch.jit.script asks each module for

@@ -14,8 +14,9 @@ from ..jacobian.factored import Piece, budget_of
 from ..jacobian.linearized import Linearized
 from ..memory import available_bytes
 from .arguments import Key
-from .calls import Outputs, hides_its_graph, unwatched
+from .calls import Outputs, hides_its_graph
 from .replay import precision
+from .state import unwatched
 from .tape import Note, Source, Tape
 
 _ASK = 2**26  # above so many bytes, ask the system for the available memory

@@ -15,10 +15,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import private
-from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying
+from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, underlying
 from .criteria import Argument, CriterionWatch
 from .hooks import remove, watch_calls
 from .live import linearized_live
+from .state import replaying
 from .tape import Tape, constants_of
 from .terms import MARK, Term
 

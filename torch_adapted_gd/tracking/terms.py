@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from . import private
-from .calls import Outputs, unwatched, without_autocast
+from .calls import Outputs, without_autocast
+from .state import RandomNumbers, unharmed, unwatched
 from .tape import Tape
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
@@ -149,55 +150,35 @@ class State:
     Attributes:
         held: Copies of its parameters and buffers by name.
         attributes: The attributes of its modules, with copies of lists and dicts.
-        random: The states of the random number generators; None if it drew no numbers.
+        random: The random numbers; None if it drew none.
     """
 
     held: dict[str, Tensor]
     attributes: list[tuple[nn.Module, dict[str, Any]]]
-    random: tuple[Tensor, dict[int, Tensor]] | None
+    random: RandomNumbers | None
 
     @classmethod
-    def now(cls, criterion: nn.Module, devices: list[int]) -> State:
-        """The current state of a criterion that works on these GPUs."""
+    def now(cls, criterion: nn.Module, arguments: Iterable[Tensor]) -> State:
+        """The current state of a criterion that is given these tensors."""
         held = {**dict(criterion.named_parameters()), **dict(criterion.named_buffers())}
         return cls(
             held={name: tensor.detach().clone() for name, tensor in held.items()},
             attributes=[(module, _attributes(module)) for module in criterion.modules()],
-            random=(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}),
+            random=RandomNumbers(arguments),
         )
 
     def forget_unused(self) -> None:
-        """Forget the states of random number generators if no number was drawn since."""
-        if self.random is None:
-            return
-        cpu, cuda = self.random
-        if torch.equal(cpu, torch.get_rng_state()) and all(
-            torch.equal(s, torch.cuda.get_rng_state(i)) for i, s in cuda.items()
-        ):
+        """Forget the random numbers if none was drawn since."""
+        if self.random is not None and not self.random.drawn():
             self.random = None
 
     @contextlib.contextmanager
     def restored(self, criterion: nn.Module) -> Iterator[None]:
         """Context in which it is in force; at its end all is as before."""
-        present = [(module, dict(module.__dict__)) for module in criterion.modules()]
-        with contextlib.ExitStack() as stack:
-            if self.random is not None:
-                cpu, cuda = self.random
-                stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
-                torch.set_rng_state(cpu)
-                for i, state in cuda.items():
-                    torch.cuda.set_rng_state(state, i)
-            try:
-                for module, attributes in self.attributes:
-                    module.__dict__.update({name: _shallow(value) for name, value in attributes.items()})
-                yield
-            finally:
-                for module, attributes in present:
-                    if module.__dict__.keys() != attributes.keys() or any(
-                        module.__dict__[name] is not value for name, value in attributes.items()
-                    ):
-                        module.__dict__.clear()
-                        module.__dict__.update(attributes)
+        with unharmed(criterion), contextlib.nullcontext() if self.random is None else self.random.again():
+            for module, attributes in self.attributes:
+                module.__dict__.update({name: _shallow(value) for name, value in attributes.items()})
+            yield
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
