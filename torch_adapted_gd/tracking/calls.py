@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,7 @@ class Outputs:
         self.outputs, self.behind, self.linearized, self.tapes, self.calls = {}, {}, {}, [], []
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Call(Outputs):
     """One call of a model, with all that is needed to repeat it.
 
@@ -165,35 +165,24 @@ class Call(Outputs):
         random: Whether the forward pass drew random numbers.
         nested: Whether an input was computed from the output of another recorded call.
         returned: Weak references to the tensors that the user got.
-        noted: The number of operations with parameters in the forward pass itself.
     """
 
+    inputs: "Inputs"
+    conditions: Conditions
     number: int = 0
-    inputs: "Inputs" = None  # type: ignore[assignment]
-    conditions: Conditions = None  # type: ignore[assignment]
     random: bool = False
     nested: bool = False
     returned: "list[weakref.ref[Tensor]]" = field(default_factory=list)
-    noted: int = 0
 
-    @classmethod
-    def of(cls, number: int, model: nn.Module, inputs: "Inputs", start: Conditions, output: Any) -> "Call":
-        """The call that has just returned ``output``."""
-        model = underlying(model)
-        call = cls(
-            number=number,
-            inputs=inputs,
-            conditions=start,
-            outputs={i: leaf.detach().clone() for i, leaf in output_leaves(output).items()},
-            random=start.random.drawn(),
-        )
-        call.remember(model)
-        return call
+    def complete(self, model: nn.Module, output: Any) -> None:
+        """Record what the call has just returned."""
+        self.outputs = {place: leaf.detach().clone() for place, leaf in output_leaves(output).items()}
+        self.random = self.conditions.random.drawn()
+        self.remember(model)
 
     def can_be_reached(self) -> bool:
         """Whether a criterion may still be given a tensor that was computed from this call."""
-        derived = any(len(tape.notes) > self.noted for tape in self.tapes)
-        return derived or any(reference() is not None for reference in self.returned)
+        return any(tape.derived_after for tape in self.tapes) or any(tensor() is not None for tensor in self.returned)
 
     def check_alone(self) -> None:
         """Raise a RuntimeError if the loss also went through another call, so that without a criterion x is not known."""
@@ -232,26 +221,19 @@ class Inputs:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, self._structure = tree_flatten((args, kwargs))
-        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.as_given = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
 
     @property
     def leaves(self) -> list[Any]:
         """Fresh copies of the leaves, for a pass that may change them."""
-        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.as_given]
 
-    @property
-    def as_given(self) -> list[Any]:
-        """The leaves themselves."""
-        return self._leaves
-
-    def differentiable_leaves(self) -> list[Any]:
-        """Fresh copies of the leaves; those that required a gradient in the call require one."""
-        marks = zip(self.leaves, self._differentiable, strict=True)
-        return [leaf.requires_grad_() if mark else leaf for leaf, mark in marks]
-
-    def assembled(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword inputs with these leaves."""
+    def assembled(self, leaves: list[Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs with these leaves; by default copies that require a gradient as in the call."""
+        if leaves is None:
+            marks = zip(self.leaves, self._differentiable, strict=True)
+            leaves = [leaf.requires_grad_() if mark else leaf for leaf, mark in marks]
         args, kwargs = tree_unflatten(leaves, self._structure)
         return args, kwargs
 
@@ -269,14 +251,13 @@ def output_leaves(output: Any) -> dict[int, Tensor]:
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Call:
     """Call the model once, and record the call; buffers and random numbers stay as they were."""
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = Inputs(args, kwargs or {})
-        start = Conditions.now(model)
-        call = Call(inputs=inputs, conditions=start)
+        call = Call(inputs=Inputs(args, kwargs or {}), conditions=Conditions.now(model))
         module = underlying(model)
         state = {**dict(module.named_parameters()), **call.buffers(model)}
-        with start.restored(module):
-            given, given_by_name = inputs.assembled(inputs.differentiable_leaves())
-            return Call.of(0, model, inputs, start, functional_call(module, state, given, given_by_name))
+        with call.conditions.restored(module):
+            given, given_by_name = call.inputs.assembled()
+            call.complete(model, functional_call(module, state, given, given_by_name))
+        return call
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
@@ -290,14 +271,15 @@ def hides_its_graph(tensor: Tensor) -> bool:
     return any(node.name() == "CheckpointFunctionBackward" for node in graph(tensor))
 
 
-def graph(tensor: Tensor) -> Iterator[Any]:
-    """The nodes of the autograd graph that a tensor was computed by."""
+def graph(*tensors: Tensor, ends: Container[Any] = ()) -> Iterator[Any]:
+    """The nodes of the autograd graph that tensors were computed by, and none that is behind one of ``ends`` alone."""
     seen = set()
-    nodes = [tensor.grad_fn]
+    nodes = [tensor.grad_fn for tensor in tensors]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         yield node
-        nodes += [following for following, _ in node.next_functions]
+        if node not in ends:
+            nodes += [following for following, _ in node.next_functions]

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import functools
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import private
 from .state import replaying
@@ -36,6 +37,19 @@ def remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
         handle.remove()
 
 
+def gradient_hook(method: Callable[..., None], *known: Any) -> Callable[[Tensor | None], None]:
+    """A tensor hook that passes what is ``known`` and a gradient of the user's to a method while its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def arrived(gradient: Tensor | None) -> None:
+        told = reference()
+        # None: the loss uses another output of the same operation only.
+        if told is not None and gradient is not None and not replaying() and not private.is_batched(gradient):
+            told(*known, gradient)
+
+    return arrived
+
+
 def _unwatch(reference: weakref.ref[nn.Module], handles: Handles) -> None:
     remove(handles)
     module = reference()
@@ -45,6 +59,13 @@ def _unwatch(reference: weakref.ref[nn.Module], handles: Handles) -> None:
 
 def _nobody() -> None:
     pass
+
+
+class Passes(threading.local):
+    """What is known of the passes of a module that are in progress in this thread, the outermost first."""
+
+    def __init__(self) -> None:
+        self.under_way: list[Any] = []
 
 
 class _Hook:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..jacobian.backward import allows_vmap
@@ -22,13 +23,16 @@ from .tape import Note, Source, Tape
 _ASK = 2**26  # above so many bytes, ask the system for the available memory
 
 
-def linearized_live(of: Outputs, place: int, model: nn.Module | None, parameters: dict[str, Tensor]) -> None:
+def linearized_live(of: Outputs, place: int, model: nn.Module, parameters: dict[str, Tensor]) -> None:
     """Linearize output ``place`` of ``of`` by parameters, before the backward pass that has just reached it frees the graph.
 
     If checkpointing hides the graph, or if B would need more memory than there is, the call will be repeated instead.
     """
     x = of.behind[place]
-    if model is None or x.ndim == 0 or x.numel() == 0 or len({p.device for p in parameters.values()}) > 1:
+    if x.shape != of.outputs[place].shape:  # a number, which is one sample
+        with torch.enable_grad():
+            x = x.reshape(1)
+    if x.ndim == 0 or x.numel() == 0 or len({p.device for p in parameters.values()}) > 1:
         return  # the step raises the error
     dtype, _ = dtype_and_device(list(parameters.values()))
     with unwatched(), _gradients_kept(of.tapes), warnings.catch_warnings():

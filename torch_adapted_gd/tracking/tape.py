@@ -112,7 +112,7 @@ class Tape(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.finished = False
-        self._operations, self._still_runs = 0, still_runs
+        self._operations, self._length, self._still_runs = 0, 0, still_runs
         self.notes: list[Note] = []
         self.differentiable = differentiable
         self.without_graph = self.derived = False
@@ -184,9 +184,17 @@ class Tape(TorchFunctionMode):
 
     def finish(self) -> None:
         """Take no more notes, except of derivatives after the forward pass."""
+        private.leave(self)
+        if not self.finished:
+            self._length = len(self.notes)
         self.finished = True
         if not self.differentiable:
             self._sources, self._constants = {}, {}
+
+    @property
+    def derived_after(self) -> bool:
+        """Whether a derivative was taken after the forward pass, in which parameters are used."""
+        return len(self.notes) > self._length
 
     def note(self, function: Callable[..., Any], args: tuple[Any, ...], sources: dict[Key, Source], result: Tensor) -> None:
         """Note an operation that was run elsewhere."""

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from . import private
-from .calls import Outputs, without_autocast
+from .calls import Outputs, graph, without_autocast
 from .state import RandomNumbers, unharmed, unwatched
 from .tape import Tape
 
@@ -233,14 +233,12 @@ class Graph:
         self.moved, self.depends, self.of_a_criterion = True, id(x) in parameters, False
         self.eps = 0.0
         self._seen: set[Any] = set()
-        nodes: list[Any] = [x.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in self._seen:
-                continue
+        ends: set[Any] = set()
+        for node in graph(x, ends=ends):
             self._seen.add(node)
             found = node.metadata.get(MARK)
             if found is not None and found[0] is mark:
+                ends.add(node)
                 self.depends = True
                 if found[2] is None:
                     self.of_a_criterion = True
@@ -255,7 +253,6 @@ class Graph:
                 self.moved = False
             elif node.name() == "ToCopyBackward0" and (dtype := private.dtype_at(node)) is not None:
                 self.eps = max(self.eps, torch.finfo(dtype).eps)
-            nodes += [following for following, _ in node.next_functions]
         self.moved = self.moved and bool(self.marked)
 
     def touches(self, tapes: list[Tape]) -> bool:
