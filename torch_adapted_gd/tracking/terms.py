@@ -20,8 +20,7 @@ from .state import RandomNumbers, unharmed, unwatched
 from .tape import Tape
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
-# Positions are sent back through a graph in digits of these bases, which bfloat16 and float32 hold exactly.
-_LOW, _BASE = 2**8, 2**20
+_BASE = 2**8  # positions are sent back through a graph in digits of this base, which bfloat16 holds exactly
 
 # Nodes of the graph that move entries, and may add constants.
 _MOVING = (
@@ -261,52 +260,40 @@ class Graph:
 
 
 def entries_of(x: Tensor, marked: dict[tuple[int, int], Any]) -> list[Entries] | None:
-    """Which entries of the recorded outputs ``marked`` the entries of x are; None if x has others, or one of them twice.
+    """Which entries of the recorded outputs ``marked`` the entries of x are; None if one of them is there twice, or changed.
 
-    Positions are sent back through the graph as gradients: the gradient at an output tells where its entries went.
+    Numbers are sent back through the graph as gradients: ones tell how often an entry of an output is there, and positions in x
+    tell where.
     """
     outputs = list(marked.values())
     if len(outputs) == 1 and x.grad_fn is outputs[0][0]:
         return [Entries(outputs[0][1], outputs[0][2])]
-    size = x.numel()
-    codes = torch.arange(1, size + 1, device=x.device)
-    nodes, sizes = [node for node, _, _ in outputs], [call.outputs[place].element_size() for _, call, place in outputs]
-    found = _sent_back(x, codes, nodes, sizes)
-    numbers = torch.cat([code[code > 0] for code in found])
-    if len(numbers) != len(numbers.unique()) or (len(numbers) and int(numbers.max()) > size):
+    edges = [GradientEdge(node, 0) for node, _, _ in outputs]
+
+    def sent_back(numbers: Tensor) -> list[Tensor]:
+        with unwatched():
+            given = [numbers.to(x.dtype).view(x.shape)]
+            found = torch.autograd.grad([x], edges, given, retain_graph=True, materialize_grads=True)
+        return [gradient.reshape(-1).long() for gradient in found]
+
+    positions = torch.arange(x.numel(), device=x.device)
+    counts = sent_back(torch.ones_like(positions))
+    if any(bool((count > 1).any()) for count in counts):
         return None
-    if len(numbers) < size:  # others are constants or duplicates: try another order
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(x.device)
-        again = _sent_back(x, codes[order], nodes, sizes)
-        for first, second in zip(found, again, strict=True):
-            there = first > 0
-            if not torch.equal(there, second > 0) or not torch.equal(order[first[there] - 1] + 1, second[there]):
-                return None
+    codes = [torch.zeros_like(count) for count in counts]
+    weight = 1
+    while weight < x.numel():
+        digits = sent_back(positions // weight % _BASE)
+        codes = [code + weight * digit for code, digit in zip(codes, digits, strict=True)]
+        weight *= _BASE
     entries = []
-    for code, (_, call, place) in zip(found, outputs, strict=True):
-        index = code.nonzero()[:, 0]
-        at = code[index] - 1
+    for count, code, (_, call, place) in zip(counts, codes, outputs, strict=True):
+        index = count.nonzero()[:, 0]
+        at = code[index]
         value = call.outputs[place].reshape(-1)
         if not torch.equal(value[index].to(x.dtype).nan_to_num(), x.detach().reshape(-1)[at].nan_to_num()):
             return None
         if len(index):
-            whole = len(index) == len(value) == size and bool((at == torch.arange(size, device=at.device)).all())
+            whole = len(index) == len(value) and torch.equal(at, positions)
             entries.append(Entries(call, place) if whole else Entries(call, place, index, at))
     return entries or None
-
-
-def _sent_back(x: Tensor, codes: Tensor, nodes: list[Any], sizes: list[int]) -> list[Tensor]:
-    """The codes of entries as they arrive at nodes of the graph, flat integers, sent digit by digit."""
-    totals: list[Tensor | int] = [0] * len(nodes)
-    weight, rest = 1, codes
-    base = _BASE if all(t >= 4 for t in (x.element_size(), *sizes)) else _LOW
-    edges = [GradientEdge(node, 0) for node in nodes]
-    with unwatched():
-        while bool((rest > 0).any()):
-            digits = (rest % base).to(x.dtype).view(x.shape)
-            found = torch.autograd.grad([x], edges, [digits], retain_graph=True, allow_unused=True)
-            for number, gradient in enumerate(found):
-                if gradient is not None:
-                    totals[number] = totals[number] + weight * gradient.detach().reshape(-1).round().long()
-            weight, rest = weight * base, rest // base
-    return [t if isinstance(t, Tensor) else codes.new_zeros(0) for t in totals]
