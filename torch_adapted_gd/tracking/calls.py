@@ -1,8 +1,9 @@
 """A call of a model: its inputs, conditions, outputs and their gradients, and its exact replay."""
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -120,12 +121,9 @@ class Outputs:
         """The linearizations from while the graph was alive, by output; empty if one is missing."""
         if any(place not in self.linearized for place in self.places):
             return []
-        first, pieces = 0, []
-        for place in self.places:
-            piece = self.linearized[place]
-            pieces.append(replace(piece, first=first))
-            first += piece.linearized.q
-        return pieces
+        pieces = [self.linearized[place] for place in self.places]
+        starts = itertools.accumulate((piece.linearized.q for piece in pieces), initial=0)
+        return [replace(piece, first=start) for piece, start in zip(pieces, starts, strict=False)]
 
     def remember(self, model: nn.Module) -> None:
         """Record the versions of the parameters."""
@@ -198,17 +196,6 @@ class Call(Outputs):
         super().release()
         self.inputs = Inputs((), {})
         self.conditions.buffers = {}
-
-    def function(self, model: nn.Module) -> Callable[..., list[Tensor]]:
-        """The call as a function of ``(parameters and buffers by name, args, kwargs)``; returns ``places``' outputs."""
-        model = underlying(model)
-        places = self.places
-
-        def forward(state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-            leaves = tree_leaves(functional_call(model, state, args, kwargs))
-            return [leaves[i] for i in places]
-
-        return forward
 
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of the buffers before the call, so that a repeated call changes none of the model's."""

@@ -112,13 +112,9 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if function not in _opened:
         assert isinstance(function, types.FunctionType)
-        switched_off = {
-            name: (lambda *_: False)
-            for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-        }
-        inner = types.FunctionType(
-            function.__code__, {**function.__globals__, **switched_off}, function.__name__, function.__defaults__
-        )
+        asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+        names = {**function.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+        inner = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
         inner.__kwdefaults__ = function.__kwdefaults__
         _opened[function] = inner
     return _opened[function]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .calls import Call, Outputs, hides_its_graph, stacked
@@ -35,7 +36,11 @@ class Replay:
         self.call = call
         self.names = names
         self.n, self.q = batch_and_outputs(call)
-        self.forward = call.function(model)
+
+    def forward(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The outputs that the loss depends on, for these parameters, buffers and inputs."""
+        leaves = tree_leaves(functional_call(self.model, state, args, kwargs))
+        return [leaves[place] for place in self.call.places]
 
     @contextlib.contextmanager
     def conditions(self) -> Iterator[None]:
