@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The gradients of these by a sampled operand do not use the parameter, so they need no `Applied`.
 _LINEAR_IN_BOTH = {
-    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("add", "sub", "subtract") if hasattr(owner, name)),
+    *(torch.add, torch.sub, torch.subtract, Tensor.add, Tensor.sub, Tensor.subtract),
     *(Tensor.add_, Tensor.sub_, Tensor.__rsub__, Tensor.__setitem__, Tensor.__getitem__),
     *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack, torch.rsub, torch.index_select, Tensor.index_select),
     *(F.embedding, torch.embedding, F.embedding_bag),

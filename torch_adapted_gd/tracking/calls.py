@@ -96,7 +96,6 @@ class Outputs:
         tapes: The operations with parameters that they depend on, while the graph is alive; empty if it cannot be followed.
         behind: The tensors in the graph, while it is alive.
         linearized: Their linearizations, from the first backward pass that reached each.
-        backward_pass: The number of the last backward pass that reached them.
         calls: The calls that they were computed from, unless this is a call itself.
         eps: Machine epsilon of the coarsest dtype on the way from these calls.
     """
@@ -107,7 +106,6 @@ class Outputs:
     tapes: "list[Tape]" = field(default_factory=list)
     behind: dict[int, Tensor] = field(default_factory=dict)
     linearized: "dict[int, Piece]" = field(default_factory=dict)
-    backward_pass: int = -1
     calls: "list[Call]" = field(default_factory=list)
     eps: float = 0.0
     _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)

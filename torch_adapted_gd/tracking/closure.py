@@ -24,7 +24,7 @@ class Closure:
         criterion_calls: The number of calls of criteria before.
     """
 
-    def __init__(self, function: Callable[[], Any], model: nn.Module, criterion_calls: int = 0) -> None:
+    def __init__(self, function: Callable[[], Any], model: nn.Module, criterion_calls: int) -> None:
         self._function, self._model, self.criterion_calls = function, model, criterion_calls
         self._start = Conditions.now(model)
         self.returned: Any = None
@@ -40,7 +40,7 @@ class Closure:
         """The returned loss as a number; a TypeError if it is none."""
         return _number(self.returned)
 
-    def at(self, values: dict[str, Tensor], criteria: Iterable[nn.Module] = ()) -> tuple[float, Given]:
+    def at(self, values: dict[str, Tensor], criteria: Iterable[nn.Module]) -> tuple[float, Given]:
         """The loss at other values of parameters, by name, and the calls of criteria; then all is as before.
 
         Raises:

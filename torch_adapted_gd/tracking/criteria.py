@@ -97,7 +97,7 @@ def _followed(
     if not entries:
         return None
     arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    state = State.now(criterion, (leaf for leaf in arguments if isinstance(leaf, Tensor)))
+    state = State(criterion, (leaf for leaf in arguments if isinstance(leaf, Tensor)))
     term = Term(criterion, arguments, structure, entries, state, number=recorder.criterion_calls)
     args, kwargs = tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
     return term, args, kwargs

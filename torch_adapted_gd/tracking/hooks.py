@@ -57,10 +57,6 @@ def _unwatch(reference: weakref.ref[nn.Module], handles: Handles) -> None:
         vars(module).pop(_PREPARE, None)
 
 
-def _nobody() -> None:
-    pass
-
-
 class Passes(threading.local):
     """What is known of the passes of a module that are in progress in this thread, the outermost first."""
 
@@ -91,7 +87,7 @@ class _Hook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
         inert = _Hook(self, self._method)
-        inert._watcher = _nobody
+        inert._watcher = lambda: None
         return inert
 
     def __reduce__(self) -> tuple[Any, ...]:

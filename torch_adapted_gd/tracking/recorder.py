@@ -243,12 +243,11 @@ class CallRecorder:
     def arrived(self, outputs: Outputs, place: int, gradient: Tensor) -> None:
         """An output, or the argument of a criterion, has received a gradient."""
         self._in_pass()
-        outputs.backward_pass = self._pass
-        wanted = place in outputs.selected if self._criteria else True
+        wanted = place not in outputs.linearized and (place in outputs.selected or not self._criteria)
         model = self.model()
         # Without tapes a call is repeated instead. A compiled graph allows no backward passes besides the user's.
-        followed = bool(outputs.tapes) or not (isinstance(outputs, Call) or model is None or compiled(model))
-        if wanted and followed and model is not None and place not in outputs.linearized and self._will_be_filled():
+        followed = model is not None and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model)))
+        if wanted and followed and model is not None and self._will_be_filled():
             linearized_live(outputs, place, model, self.named(model))
         gradient = gradient.detach().to(torch.float64, copy=True)
 

@@ -18,7 +18,6 @@ from .applied import applied
 from .arguments import Key, changes_in_place, results_of, tensors_of
 from .decomposed import decomposition
 
-_OPENED = {F.multi_head_attention_forward}  # its operations have rules of their own
 _QUIET = {  # called often, and never of interest
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.stride),
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "requires_grad", "ndim", "is_cuda", "is_nested")),
@@ -128,7 +127,6 @@ class Tape(TorchFunctionMode):
         self.differentiable = differentiable
         self.without_graph = self.derived = False
         self.retaining: list[weakref.ref[Tensor]] = []
-        self.parameters = parameters
         self._sources = {id(p): Source(p, name) for name, p in parameters.items()}
         self._constants = {id(t): t for t in constants}
 
@@ -143,10 +141,9 @@ class Tape(TorchFunctionMode):
         if torch.compiler.is_compiling():  # a function that is compiled within the model is not noted
             return func(*args, **kwargs)
         self._operations += 1
-        if self.finished or (self._operations % 256 == 0 and not self._still_runs()):
+        if self._operations % 256 == 0 and not self._still_runs():
             self.finish()  # an interrupted forward pass leaves its mode behind
-            return func(*args, **kwargs)
-        if func in _QUIET or (func in _BY_EXAMPLE and (not args or id(args[0]) not in self._sources)):
+        if self.finished or func in _QUIET or (func in _BY_EXAMPLE and (not args or id(args[0]) not in self._sources)):
             return func(*args, **kwargs)
         if func is Tensor.retain_grad:
             self.retaining.append(weakref.ref(args[0]))
@@ -160,11 +157,11 @@ class Tape(TorchFunctionMode):
                 self.differentiable = True
             result = func(*args, **kwargs)
             if not mixed and not transformed:
-                self._add_constants(result)
+                self._constants |= {id(tensor): tensor for tensor in results_of(result) if not tensor.requires_grad}
             elif (changed := _changed_in_place(func, args, kwargs)) is not None:
                 self._constants.pop(id(changed), None)
             return result
-        if func in _OPENED:
+        if func is F.multi_head_attention_forward:  # its operations have rules of their own
             with self:
                 return private.opened(func)(*args, **kwargs)
         if (decomposed := decomposition(func, args)) is not None:
@@ -191,8 +188,7 @@ class Tape(TorchFunctionMode):
         """Take no more notes, except of derivatives after the forward pass."""
         private.leave(self)
         if not self.finished:
-            self._length = len(self.notes)
-        self.finished = True
+            self.finished, self._length = True, len(self.notes)
         if not self.differentiable:
             self._sources, self._constants = {}, {}
 
@@ -225,11 +221,6 @@ class Tape(TorchFunctionMode):
             elif id(tensor) not in self._constants:
                 mixed = True
         return found, mixed
-
-    def _add_constants(self, result: Any) -> None:
-        for tensor in results_of(result):
-            if not tensor.requires_grad:
-                self._constants[id(tensor)] = tensor
 
     def _close(self, note: Note, result: Any) -> None:
         for place, tensor in enumerate(results_of(result)):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,7 +64,6 @@ class Term:
         state: The state of the criterion before the call.
         values: The returned values, by number.
         factors: f = ∂loss/∂value from backward passes, float64, by number of the value.
-        doubles: Whether the criterion takes float64; None if it was not tried yet.
         number: The number of the call among those of all criteria.
     """
 
@@ -74,7 +74,6 @@ class Term:
     state: State
     values: dict[int, Tensor] = field(default_factory=dict)
     factors: dict[int, Tensor] = field(default_factory=dict)
-    doubles: bool | None = None
     number: int = 0
 
     @property
@@ -89,18 +88,20 @@ class Term:
             RuntimeError: Called again with its own arguments, the criterion gives other values.
             RefusedError: It raises an error for these arguments.
         """
-        if self.doubles is None:
-            self._choose_dtype()
-        values = self._run(arguments, doubles=bool(self.doubles))
-        total: Tensor | None = None
-        for number, f in self.factors.items():
-            part = (f * values[number].double()).sum()
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        values = self._run(arguments, doubles=self._doubles)
+        return torch.stack([(f * values[number].double()).sum() for number, f in self.factors.items()]).sum()
 
-    def _choose_dtype(self) -> None:
-        """Find out whether the criterion takes float64, or has tensors of its own in another dtype."""
+    def as_sum(self) -> Term:
+        """The same call with ``reduction="sum"``, in float64."""
+        state = copy.copy(self.state)
+        state.attributes = [(m, {**own, "reduction": "sum"} if m is self.criterion else own) for m, own in state.attributes]
+        term = replace(self, state=state)
+        term._doubles = True
+        return term
+
+    @functools.cached_property
+    def _doubles(self) -> bool:
+        """Whether the criterion takes float64, and has no tensors of its own in another dtype."""
         given = {number: self.arguments[number].double() for number in self.entries}
         found: dict[int, Tensor] = {}
         size = max([1.0, *(float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in given.values() if x.numel())])
@@ -116,8 +117,7 @@ class Term:
                     "Nothing was changed. Take derivatives of its arguments outside of it, and give it the derivatives."
                 ) from error
             if all(_agree(found[number], value, size) for number, value in self.values.items() if number in found):
-                self.doubles = doubles
-                return
+                return doubles
         raise RuntimeError(
             f"`criterion`, a {type(self.criterion).__name__}, gave {_shown(self.values)} in the training step and "
             f"{_shown(found)} for the same arguments when it was called again, so it cannot judge steps. Its value may depend "
@@ -131,7 +131,7 @@ class Term:
                 leaves[number] = _copied(arguments.get(number, value), value.dtype, doubles=doubles)
         args, kwargs = tree_unflatten(leaves, self.structure)
         kind = next(iter(self.values.values())).device.type
-        with unwatched(), self.state.restored(self.criterion), without_autocast(kind):
+        with unwatched(), self.state.restored(), without_autocast(kind):
             held = {name: _copied(t, t.dtype, doubles=doubles) for name, t in self.state.held.items()}
             try:
                 result = functional_call(self.criterion, held, args, kwargs) if held else self.criterion(*args, **kwargs)
@@ -142,51 +142,45 @@ class Term:
         return {number: leaf for number, leaf in enumerate(tree_leaves(result)) if isinstance(leaf, Tensor)}
 
 
-@dataclass
 class State:
     """What the value of a criterion depends on besides its arguments.
+
+    Args:
+        criterion: The criterion, as it is now.
+        arguments: The tensors that it is given.
 
     Attributes:
         held: Copies of its parameters and buffers by name.
         attributes: The attributes of its modules, with copies of lists and dicts.
-        random: The random numbers; None if it drew none.
     """
 
-    held: dict[str, Tensor]
-    attributes: list[tuple[nn.Module, dict[str, Any]]]
-    random: RandomNumbers | None
-
-    @classmethod
-    def now(cls, criterion: nn.Module, arguments: Iterable[Tensor]) -> State:
-        """The current state of a criterion that is given these tensors."""
-        held = {**dict(criterion.named_parameters()), **dict(criterion.named_buffers())}
-        return cls(
-            held={name: tensor.detach().clone() for name, tensor in held.items()},
-            attributes=[(module, _attributes(module)) for module in criterion.modules()],
-            random=RandomNumbers(arguments),
-        )
+    def __init__(self, criterion: nn.Module, arguments: Iterable[Tensor]) -> None:
+        self._criterion = criterion
+        tensors = (*criterion.named_parameters(), *criterion.named_buffers())
+        self.held = {name: tensor.detach().clone() for name, tensor in tensors}
+        self.attributes = [(module, _attributes(module)) for module in criterion.modules()]
+        self._random: RandomNumbers | None = RandomNumbers(arguments)
 
     def forget_unused(self) -> None:
         """Forget the random numbers if none was drawn since."""
-        if self.random is not None and not self.random.drawn():
-            self.random = None
+        if self._random is not None and not self._random.drawn():
+            self._random = None
 
     @contextlib.contextmanager
-    def restored(self, criterion: nn.Module) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         """Context in which it is in force; at its end all is as before."""
-        with unharmed(criterion), contextlib.nullcontext() if self.random is None else self.random.again():
+        with unharmed(self._criterion), contextlib.nullcontext() if self._random is None else self._random.again():
             for module, attributes in self.attributes:
                 module.__dict__.update({name: _shallow(value) for name, value in attributes.items()})
             yield
 
 
+_PLAIN = nn.Module().__dict__.keys() - {"training"}
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The user's attributes of a module."""
-    own = {"training"} | module.__dict__.keys() - _PLAIN
-    return {name: _shallow(module.__dict__[name]) for name in own}
-
-
-_PLAIN = nn.Module().__dict__.keys()
+    """The user's attributes of a module, and its mode."""
+    return {name: _shallow(value) for name, value in module.__dict__.items() if name not in _PLAIN}
 
 
 def _shallow(value: Any) -> Any:
