@@ -31,12 +31,6 @@ def watch_calls(module: nn.Module, watcher: Any, before: Callable[..., Any], aft
     return handles
 
 
-def remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
-    """Remove hooks."""
-    for handle in handles:
-        handle.remove()
-
-
 def gradient_hook(method: Callable[..., None], *known: Any) -> Callable[[Tensor | None], None]:
     """A tensor hook that passes what is ``known`` and a gradient of the user's to a method while its object lives."""
     reference = weakref.WeakMethod(method)
@@ -51,7 +45,8 @@ def gradient_hook(method: Callable[..., None], *known: Any) -> Callable[[Tensor 
 
 
 def _unwatch(reference: weakref.ref[nn.Module], handles: Handles) -> None:
-    remove(handles)
+    for handle in handles:
+        handle.remove()
     module = reference()
     if module is not None and not any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
         vars(module).pop(_PREPARE, None)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import private
 from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, underlying
 from .criteria import CriterionWatch
-from .hooks import Passes, gradient_hook, remove, watch_calls
+from .hooks import Passes, gradient_hook, watch_calls
 from .live import linearized_live
 from .state import replaying
 from .tape import Tape, constants_of
@@ -62,7 +62,6 @@ class CallRecorder:
         self._pass = -1
         self.model = weakref.ref(model)
         self.parameters: dict[int, weakref.ref[nn.Parameter]] = {}
-        self._incoming: dict[int, Tensor] = {}
         self._frozen: dict[int, nn.Parameter] = {}
         self._handles = watch_calls(model, self, CallRecorder._before, CallRecorder._after)
         self._watched = [CriterionWatch(self, criterion) for criterion in criteria]
@@ -74,11 +73,9 @@ class CallRecorder:
         if not parameter.requires_grad:
             self._frozen[id(parameter)] = parameter
             return
-        arriving, accumulated = gradient_hook(self._arriving, id(parameter)), gradient_hook(self._accumulated)
-        for hook in (arriving, accumulated):
-            torch.utils.hooks.unserializable_hook(hook)  # a saved parameter goes without it
-        handles = (parameter.register_hook(arriving), parameter.register_post_accumulate_grad_hook(accumulated))
-        weakref.finalize(self, remove, handles)
+        hook = gradient_hook(self._reached, weakref.ref(parameter))
+        torch.utils.hooks.unserializable_hook(hook)  # a saved parameter goes without it
+        weakref.finalize(self, parameter.register_hook(hook).remove)
 
     def drop(self, by: str, *, spent: bool = False) -> None:
         """Forget all calls and gradients, because of a ``"step"`` or ``"zero_grad"``.
@@ -99,7 +96,7 @@ class CallRecorder:
         self.calls, self.terms = [], []
         self.kept = []
         self.gradients = {}
-        self._forget_pending()
+        self._pending.clear()
 
     def why_no_call(self) -> str:
         """The error text of a step that finds no call."""
@@ -219,15 +216,15 @@ class CallRecorder:
         parameter has confirmed. A pass that raised an exception has no end; the next one drops for it.
         """
         if self._pass != private.backward_pass():
-            self._forget_pending()
+            self._pending.clear()
             self._notice_new_pass()
         if not self._pending:
-            private.at_end_of_backward(self._forget_pending)
+            private.at_end_of_backward(self._pending.clear)
 
     def factor_arrived(self, term: Term, number: int, factor: Tensor) -> None:
         """The value of a criterion has received a gradient."""
         self._in_pass()
-        if not self._will_be_filled():
+        if not self._fills():
             return
         for part in term.parts:
             part.of.selected.add(part.place)
@@ -247,7 +244,7 @@ class CallRecorder:
         model = self.model()
         # Without tapes a call is repeated instead. A compiled graph allows no backward passes besides the user's.
         followed = model is not None and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model)))
-        if wanted and followed and model is not None and self._will_be_filled():
+        if wanted and followed and model is not None and self._fills():
             linearized_live(outputs, place, model, self.named(model))
         gradient = gradient.detach().to(torch.float64, copy=True)
 
@@ -259,12 +256,10 @@ class CallRecorder:
 
         self._pending.append(confirmed)
 
-    def _will_be_filled(self) -> bool:
-        """Whether the backward pass in progress will fill ``.grad`` of a parameter."""
+    def _fills(self) -> bool:
+        """Whether the backward pass in progress will fill ``.grad`` of any parameter."""
         parameters = (reference() for reference in self.parameters.values())
-        return any(
-            private.will_reach(get_gradient_edge(p).node, else_=False) for p in parameters if p is not None and p.requires_grad
-        )
+        return any(_will_be_filled(p) for p in parameters if p is not None and p.requires_grad)
 
     def _notice_new_pass(self) -> None:
         """At the first gradient of a backward pass, see whether the user cleared ``.grad`` since the last one."""
@@ -284,26 +279,23 @@ class CallRecorder:
         if self.gradients:
             self.drop("zero_grad")
 
-    def _arriving(self, key: int, gradient: Tensor) -> None:
-        """A parameter is about to receive a gradient."""
+    def _reached(self, reference: "weakref.ref[nn.Parameter]", gradient: Tensor) -> None:
+        """A gradient has reached a parameter. If ``.grad`` will hold it, the calls that it came through belong to the step."""
         if self._pass != private.backward_pass():
             self._notice_new_pass()
-        # A copy, because the tensor itself becomes `.grad` and may be clipped in place.
-        self._incoming[key] = gradient.detach().to_dense().clone()
-
-    def _accumulated(self, parameter: Tensor) -> None:
-        """A parameter has received a gradient in ``.grad``: the calls that it came through belong to the step."""
-        gradient = self._incoming.pop(id(parameter), None)
-        if gradient is None:
+        parameter = reference()
+        if parameter is None or not _will_be_filled(parameter):
             return
-        _add(self.gradients, id(parameter), gradient)
+        # A copy, because the tensor itself becomes `.grad` and may be clipped in place.
+        _add(self.gradients, id(parameter), gradient.detach().to_dense().clone())
         for confirmed in self._pending:
             confirmed()
         self._pending.clear()
 
-    def _forget_pending(self) -> None:
-        self._pending.clear()
-        self._incoming.clear()
+
+def _will_be_filled(parameter: nn.Parameter) -> bool:
+    """Whether the backward pass in progress will fill ``.grad`` of a parameter."""
+    return private.will_reach(get_gradient_edge(parameter).node, else_=False)
 
 
 def _add(totals: dict[int, Tensor], key: int, tensor: Tensor) -> None:
