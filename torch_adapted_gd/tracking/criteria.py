@@ -28,7 +28,7 @@ class CriterionWatch:
     def __init__(self, recorder: CallRecorder, criterion: nn.Module) -> None:
         self._recorder = weakref.ref(recorder)
         self._passes = Passes()
-        self._handles = watch_calls(criterion, self, CriterionWatch._before, CriterionWatch._after)
+        self._handles = watch_calls(criterion, self._before, self._after)
 
     def _before(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         private.outermost(criterion, *self._handles)
@@ -36,14 +36,13 @@ class CriterionWatch:
         if private.passes(criterion) <= 1:
             under_way.clear()  # left over from an interrupted call
         recorder = self._recorder()
-        found = None
+        term, given = None, None
         if recorder is not None:
             recorder.criterion_calls += 1
         if recorder is not None and torch.is_grad_enabled() and not under_way:
-            found = _followed(recorder, criterion, args, kwargs)
-        term, *arguments = found or (None,)
+            term, given = _followed(recorder, criterion, args, kwargs)
         under_way.append(term)
-        return tuple(arguments) or None
+        return given
 
     def _after(self, _criterion: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         under_way = self._passes.under_way
@@ -66,8 +65,8 @@ class CriterionWatch:
 
 def _followed(
     recorder: CallRecorder, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Term, tuple[Any, ...], dict[str, Any]] | None:
-    """The term, and the arguments for the criterion; None if the term is not to be followed."""
+) -> tuple[Term | None, Any]:
+    """The term, and the arguments for the criterion; None twice if the term is not to be followed."""
     leaves, structure = tree_flatten((args, kwargs))
     entries: dict[int, list[Entries]] = {}
     copies: dict[int, Tensor] = {}
@@ -77,11 +76,11 @@ def _followed(
             continue
         if private.is_batched(leaf):  # within torch.func.vmap, no hook sees all samples
             recorder.unusable_criterion = True
-            return None
+            return None, None
         if id(leaf) not in copies:
             graph = Graph(leaf, recorder.mark, recorder.parameters)
             if graph.of_a_criterion:
-                return None  # the gradient of that criterion's value tells all
+                return None, None  # the gradient of that criterion's value tells all
             if not graph.depends:
                 continue
             parts = entries_of(leaf, graph.marked) if graph.moved else None
@@ -95,12 +94,11 @@ def _followed(
             found[id(leaf)] = parts
         entries[number] = found[id(leaf)]
     if not entries:
-        return None
+        return None, None
     arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     state = State(criterion, (leaf for leaf in arguments if isinstance(leaf, Tensor)))
     term = Term(criterion, arguments, structure, entries, state, number=recorder.criterion_calls)
-    args, kwargs = tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
-    return term, args, kwargs
+    return term, tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
 
 
 def _argument(recorder: CallRecorder, leaf: Tensor, graph: Graph) -> Outputs:

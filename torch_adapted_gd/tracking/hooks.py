@@ -19,15 +19,15 @@ Handles = tuple[torch.utils.hooks.RemovableHandle, torch.utils.hooks.RemovableHa
 _PREPARE = "__prepare_scriptable__"  # what torch.jit.script asks each module for
 
 
-def watch_calls(module: nn.Module, watcher: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Handles:
-    """Call methods of a watcher before and after each forward pass while the watcher lives, ``after`` also after an error."""
+def watch_calls(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Handles:
+    """Call methods of an object before and after each forward pass while it lives, ``after`` also after an error."""
     private.not_compiled_alone(_Hook.__call__)
     handles = (
-        module.register_forward_pre_hook(_Hook(watcher, before), prepend=True, with_kwargs=True),
-        module.register_forward_hook(_Hook(watcher, after), with_kwargs=True, always_call=True),
+        module.register_forward_pre_hook(_Hook(before), prepend=True, with_kwargs=True),
+        module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
     )
     vars(module)[_PREPARE] = _WithoutHooks(module)
-    weakref.finalize(watcher, _unwatch, weakref.ref(module), handles)
+    weakref.finalize(before.__self__, _unwatch, weakref.ref(module), handles)  # type: ignore[attr-defined]
     return handles
 
 
@@ -60,11 +60,10 @@ class Passes(threading.local):
 
 
 class _Hook:
-    """A module hook with a weak reference to its watcher. In copied and saved models it does nothing."""
+    """A module hook with a weak reference to a method. In copied and saved models it does nothing."""
 
-    def __init__(self, watcher: Any, method: Callable[..., Any]) -> None:
-        self._watcher: Callable[[], Any] = weakref.ref(watcher)
-        self._method = method
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method: Callable[[], Any] = weakref.WeakMethod(method)
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the watcher. Strict export traces this function, and must not trace ``_tell``."""
@@ -74,15 +73,15 @@ class _Hook:
     def _tell(self, *arguments: Any) -> Any:
         if replaying() or private.is_tracing():
             return None
-        watcher = self._watcher()
-        return None if watcher is None else self._method(watcher, *arguments)
+        method = self._method()
+        return None if method is None else method(*arguments)
 
     # Strict export of torch 2.6 cannot be detected. Its error for a function that must not be compiled shows this name.
     _tell.__qualname__ = "AdaptedGD's hook (delete the optimizer before exporting, or use torch.export with strict=False)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        inert = _Hook(self, self._method)
-        inert._watcher = lambda: None
+        inert = _Hook(self.__call__)
+        inert._method = lambda: None
         return inert
 
     def __reduce__(self) -> tuple[Any, ...]:

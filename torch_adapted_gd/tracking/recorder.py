@@ -63,7 +63,7 @@ class CallRecorder:
         self.model = weakref.ref(model)
         self.parameters: dict[int, weakref.ref[nn.Parameter]] = {}
         self._frozen: dict[int, nn.Parameter] = {}
-        self._handles = watch_calls(model, self, CallRecorder._before, CallRecorder._after)
+        self._handles = watch_calls(model, self._before, self._after)
         self._watched = [CriterionWatch(self, criterion) for criterion in criteria]
         weakref.finalize(self, _end, self._passes)
 
