@@ -12,13 +12,14 @@ State = tuple[Tensor, ...]  # (h,) or (h, c)
 Cell = Callable[[Tensor, State, list[Tensor]], State]
 
 
-def _hidden(h: Tensor, weights: list[Tensor]) -> Tensor:
-    return F.linear(h, weights[1], weights[3] if len(weights) > 3 else None)
+def _linear(x: Tensor, weights: list[Tensor], number: int) -> Tensor:
+    """The linear map of the inputs, number 0, or of the hidden state, number 1."""
+    return F.linear(x, weights[number], weights[number + 2] if len(weights) > 3 else None)
 
 
 def _lstm(projected: Tensor, state: State, weights: list[Tensor]) -> State:
     h, c = state
-    i, f, g, o = (projected + _hidden(h, weights)).chunk(4, -1)
+    i, f, g, o = (projected + _linear(h, weights, 1)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
     if len(weights) in (3, 5):
@@ -28,28 +29,21 @@ def _lstm(projected: Tensor, state: State, weights: list[Tensor]) -> State:
 
 def _gru(projected: Tensor, state: State, weights: list[Tensor]) -> State:
     (h,) = state
-    (ir, iz, i_n), (hr, hz, hn) = projected.chunk(3, -1), _hidden(h, weights).chunk(3, -1)
+    (ir, iz, i_n), (hr, hz, hn) = projected.chunk(3, -1), _linear(h, weights, 1).chunk(3, -1)
     n = torch.tanh(i_n + torch.sigmoid(ir + hr) * hn)
     return (n + torch.sigmoid(iz + hz) * (h - n),)
 
 
-def _plain(activation: Callable[[Tensor], Tensor]) -> Cell:
-    def cell(projected: Tensor, state: State, weights: list[Tensor]) -> State:
-        return (activation(projected + _hidden(state[0], weights)),)
-
-    return cell
+def _plain(activation: Callable[[Tensor], Tensor], projected: Tensor, state: State, weights: list[Tensor]) -> State:
+    return (activation(projected + _linear(state[0], weights, 1)),)
 
 
 _CELLS: dict[str, tuple[Cell, int]] = {  # and how many tensors a state has
     "lstm": (_lstm, 2),
     "gru": (_gru, 1),
-    "rnn_tanh": (_plain(torch.tanh), 1),
-    "rnn_relu": (_plain(torch.relu), 1),
+    "rnn_tanh": (functools.partial(_plain, torch.tanh), 1),
+    "rnn_relu": (functools.partial(_plain, torch.relu), 1),
 }
-
-
-def _projected(x: Tensor, weights: list[Tensor]) -> Tensor:
-    return F.linear(x, weights[0], weights[2] if len(weights) > 3 else None)
 
 
 def _over_steps(cell: Cell, steps: Sequence[Tensor], state: State, weights: list[Tensor]) -> tuple[list[Tensor], State]:
@@ -84,7 +78,7 @@ def _layers(kind: str, *args: Any) -> tuple[Tensor, ...]:
         for direction in range(directions):
             number = layer * directions + direction
             weights = list(flat[number * each : (number + 1) * each])
-            projected = _projected(x, weights)
+            projected = _linear(x, weights, 0)
             steps = projected.split(sizes.tolist()) if packed else projected.unbind(0)
             order = -1 if direction else 1
             outputs, last = _over_steps(cell, steps[::order], tuple(part[number] for part in first), weights)
@@ -101,7 +95,7 @@ def _one_cell(kind: str, *args: Any, **kwargs: Any) -> Any:
     cell, parts = _CELLS[kind]
     x, hx, *given = (*args, *kwargs.values())
     weights = [w for w in given if w is not None]
-    state = cell(_projected(x, weights), tuple(hx) if parts == 2 else (hx,), weights)
+    state = cell(_linear(x, weights, 0), tuple(hx) if parts == 2 else (hx,), weights)
     return state if parts == 2 else state[0]
 
 
