@@ -56,11 +56,6 @@ def backward_pass() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def at_end_of_backward(function: Callable[[], None]) -> None:
-    """Call a function when the backward pass in progress ends without an exception."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
-
-
 def will_reach(node: Any, *, else_: bool) -> bool:
     """Whether the backward pass in progress will reach a node; ``else_`` for an input of `torch.autograd.grad`."""
     try:

@@ -209,21 +209,20 @@ class CallRecorder:
             cast(Any, copy.grad_fn).metadata[MARK] = (self.mark, call, place)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
-    def _in_pass(self) -> None:
-        """A gradient has arrived, and may or may not go on to a parameter's ``.grad``.
+    def _fills(self) -> bool:
+        """Whether the backward pass in progress, in which a gradient has arrived, will fill ``.grad`` of a parameter.
 
-        `torch.autograd.grad(output, input)` comes here too and must not count. So the end of a backward pass drops what no
-        parameter has confirmed. A pass that raised an exception has no end; the next one drops for it.
+        `torch.autograd.grad(output, input)` comes here too, does not, and must not count. A pass that raised an exception may
+        have left gradients behind, which the next one drops.
         """
         if self._pass != private.backward_pass():
             self._pending.clear()
             self._notice_new_pass()
-        if not self._pending:
-            private.at_end_of_backward(self._pending.clear)
+        parameters = (reference() for reference in self.parameters.values())
+        return any(_will_be_filled(p) for p in parameters if p is not None and p.requires_grad)
 
     def factor_arrived(self, term: Term, number: int, factor: Tensor) -> None:
         """The value of a criterion has received a gradient."""
-        self._in_pass()
         if not self._fills():
             return
         for part in term.parts:
@@ -239,12 +238,12 @@ class CallRecorder:
 
     def arrived(self, outputs: Outputs, place: int, gradient: Tensor) -> None:
         """An output, or the argument of a criterion, has received a gradient."""
-        self._in_pass()
-        wanted = place not in outputs.linearized and (place in outputs.selected or not self._criteria)
         model = self.model()
+        if not self._fills() or model is None:
+            return
+        wanted = place not in outputs.linearized and (place in outputs.selected or not self._criteria)
         # Without tapes a call is repeated instead. A compiled graph allows no backward passes besides the user's.
-        followed = model is not None and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model)))
-        if wanted and followed and model is not None and self._fills():
+        if wanted and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model))):
             linearized_live(outputs, place, model, self.named(model))
         gradient = gradient.detach().to(torch.float64, copy=True)
 
@@ -255,11 +254,6 @@ class CallRecorder:
                 self.calls.sort(key=lambda c: c.number)
 
         self._pending.append(confirmed)
-
-    def _fills(self) -> bool:
-        """Whether the backward pass in progress will fill ``.grad`` of any parameter."""
-        parameters = (reference() for reference in self.parameters.values())
-        return any(_will_be_filled(p) for p in parameters if p is not None and p.requires_grad)
 
     def _notice_new_pass(self) -> None:
         """At the first gradient of a backward pass, see whether the user cleared ``.grad`` since the last one."""
