@@ -209,11 +209,11 @@ class CallRecorder:
             cast(Any, copy.grad_fn).metadata[MARK] = (self.mark, call, place)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
-    def _fills(self) -> bool:
+    def _pass_counts(self) -> bool:
         """Whether the backward pass in progress, in which a gradient has arrived, will fill ``.grad`` of a parameter.
 
-        `torch.autograd.grad(output, input)` comes here too, does not, and must not count. A pass that raised an exception may
-        have left gradients behind, which the next one drops.
+        That of `torch.autograd.grad(output, input)` does not, and must not count. A pass that raised an exception may have left
+        gradients behind, which the next one drops.
         """
         if self._pass != private.backward_pass():
             self._pending.clear()
@@ -223,7 +223,7 @@ class CallRecorder:
 
     def factor_arrived(self, term: Term, number: int, factor: Tensor) -> None:
         """The value of a criterion has received a gradient."""
-        if not self._fills():
+        if not self._pass_counts():
             return
         for part in term.parts:
             part.of.selected.add(part.place)
@@ -239,7 +239,7 @@ class CallRecorder:
     def arrived(self, outputs: Outputs, place: int, gradient: Tensor) -> None:
         """An output, or the argument of a criterion, has received a gradient."""
         model = self.model()
-        if not self._fills() or model is None:
+        if not self._pass_counts() or model is None:
             return
         wanted = place not in outputs.linearized and (place in outputs.selected or not self._criteria)
         # Without tapes a call is repeated instead. A compiled graph allows no backward passes besides the user's.

@@ -25,12 +25,11 @@ _BASE = 2**8  # positions are sent back through a graph in digits of this base, 
 
 # Nodes of the graph that move entries, and may add constants.
 _MOVING = (
-    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Slice", "Select", "Index"),
-    *("IndexSelect", "MaskedSelect", "Gather", "Take", "TakeAlongDim", "Clone", "Alias", "ToCopy", "Cat", "Stack", "Split"),
-    *("SplitWithSizes", "Unbind", "UnsafeSplit", "Narrow", "Diagonal", "Flip", "Roll", "Expand", "MaskedFill", "AsStrided"),
-    *("Unfold", "Movedim", "Swapaxes", "Flatten", "Unflatten", "Chunk"),
+    "Alias AsStrided Cat Chunk Clone Diagonal Expand Flip Gather Index IndexSelect MaskedFill MaskedSelect Permute "
+    "ReshapeAlias Roll Select Slice Split SplitWithSizes Squeeze Stack T Take ToCopy Transpose Unbind Unfold UnsafeSplit "
+    "UnsafeView Unsqueeze View"
 )
-_MOVES = {f"{name}Backward{number}" for name in _MOVING for number in range(6)}
+_MOVES = {f"{name}Backward{number}" for name in _MOVING.split() for number in range(6)}
 
 
 class RefusedError(RuntimeError):
