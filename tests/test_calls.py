@@ -75,7 +75,8 @@ def test_gradients_by_autograd_grad_do_not_count_as_they_fill_no_grad():
     torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)  # a look at them, say
     with pytest.raises(RuntimeError, match="torch.autograd.grad does not count, because"):
         optimizer.step()
-    loss.backward()
+    loss.backward(retain_graph=True)
+    torch.autograd.grad(loss, list(model.parameters()))
     optimizer.step()
     assert_at(model, expected)
 
@@ -252,17 +253,32 @@ def test_a_forward_pass_that_raised_is_forgotten(error):
     handle = model[2].register_forward_pre_hook(lambda module, args: raise_(error))
     with pytest.raises(error):
         model(x)
-    assert error is KeyboardInterrupt or not optimizer._recorder._running
+    assert error is KeyboardInterrupt or not optimizer._recorder._passes.under_way
     handle.remove()
     expected = pinv_step(model, x, y, 0.5)
     MSE(model(x), y).backward()
-    assert not optimizer._recorder._running
+    assert not optimizer._recorder._passes.under_way
     optimizer.step()
     assert_at(model, expected)
 
 
 def raise_(error):
     raise error
+
+
+def test_a_criterion_that_is_given_outputs_twice():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            return torch.cat([super().forward(x)] * 2, 1)
+
+    model, x, y = problem()
+    targets = torch.cat([y, y.flip(0)], 1)
+    expected = pinv_step(Twice(*model), x, targets, 0.5 * targets.numel() / 2)
+    criterion = nn.MSELoss()
+    optimizer = AdaptedGD(model, lr=0.5, criterion=criterion, damping=0.0)
+    criterion(torch.cat([model(x)] * 2, 1), targets).backward()
+    optimizer.step()
+    assert_at(model, expected)
 
 
 def test_a_loss_of_what_the_model_keeps_beside_its_output():
@@ -311,6 +327,20 @@ def test_a_backward_pass_that_raised_leaves_nothing():
     good = True
     expected = pinv_step(model, x, y, 0.5)
     MSE(breaking(x), y).backward()
+    optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+
+
+def test_a_backward_pass_that_raised_before_it_reached_a_parameter_leaves_nothing():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    outputs = model(x)
+    outputs.register_hook(lambda gradient: raise_(MemoryError))
+    with pytest.raises(MemoryError):
+        MSE(outputs, y).backward()
+    expected = pinv_step(model, x, y, 0.5)
+    MSE(model(x), y).backward()
     optimizer.step()
     assert optimizer.last_step.num_calls == 1
     assert_at(model, expected)

@@ -71,6 +71,22 @@ def test_dropped_backward_passes_leave_nothing():
     assert live_tensors() <= before
 
 
+def test_derivatives_that_no_criterion_is_given_are_forgotten():
+    model = mlp()
+    optimizer = AdaptedGD(model, criterion=nn.MSELoss())
+
+    def residuals(count):  # an evaluation, which no step follows
+        for _ in range(count):
+            x = torch.randn(3, 4, requires_grad=True)
+            torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+    residuals(300)
+    before = live_tensors()
+    residuals(100)
+    assert live_tensors() <= before
+    assert optimizer.last_step is None
+
+
 def test_a_running_total_of_losses_keeps_no_inputs():
     model = mlp()
     optimizer = AdaptedGD(model, lr=1e-3)
@@ -82,7 +98,7 @@ def test_a_running_total_of_losses_keeps_no_inputs():
         total = total + loss  # undetached, as people do
         optimizer.zero_grad()
         loss.backward()
-        references += [weakref.ref(t) for call in optimizer._recorder.calls for t in call.inputs._leaves]
+        references += [weakref.ref(t) for call in optimizer._recorder.calls for t in call.inputs.as_given]
         optimizer.step()
     gc.collect()
     assert len(references) == 5

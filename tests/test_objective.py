@@ -55,7 +55,7 @@ BOUNDED = (nn.MSELoss, HalfSquaredLoss, CE, BCE)
 def objective_of(criterion, x, *others, factor=1.0, scale=1.0):
     given = Outputs({0: x})
     arguments, structure = tree_flatten(((x, *others), {}))
-    state = State.now(criterion, [])
+    state = State(criterion, [])
     values = criterion(x, *others).detach()
     state.forget_unused()
     factors = {0: factor * torch.ones_like(values, dtype=torch.float64)}

@@ -121,9 +121,8 @@ class WatchingOptimizer(Optimizer, Joinable):
         Joinable.__init__(self)
         if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
             self._recorder = CallRecorder(self._model, self._criteria)
-            for group in self.param_groups:
-                for p in group["params"]:
-                    self._recorder.watch(p)
+            for p in self._groups_parameters():
+                self._recorder.watch(p)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy watches the same criterion, unless that was copied along.

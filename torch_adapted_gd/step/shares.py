@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -145,10 +144,7 @@ def divisor(term: Term) -> float | None:
     rows = float(len(given)) if given.ndim else 1.0
     if reduction != "mean":
         return rows
-    attributes = [
-        (module, {**own, "reduction": "sum"} if module is term.criterion else own) for module, own in term.state.attributes
-    ]
-    as_sum = dataclasses.replace(term, state=dataclasses.replace(term.state, attributes=attributes), doubles=True)
+    as_sum = term.as_sum()
     arguments = {number: term.arguments[number].double() for number in term.entries}
     generator = torch.Generator().manual_seed(0)
     total = 0.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import private
-from .arguments import Key, called, changes_in_place, replaced, tensors_of
-from .operations import Addition, General, MatrixProduct, Multiplication, Operation, SeveralResultsError
+from .arguments import Key, changes_in_place, replaced, tensors_of
+from .operations import Addition, MatrixProduct, Multiplication, Operation, SeveralResultsError
 
 if TYPE_CHECKING:
     from .tape import Source, Tape
 
 # The gradients of these by a sampled operand do not use the parameter, so they need no `Applied`.
 _LINEAR_IN_BOTH = {
-    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("add", "sub", "subtract") if hasattr(owner, name)),
+    *(torch.add, torch.sub, torch.subtract, Tensor.add, Tensor.sub, Tensor.subtract),
     *(Tensor.add_, Tensor.sub_, Tensor.__rsub__, Tensor.__setitem__, Tensor.__getitem__),
     *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack, torch.rsub, torch.index_select, Tensor.index_select),
     *(F.embedding, torch.embedding, F.embedding_bag),
@@ -46,18 +46,18 @@ class Applied(torch.autograd.Function):
         return result
 
     @staticmethod
-    def forward(operation: Operation, _tape: weakref.ref[Tape], *tensors: Tensor) -> Tensor:  # noqa: D102
-        return operation.compute(*tensors)
+    def forward(operation: Operation, _tape: weakref.ref[Tape], *tensors: Tensor) -> Tensor:
+        return operation(*tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004, D102
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         ctx.operation, ctx.tape, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        operation, tensors, (g,), tape = ctx.operation, ctx.saved_tensors, gradients, ctx.tape()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        operation, tensors, tape = ctx.operation, ctx.saved_tensors, ctx.tape()
         found: list[Tensor | None] = [None, None]
         for number in range(len(tensors)):
             wanted = ctx.needs_input_grad[number + 2]
@@ -67,52 +67,38 @@ class Applied(torch.autograd.Function):
             if not wanted:
                 found.append(None)
                 continue
-            of = operation.gradient(number, tensors, g)
+            of, operands = operation.gradient(number, tensors, *gradients)
             noted = of.sources and number not in operation.sources and tape is not None and torch.is_grad_enabled()
-            found.append(run(of, tape, derived=True) if noted else of.compute(*of.tensors))
+            found.append(_run_derivative(of, tape, operands) if noted else of(*operands))
         return tuple(found)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # noqa: D102
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         operation, tensors, tape = ctx.operation, ctx.saved_tensors, ctx.tape()
-        total: Tensor | None = None
+        parts = []
         for number, tangent in enumerate(tangents[2:]):
             if tangent is None or number in operation.sources:  # parameters have no tangent
                 continue
-            of = operation.tangent(number, tensors, tangent)
-            noted = of.sources and tape is not None
-            part = run(of, tape, derived=True) if noted else of.compute(*of.tensors)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+            of, operands = operation.tangent(number, tensors, tangent)
+            parts.append(_run_derivative(of, tape, operands) if of.sources and tape is not None else of(*operands))
+        return functools.reduce(torch.add, parts)
 
     @staticmethod
-    def vmap(  # noqa: D102
+    def vmap(
         _info: Any, in_dims: tuple[int | None, ...], operation: Operation, tape: weakref.ref[Tape], *tensors: Tensor
     ) -> tuple[Tensor, int]:
-        of = operation.batched(in_dims[2:], tensors)
-        return Applied.apply(of, tape, *of.tensors), 0
+        of, operands = operation.batched(in_dims[2:], tensors)
+        return Applied.apply(of, tape, *operands), 0
 
 
-def run(operation: Operation, tape: Tape, *, derived: bool = False) -> Tensor:
+def _run(operation: Operation, tape: Tape, tensors: Sequence[Tensor]) -> Tensor:
     """The value of an operation, in the graph, and noted."""
-    tape.derived = tape.derived or derived
-    tensors, operation.tensors = operation.tensors, ()  # which the graph keeps
     return Applied.apply(operation, weakref.ref(tape), *tensors)
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """A function of the tensors among its arguments alone."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keys: tuple[Key, ...]
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        args, kwargs = replaced(self.args, self.kwargs, dict(zip(self.keys, tensors, strict=True)))
-        return called(self.function, args, kwargs)  # type: ignore[no-any-return]
+def _run_derivative(operation: Operation, tape: Tape, tensors: Sequence[Tensor]) -> Tensor:
+    tape.derived = True
+    return _run(operation, tape, tensors)
 
 
 _NORMALIZATIONS: dict[Callable[..., Any], dict[str, int]] = {  # where these have their parameters
@@ -141,9 +127,9 @@ def _normalized(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return result
 
 
-def _with_bias(product: Operation, bias: Tensor | None, tape: Tape) -> Tensor:
+def _with_bias(product: Operation, tensors: Sequence[Tensor], bias: Tensor | None, tape: Tape) -> Tensor:
     """A matrix product and the sum with a bias, as two operations."""
-    result = run(product, tape)
+    result = _run(product, tape, tensors)
     with tape:
         return result if bias is None else result + bias
 
@@ -169,21 +155,26 @@ def applied(
     positions = frozenset(key for key in keys if isinstance(key, int))
     if not kwargs and all(isinstance(a, Tensor) or a is None for a in args):
         if func in _ADDITIONS:
-            return run(Addition(args, positions), tape)
+            return _run(Addition(positions), tape, args)
         if func in _MULTIPLICATIONS:
-            return run(Multiplication(args, positions), tape)
+            return _run(Multiplication(positions), tape, args)
         if func is F.linear and positions <= {1, 2} and 1 in positions and args[1].ndim == 2:
-            return _with_bias(MatrixProduct(args[:2], frozenset({1}), True), args[2] if len(args) > 2 else None, tape)
+            return _with_bias(MatrixProduct(transposed=True), args[:2], args[2] if len(args) > 2 else None, tape)
         if func in _PRODUCTS and positions == {1} and args[1].ndim == 2 and args[0].ndim > 1:
-            return run(MatrixProduct(args, positions), tape)
+            return _run(MatrixProduct(transposed=False), tape, args)
         if func in (torch.addmm, Tensor.addmm) and positions <= {0, 2} and 2 in positions:
-            return _with_bias(MatrixProduct(args[1:], frozenset({1})), args[0], tape)
-    operands = dict(tensors_of(args, kwargs))
-    floating = tuple(key for key, tensor in operands.items() if tensor.is_floating_point())
-    if not all(key in floating for key in keys):
+            return _with_bias(MatrixProduct(transposed=False), args[1:], args[0], tape)
+    operands = {key: tensor for key, tensor in tensors_of(args, kwargs) if tensor.is_floating_point()}
+    if not operands.keys() >= set(keys):
         return None
-    of = _Bound(func, args, kwargs, floating)
+    numbers = dict(zip(operands, range(len(operands)), strict=True))
+
+    @functools.wraps(func)
+    def of_tensors(*tensors: Tensor) -> Any:
+        given, by_name = replaced(args, kwargs, dict(zip(operands, tensors, strict=True)))
+        return func(*given, **by_name)
+
     try:
-        return run(General(tuple(operands[key] for key in floating), frozenset(map(floating.index, keys)), of), tape)
+        return _run(Operation(of_tensors, frozenset(numbers[key] for key in keys)), tape, tuple(operands.values()))
     except SeveralResultsError:
         return None

@@ -1,9 +1,9 @@
 """A call of a model: its inputs, conditions, outputs and their gradients, and its exact replay."""
 
 import contextlib
-import threading
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,27 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .state import RandomNumbers, unharmed, unwatched
+
 if TYPE_CHECKING:
     from ..jacobian.factored import Piece
     from .tape import Tape
-
-_thread = threading.local()
-
-
-def replaying() -> bool:
-    """Whether this thread is repeating a call, which recorders must ignore."""
-    return getattr(_thread, "replaying", False)
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Context for forward and backward passes of our own, which recorders must ignore."""
-    outer = replaying()
-    _thread.replaying = True
-    try:
-        yield
-    finally:
-        _thread.replaying = outer
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
@@ -54,32 +38,18 @@ def underlying(model: nn.Module) -> nn.Module:
 
 def compiled(model: nn.Module) -> bool:
     """Whether any part of a model was given to ``torch.compile``."""
-    return any(map(_is_compiled, model.modules()))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _autocast_state(model: nn.Module) -> list[tuple[str, torch.dtype, bool]]:
-    kinds = sorted({"cpu", *(p.device.type for p in model.parameters())})
-    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
-
-
 @dataclass
 class Conditions:
     """What the result of a forward pass depends on, besides its inputs and the parameters."""
 
-    cpu_rng: Tensor
-    cuda_rng: dict[int, Tensor]
+    random: RandomNumbers
     autocast: list[tuple[str, torch.dtype, bool]]
     training: dict[str, bool]  # by the module's name
     buffers: dict[str, Tensor]  # copies of their values before the pass
@@ -88,60 +58,31 @@ class Conditions:
     def now(cls, model: nn.Module) -> "Conditions":
         """The current conditions of a model."""
         model = underlying(model)
+        kinds = sorted({"cpu", *(p.device.type for p in model.parameters())})
         return cls(
-            cpu_rng=torch.get_rng_state(),
-            cuda_rng={i: torch.cuda.get_rng_state(i) for i in _cuda_devices(model)},
-            autocast=_autocast_state(model),
+            random=RandomNumbers(model.parameters()),
+            autocast=[(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds],
             training={name: module.training for name, module in model.named_modules()},
             buffers={name: b.detach().clone() for name, b in model.named_buffers()},
         )
 
-    def random_numbers_drawn(self) -> bool:
-        """Whether random numbers were drawn since."""
-        return not torch.equal(self.cpu_rng, torch.get_rng_state()) or any(
-            not torch.equal(state, torch.cuda.get_rng_state(i)) for i, state in self.cuda_rng.items()
-        )
-
-    def rewind(self) -> None:
-        """Reset the random number generators to these states."""
-        torch.set_rng_state(self.cpu_rng)
-        for i, state in self.cuda_rng.items():
-            torch.cuda.set_rng_state(state, i)
-
     @contextlib.contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """Context in which they are in force. At its end, modules, buffers and random numbers are as before."""
-        modules = dict(model.named_modules())
-        attributes = [(module, dict(module.__dict__)) for module in modules.values()]
-        # A backward pass computes checkpointed parts again, with the model's own buffers.
-        present = [b for module in modules.values() for b in module._buffers.values() if b is not None]
-        buffers = [(b, b.detach().clone()) for b in dict.fromkeys(present)]
-        outer = replaying()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=list(self.cuda_rng)))
-            self.rewind()
+            # A backward pass computes checkpointed parts again, with the model's own buffers.
+            stack.enter_context(unharmed(model, model.buffers()))
+            stack.enter_context(self.random.again())
             for kind, dtype, enabled in self.autocast:
                 # No cache of low-precision weights: torch.func would leave its wrappers in it.
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            if any(map(_is_compiled, modules.values())):
+            if compiled(model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            try:
-                _thread.replaying = True
-                for name, module in modules.items():
-                    module.training = self.training.get(name, module.training)
-                yield
-            finally:
-                _thread.replaying = outer
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):  # batch norm does not change the version
-                        with torch.no_grad():
-                            buffer.copy_(value)
-                for module, before in attributes:
-                    now = module.__dict__
-                    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-                        now.clear()
-                        now.update(before)
+            stack.enter_context(unwatched())
+            for name, module in model.named_modules():
+                module.training = self.training.get(name, module.training)
+            yield
 
 
 @dataclass(eq=False)
@@ -155,7 +96,6 @@ class Outputs:
         tapes: The operations with parameters that they depend on, while the graph is alive; empty if it cannot be followed.
         behind: The tensors in the graph, while it is alive.
         linearized: Their linearizations, from the first backward pass that reached each.
-        backward_pass: The number of the last backward pass that reached them.
         calls: The calls that they were computed from, unless this is a call itself.
         eps: Machine epsilon of the coarsest dtype on the way from these calls.
     """
@@ -166,7 +106,6 @@ class Outputs:
     tapes: "list[Tape]" = field(default_factory=list)
     behind: dict[int, Tensor] = field(default_factory=dict)
     linearized: "dict[int, Piece]" = field(default_factory=dict)
-    backward_pass: int = -1
     calls: "list[Call]" = field(default_factory=list)
     eps: float = 0.0
     _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)
@@ -180,12 +119,9 @@ class Outputs:
         """The linearizations from while the graph was alive, by output; empty if one is missing."""
         if any(place not in self.linearized for place in self.places):
             return []
-        first, pieces = 0, []
-        for place in self.places:
-            piece = self.linearized[place]
-            pieces.append(replace(piece, first=first))
-            first += piece.linearized.q
-        return pieces
+        pieces = [self.linearized[place] for place in self.places]
+        starts = itertools.accumulate((piece.linearized.q for piece in pieces), initial=0)
+        return [replace(piece, first=start) for piece, start in zip(pieces, starts, strict=False)]
 
     def remember(self, model: nn.Module) -> None:
         """Record the versions of the parameters."""
@@ -213,7 +149,7 @@ class Outputs:
         self.outputs, self.behind, self.linearized, self.tapes, self.calls = {}, {}, {}, [], []
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Call(Outputs):
     """One call of a model, with all that is needed to repeat it.
 
@@ -225,35 +161,24 @@ class Call(Outputs):
         random: Whether the forward pass drew random numbers.
         nested: Whether an input was computed from the output of another recorded call.
         returned: Weak references to the tensors that the user got.
-        noted: The number of operations with parameters in the forward pass itself.
     """
 
+    inputs: "Inputs"
+    conditions: Conditions
     number: int = 0
-    inputs: "Inputs" = None  # type: ignore[assignment]
-    conditions: Conditions = None  # type: ignore[assignment]
     random: bool = False
     nested: bool = False
     returned: "list[weakref.ref[Tensor]]" = field(default_factory=list)
-    noted: int = 0
 
-    @classmethod
-    def of(cls, number: int, model: nn.Module, inputs: "Inputs", start: Conditions, output: Any) -> "Call":
-        """The call that has just returned ``output``."""
-        model = underlying(model)
-        call = cls(
-            number=number,
-            inputs=inputs,
-            conditions=start,
-            outputs={i: leaf.detach().clone() for i, leaf in output_leaves(output).items()},
-            random=start.random_numbers_drawn(),
-        )
-        call.remember(model)
-        return call
+    def complete(self, model: nn.Module, output: Any) -> None:
+        """Record what the call has just returned."""
+        self.outputs = {place: leaf.detach().clone() for place, leaf in output_leaves(output).items()}
+        self.random = self.conditions.random.drawn()
+        self.remember(model)
 
     def can_be_reached(self) -> bool:
         """Whether a criterion may still be given a tensor that was computed from this call."""
-        derived = any(len(tape.notes) > self.noted for tape in self.tapes)
-        return derived or any(reference() is not None for reference in self.returned)
+        return any(tape.derived_after for tape in self.tapes) or any(tensor() is not None for tensor in self.returned)
 
     def check_alone(self) -> None:
         """Raise a RuntimeError if the loss also went through another call, so that without a criterion x is not known."""
@@ -270,17 +195,6 @@ class Call(Outputs):
         self.inputs = Inputs((), {})
         self.conditions.buffers = {}
 
-    def function(self, model: nn.Module) -> Callable[..., list[Tensor]]:
-        """The call as a function of ``(parameters and buffers by name, args, kwargs)``; returns ``places``' outputs."""
-        model = underlying(model)
-        places = self.places
-
-        def forward(state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-            leaves = tree_leaves(functional_call(model, state, args, kwargs))
-            return [leaves[i] for i in places]
-
-        return forward
-
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of the buffers before the call, so that a repeated call changes none of the model's."""
         then = self.conditions.buffers
@@ -292,26 +206,19 @@ class Inputs:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, self._structure = tree_flatten((args, kwargs))
-        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.as_given = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._differentiable = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
 
     @property
     def leaves(self) -> list[Any]:
         """Fresh copies of the leaves, for a pass that may change them."""
-        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.as_given]
 
-    @property
-    def as_given(self) -> list[Any]:
-        """The leaves themselves."""
-        return self._leaves
-
-    def differentiable_leaves(self) -> list[Any]:
-        """Fresh copies of the leaves; those that required a gradient in the call require one."""
-        marks = zip(self.leaves, self._differentiable, strict=True)
-        return [leaf.requires_grad_() if mark else leaf for leaf, mark in marks]
-
-    def assembled(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword inputs with these leaves."""
+    def assembled(self, leaves: list[Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs with these leaves; by default copies that require a gradient as in the call."""
+        if leaves is None:
+            marks = zip(self.leaves, self._differentiable, strict=True)
+            leaves = [leaf.requires_grad_() if mark else leaf for leaf, mark in marks]
         args, kwargs = tree_unflatten(leaves, self._structure)
         return args, kwargs
 
@@ -329,14 +236,13 @@ def output_leaves(output: Any) -> dict[int, Tensor]:
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Call:
     """Call the model once, and record the call; buffers and random numbers stay as they were."""
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = Inputs(args, kwargs or {})
-        start = Conditions.now(model)
-        call = Call(inputs=inputs, conditions=start)
+        call = Call(inputs=Inputs(args, kwargs or {}), conditions=Conditions.now(model))
         module = underlying(model)
         state = {**dict(module.named_parameters()), **call.buffers(model)}
-        with start.restored(module):
-            given, given_by_name = inputs.assembled(inputs.differentiable_leaves())
-            return Call.of(0, model, inputs, start, functional_call(module, state, given, given_by_name))
+        with call.conditions.restored(module):
+            given, given_by_name = call.inputs.assembled()
+            call.complete(model, functional_call(module, state, given, given_by_name))
+        return call
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
@@ -350,14 +256,15 @@ def hides_its_graph(tensor: Tensor) -> bool:
     return any(node.name() == "CheckpointFunctionBackward" for node in graph(tensor))
 
 
-def graph(tensor: Tensor) -> Iterator[Any]:
-    """The nodes of the autograd graph that a tensor was computed by."""
+def graph(*tensors: Tensor, ends: Container[Any] = ()) -> Iterator[Any]:
+    """The nodes of the autograd graph that tensors were computed by, and none that is behind one of ``ends`` alone."""
     seen = set()
-    nodes = [tensor.grad_fn]
+    nodes = [tensor.grad_fn for tensor in tensors]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         yield node
-        nodes += [following for following, _ in node.next_functions]
+        if node not in ends:
+            nodes += [following for following, _ in node.next_functions]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .calls import Conditions, underlying, unwatched
+from .calls import Conditions, underlying
+from .state import unharmed, unwatched
 
 Given = list[tuple[nn.Module, list[Any]]]  # calls of criteria, in their order: which one, and its arguments
 
@@ -23,7 +24,7 @@ class Closure:
         criterion_calls: The number of calls of criteria before.
     """
 
-    def __init__(self, function: Callable[[], Any], model: nn.Module, criterion_calls: int = 0) -> None:
+    def __init__(self, function: Callable[[], Any], model: nn.Module, criterion_calls: int) -> None:
         self._function, self._model, self.criterion_calls = function, model, criterion_calls
         self._start = Conditions.now(model)
         self.returned: Any = None
@@ -39,7 +40,7 @@ class Closure:
         """The returned loss as a number; a TypeError if it is none."""
         return _number(self.returned)
 
-    def at(self, values: dict[str, Tensor], criteria: Iterable[nn.Module] = ()) -> tuple[float, Given]:
+    def at(self, values: dict[str, Tensor], criteria: Iterable[nn.Module]) -> tuple[float, Given]:
         """The loss at other values of parameters, by name, and the calls of criteria; then all is as before.
 
         Raises:
@@ -61,34 +62,19 @@ class Closure:
     def _restored(self, values: dict[str, Tensor]) -> Iterator[None]:
         model = underlying(self._model)
         parameters = dict(model.named_parameters())
-        modules = list(model.modules())
-        tensors = [(t, t.detach().clone()) for t in (*parameters.values(), *model.buffers())]
-        # A forward pass may set attributes and replace buffers.
-        kept = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in modules]
         gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters.values()]
-        now = Conditions.now(model)
-        try:
-            with torch.no_grad():
-                for name, value in values.items():
-                    parameters[name].copy_(value)
-                for name, b in model.named_buffers():
-                    b.copy_(self._start.buffers.get(name, b))
-            self._start.rewind()
-            with unwatched():
+        with unharmed(model, (*parameters.values(), *model.buffers())), self._start.random.again(), unwatched():
+            try:
+                with torch.no_grad():
+                    for name, value in values.items():
+                        parameters[name].copy_(value)
+                    for name, b in model.named_buffers():
+                        b.copy_(self._start.buffers.get(name, b))
                 yield
-        finally:
-            now.rewind()
-            for module, attributes, buffers, own in kept:
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-                module._buffers.update(buffers)
-                module._parameters.update(own)
-            with torch.no_grad():
-                for tensor, value in tensors:
-                    tensor.copy_(value)
+            finally:
                 for p, gradient, entries in gradients:
                     if gradient is not None and entries is not None:
-                        gradient.copy_(entries)
+                        gradient.detach().copy_(entries)
                     p.grad = gradient
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import private
 from .calls import Outputs
-from .hooks import watch_calls
+from .hooks import Passes, gradient_hook, watch_calls
 from .terms import MARK, Entries, Graph, State, Term, entries_of
 
 if TYPE_CHECKING:
@@ -28,26 +27,26 @@ class CriterionWatch:
 
     def __init__(self, recorder: CallRecorder, criterion: nn.Module) -> None:
         self._recorder = weakref.ref(recorder)
-        self._under_way: dict[int, list[Term | None]] = {}
-        self._handles = watch_calls(criterion, self, CriterionWatch._before, CriterionWatch._after)
+        self._passes = Passes()
+        self._handles = watch_calls(criterion, self._before, self._after)
 
     def _before(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         private.outermost(criterion, *self._handles)
-        under_way = self._under_way.setdefault(threading.get_ident(), [])
+        under_way = self._passes.under_way
         if private.passes(criterion) <= 1:
             under_way.clear()  # left over from an interrupted call
         recorder = self._recorder()
-        term = None
+        term, given = None, None
         if recorder is not None:
             recorder.criterion_calls += 1
         if recorder is not None and torch.is_grad_enabled() and not under_way:
-            term = _Given(recorder).term(criterion, args, kwargs)
-        under_way.append(None if term is None else term[0])
-        return None if term is None else term[1:]
+            term, given = _followed(recorder, criterion, args, kwargs)
+        under_way.append(term)
+        return given
 
     def _after(self, _criterion: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        under_way = self._under_way.get(threading.get_ident(), [])
-        term = under_way.pop() if under_way else None
+        under_way = self._passes.under_way
+        term: Term | None = under_way.pop() if under_way else None
         recorder = self._recorder()
         if term is None or output is None or recorder is None:
             return None
@@ -59,72 +58,60 @@ class CriterionWatch:
                 continue
             copies[id(leaf)] = copy = leaf.clone()
             term.values[number] = leaf.detach().clone()
-            copy.register_hook(recorder.hook(type(recorder).factor_arrived, term, number))
+            copy.register_hook(gradient_hook(recorder.factor_arrived, term, number))
             cast(Any, copy.grad_fn).metadata[MARK] = (recorder.mark, term, None)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure) if copies else None
 
 
-class _Given:
-    """Finds where the arguments of a criterion come from."""
-
-    def __init__(self, recorder: CallRecorder) -> None:
-        self._recorder = recorder
-
-    def term(
-        self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Term, tuple[Any, ...], dict[str, Any]] | None:
-        """The term, and the arguments for the criterion; None if the term is not to be followed."""
-        recorder = self._recorder
-        leaves, structure = tree_flatten((args, kwargs))
-        entries: dict[int, list[Entries]] = {}
-        copies: dict[int, Tensor] = {}
-        found: dict[int, list[Entries]] = {}
-        for number, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor) or not leaf.requires_grad or not leaf.is_floating_point():
+def _followed(
+    recorder: CallRecorder, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Term | None, Any]:
+    """The term, and the arguments for the criterion; None twice if the term is not to be followed."""
+    leaves, structure = tree_flatten((args, kwargs))
+    entries: dict[int, list[Entries]] = {}
+    copies: dict[int, Tensor] = {}
+    found: dict[int, list[Entries]] = {}
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad or not leaf.is_floating_point():
+            continue
+        if private.is_batched(leaf):  # within torch.func.vmap, no hook sees all samples
+            recorder.unusable_criterion = True
+            return None, None
+        if id(leaf) not in copies:
+            graph = Graph(leaf, recorder.mark, recorder.parameters)
+            if graph.of_a_criterion:
+                return None, None  # the gradient of that criterion's value tells all
+            if not graph.depends:
                 continue
-            if private.is_batched(leaf):  # within torch.func.vmap, no hook sees all samples
-                recorder.unusable_criterion = True
-                return None
-            if id(leaf) not in copies:
-                graph = Graph(leaf, recorder.mark, recorder.parameters)
-                if graph.of_a_criterion:
-                    return None  # the gradient of that criterion's value tells all
-                if not graph.depends:
-                    continue
-                parts = entries_of(leaf, graph.marked) if graph.moved else None
-                if parts is not None and any(part.of.outputs[part.place].ndim == 0 for part in parts):
-                    parts = None
-                copies[id(leaf)] = leaf.clone()
-                found[id(leaf)] = parts or [self._argument(leaf, copies[id(leaf)], graph)]
-            entries[number] = found[id(leaf)]
-        if not entries:
-            return None
-        arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        devices = {leaf.device.index for leaf in arguments if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
-        state = State.now(criterion, sorted(devices))
-        term = Term(criterion, arguments, structure, entries, state, number=recorder.criterion_calls)
-        args, kwargs = tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
-        return term, args, kwargs
-
-    def _argument(self, leaf: Tensor, copy: Tensor, graph: Graph) -> Entries:
-        """An argument that is differentiated itself."""
-        recorder = self._recorder
-        argument = recorder.arguments.get(id(leaf))
-        if argument is None or argument.leaf() is not leaf:
-            calls = [call for call in recorder.kept if graph.touches(call.tapes)]
-            calls = list(dict.fromkeys([*calls, *(call for _, call, _ in graph.marked.values())]))
-            tapes = [*(tape for call in calls for tape in call.tapes), *recorder.tapes_under_way]
-            rows = leaf.reshape(1) if leaf.ndim == 0 else leaf
-            argument = Argument({0: rows.detach().clone()}, tapes=list(dict.fromkeys(tapes)), behind={0: rows}, calls=calls)
-            argument.leaf, argument.eps = weakref.ref(leaf), graph.eps
-            recorder.arguments[id(leaf)] = argument
-            if (model := recorder.model()) is not None:
-                argument.remember(model)
-        copy.register_hook(recorder.hook(type(recorder).arrived, argument, 0))
-        return Entries(argument, 0)
+            parts = entries_of(leaf, graph.marked) if graph.moved else None
+            if parts is not None and any(part.of.outputs[part.place].ndim == 0 for part in parts):
+                parts = None
+            copies[id(leaf)] = copy = leaf.clone()
+            if parts is None:
+                argument = _argument(recorder, leaf, graph)
+                copy.register_hook(gradient_hook(recorder.arrived, argument, 0))
+                parts = [Entries(argument, 0)]
+            found[id(leaf)] = parts
+        entries[number] = found[id(leaf)]
+    if not entries:
+        return None, None
+    arguments = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    state = State(criterion, (leaf for leaf in arguments if isinstance(leaf, Tensor)))
+    term = Term(criterion, arguments, structure, entries, state, number=recorder.criterion_calls)
+    return term, tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
 
 
-class Argument(Outputs):
-    """An argument of a criterion that does not consist of entries of outputs; ``leaf`` is the user's tensor."""
-
-    leaf: weakref.ref[Tensor]
+def _argument(recorder: CallRecorder, leaf: Tensor, graph: Graph) -> Outputs:
+    """An argument that does not consist of entries of outputs, and is differentiated itself."""
+    argument = recorder.arguments.get(id(leaf))
+    if argument is not None and argument.behind.get(0) is leaf:
+        return argument
+    calls = [call for call in recorder.kept if graph.touches(call.tapes)]
+    calls = list(dict.fromkeys([*calls, *(call for _, call, _ in graph.marked.values())]))
+    tapes = [*(tape for call in calls for tape in call.tapes), *recorder.tapes_under_way]
+    value = leaf.detach().clone().reshape(leaf.shape or (1,))
+    argument = Outputs({0: value}, tapes=list(dict.fromkeys(tapes)), behind={0: leaf}, calls=calls, eps=graph.eps)
+    recorder.arguments[id(leaf)] = argument
+    if (model := recorder.model()) is not None:
+        argument.remember(model)
+    return argument

@@ -3,56 +3,67 @@
 import contextlib
 import copy
 import functools
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import private
-from .calls import replaying
+from .state import replaying
 
 Handles = tuple[torch.utils.hooks.RemovableHandle, torch.utils.hooks.RemovableHandle]
 _PREPARE = "__prepare_scriptable__"  # what torch.jit.script asks each module for
 
 
-def watch_calls(module: nn.Module, watcher: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Handles:
-    """Call methods of a watcher before and after each forward pass while the watcher lives, ``after`` also after an error."""
+def watch_calls(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Handles:
+    """Call methods of an object before and after each forward pass while it lives, ``after`` also after an error."""
     private.not_compiled_alone(_Hook.__call__)
     handles = (
-        module.register_forward_pre_hook(_Hook(watcher, before), prepend=True, with_kwargs=True),
-        module.register_forward_hook(_Hook(watcher, after), with_kwargs=True, always_call=True),
+        module.register_forward_pre_hook(_Hook(before), prepend=True, with_kwargs=True),
+        module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
     )
     vars(module)[_PREPARE] = _WithoutHooks(module)
-    weakref.finalize(watcher, _unwatch, weakref.ref(module), handles)
+    weakref.finalize(before.__self__, _unwatch, weakref.ref(module), handles)  # type: ignore[attr-defined]
     return handles
 
 
-def remove(handles: tuple[torch.utils.hooks.RemovableHandle, ...]) -> None:
-    """Remove hooks."""
-    for handle in handles:
-        handle.remove()
+def gradient_hook(method: Callable[..., None], *known: Any) -> Callable[[Tensor | None], None]:
+    """A tensor hook that passes what is ``known`` and a gradient of the user's to a method while its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def arrived(gradient: Tensor | None) -> None:
+        told = reference()
+        # None: the loss uses another output of the same operation only.
+        if told is not None and gradient is not None and not replaying() and not private.is_batched(gradient):
+            told(*known, gradient)
+
+    return arrived
 
 
 def _unwatch(reference: weakref.ref[nn.Module], handles: Handles) -> None:
-    remove(handles)
+    for handle in handles:
+        handle.remove()
     module = reference()
     if module is not None and not any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
         vars(module).pop(_PREPARE, None)
 
 
-def _nobody() -> None:
-    pass
+class Passes(threading.local):
+    """What is known of the passes of a module that are in progress in this thread, the outermost first."""
+
+    def __init__(self) -> None:
+        self.under_way: list[Any] = []
 
 
 class _Hook:
-    """A module hook with a weak reference to its watcher. In copied and saved models it does nothing."""
+    """A module hook with a weak reference to a method. In copied and saved models it does nothing."""
 
-    def __init__(self, watcher: Any, method: Callable[..., Any]) -> None:
-        self._watcher: Callable[[], Any] = weakref.ref(watcher)
-        self._method = method
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method: Callable[[], Any] = weakref.WeakMethod(method)
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the watcher. Strict export traces this function, and must not trace ``_tell``."""
@@ -62,15 +73,15 @@ class _Hook:
     def _tell(self, *arguments: Any) -> Any:
         if replaying() or private.is_tracing():
             return None
-        watcher = self._watcher()
-        return None if watcher is None else self._method(watcher, *arguments)
+        method = self._method()
+        return None if method is None else method(*arguments)
 
     # Strict export of torch 2.6 cannot be detected. Its error for a function that must not be compiled shows this name.
     _tell.__qualname__ = "AdaptedGD's hook (delete the optimizer before exporting, or use torch.export with strict=False)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        inert = _Hook(self, self._method)
-        inert._watcher = _nobody
+        inert = _Hook(self.__call__)
+        inert._method = lambda: None
         return inert
 
     def __reduce__(self) -> tuple[Any, ...]:

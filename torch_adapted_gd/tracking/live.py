@@ -1,11 +1,10 @@
 """Linearizing outputs within the user's backward pass, from the user's graph."""
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..jacobian.backward import allows_vmap
@@ -13,21 +12,24 @@ from ..jacobian.definition import dtype_and_device
 from ..jacobian.factored import Piece, budget_of
 from ..jacobian.linearized import Linearized
 from ..memory import available_bytes
-from .arguments import Key
-from .calls import Outputs, hides_its_graph, unwatched
+from .calls import Outputs, hides_its_graph
 from .replay import precision
-from .tape import Note, Source, Tape
+from .state import unwatched
+from .tape import Tape
 
 _ASK = 2**26  # above so many bytes, ask the system for the available memory
 
 
-def linearized_live(of: Outputs, place: int, model: nn.Module | None, parameters: dict[str, Tensor]) -> None:
+def linearized_live(of: Outputs, place: int, model: nn.Module, parameters: dict[str, Tensor]) -> None:
     """Linearize output ``place`` of ``of`` by parameters, before the backward pass that has just reached it frees the graph.
 
     If checkpointing hides the graph, or if B would need more memory than there is, the call will be repeated instead.
     """
     x = of.behind[place]
-    if model is None or x.ndim == 0 or x.numel() == 0 or len({p.device for p in parameters.values()}) > 1:
+    if x.shape != of.outputs[place].shape:  # a number, which is one sample
+        with torch.enable_grad():
+            x = x.reshape(1)
+    if x.ndim == 0 or x.numel() == 0 or len({p.device for p in parameters.values()}) > 1:
         return  # the step raises the error
     dtype, _ = dtype_and_device(list(parameters.values()))
     with unwatched(), _gradients_kept(of.tapes), warnings.catch_warnings():
@@ -45,10 +47,8 @@ def linearized_live(of: Outputs, place: int, model: nn.Module | None, parameters
         free = available_bytes(x.device) if size > _ASK else None  # other calls may hold B too
         if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):
             return
-        copies = _Copies()
-        found.uses = [
-            dataclasses.replace(use, note=copies.of(use.note), sources=copies.sources(use.sources)) for use in found.uses
-        ]
+        for note in notes:
+            note.keep_data()
         of.linearized[place] = Piece(found, 0, found.at(range(found.q)))
         found.release()
 
@@ -63,35 +63,3 @@ def _gradients_kept(tapes: list[Tape]) -> Iterator[None]:
     finally:
         for tensor, gradient in zip(tensors, before, strict=True):
             tensor.grad = gradient
-
-
-class _Copies:
-    """Notes with copies of data, which the user may overwrite before the step."""
-
-    def __init__(self) -> None:
-        self._notes: dict[int, Note] = {}
-        self._sources: dict[int, Source] = {}
-
-    def of(self, note: Note) -> Note:
-        """A copy of a note and of the notes that its operands came from."""
-        if id(note) not in self._notes:
-            args = tuple(self._kept(note, number, value) for number, value in enumerate(note.args))
-            kwargs = {name: self._kept(note, name, value) for name, value in note.kwargs.items()}
-            copied = dataclasses.replace(note, args=args, kwargs=kwargs, sources=self.sources(note.sources))
-            self._notes[id(note)] = copied
-        return self._notes[id(note)]
-
-    def sources(self, sources: dict[Key, Source]) -> dict[Key, Source]:
-        """Copies of the sources of a note."""
-        return {key: self._source(source) for key, source in sources.items()}
-
-    def _source(self, source: Source) -> Source:
-        if source.note is None or source.view is not None:
-            return source
-        if id(source) not in self._sources:
-            self._sources[id(source)] = dataclasses.replace(source, note=self.of(source.note))
-        return self._sources[id(source)]
-
-    @staticmethod
-    def _kept(note: Note, key: Key, value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) and value.grad_fn is None and key not in note.sources else value

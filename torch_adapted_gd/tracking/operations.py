@@ -3,239 +3,136 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Operands = tuple[Tensor, ...]
+Dims = tuple[int | None, ...]  # the batch dimension of each operand, as `torch.vmap` takes it
+
 
 class SeveralResultsError(TypeError):
     """A function does not return one tensor."""
 
 
-@dataclass
 class Operation:
-    """A function of tensors, and its derivatives in each.
+    """A function of tensors with one result. `torch.func` differentiates it.
 
-    Attributes:
-        tensors: Its operands.
-        sources: The numbers of those that were computed from parameters.
+    Args:
+        function: The function.
+        sources: The numbers of the operands that were computed from parameters.
     """
 
-    tensors: tuple[Tensor, ...]
-    sources: frozenset[int] = frozenset()
+    def __init__(self, function: Callable[..., Any], sources: frozenset[int] = frozenset()) -> None:
+        self.function, self.sources = function, sources
 
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The function for the note of the operation."""
-        raise NotImplementedError
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        """Its value."""
-        result: Tensor = self.function(*tensors)
-        return result
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        """The gradient by an operand, as an operation."""
-        return General((*tensors, g), self.sources, _Derivative(self.compute, number, pull=True))
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
-        """The tangent of the result for a tangent of an operand, as an operation."""
-        return General((*tensors, t), self.sources, _Derivative(self.compute, number, pull=False))
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        """The operation for operands of which some have a batch dimension; the result has it first."""
-        return General(tensors, self.sources, _Batched(self.compute, dims))
-
-
-@dataclass
-class MatrixProduct(Operation):
-    """x W, or x Wᵀ, for a matrix W."""
-
-    transposed: bool = False
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """See `Operation`."""
-        return F.linear if self.transposed else torch.matmul
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        """See `Operation`."""
-        x, weight = tensors
-        if number == 0:
-            return MatrixProduct((g, weight), self.sources, not self.transposed)
-        return _OuterSum((g, x) if self.transposed else (x, g), frozenset())
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
-        """See `Operation`."""
-        assert number == 0
-        return MatrixProduct((t, tensors[1]), self.sources, self.transposed)
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        """See `Operation`."""
-        if dims[1] is not None or dims[0] is None:
-            return super().batched(dims, tensors)
-        return MatrixProduct((tensors[0].movedim(dims[0], 0), tensors[1]), self.sources, self.transposed)
-
-
-@dataclass
-class _OuterSum(Operation):
-    """Σ_t a_t ⊗ b_t over all leading dimensions: the gradient of a matrix."""
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        """See `Operation`."""
-        a, b = tensors
-        return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
-
-
-def _aligned(dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Operands to be broadcast; those with a batch dimension have it first."""
-    rank = max(t.ndim - (dim is not None) for dim, t in zip(dims, tensors, strict=True))
-    found = []
-    for dim, t in zip(dims, tensors, strict=True):
-        if dim is None:
-            found.append(t)
-            continue
-        first = t.movedim(dim, 0)
-        found.append(first.reshape(first.shape[0], *[1] * (rank + 1 - first.ndim), *first.shape[1:]))
-    return tuple(found)
-
-
-@dataclass
-class Multiplication(Operation):
-    """a ∘ b, broadcast."""
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """See `Operation`."""
-        return torch.mul
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        """See `Operation`."""
-        other = 1 - number
-        pair = (g, tensors[other]) if number == 0 else (tensors[other], g)
-        place = 1 if number == 0 else 0
-        sources = frozenset({place} if other in self.sources else ())
-        if torch.broadcast_shapes(g.shape, tensors[other].shape) == tensors[number].shape:
-            return Multiplication(pair, sources)
-        return General(pair, sources, _SummedProduct(tensors[number].shape))
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:
-        """See `Operation`."""
-        pair = (t, tensors[1]) if number == 0 else (tensors[0], t)
-        return Multiplication(pair, self.sources - {number})
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        """See `Operation`."""
-        if any(dims[number] is not None for number in self.sources):
-            return super().batched(dims, tensors)
-        return Multiplication(_aligned(dims, tensors), self.sources)
-
-
-@dataclass
-class Addition(Operation):
-    """a + b, broadcast. It is noted only under transforms of `torch.func`, where no function mode sees it."""
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """See `Operation`."""
-        return torch.add
-
-    def gradient(self, number: int, tensors: tuple[Tensor, ...], g: Tensor) -> Operation:
-        """See `Operation`."""
-        return General((g,), frozenset(), _Summed(tensors[number].shape))
-
-    def tangent(self, number: int, tensors: tuple[Tensor, ...], t: Tensor) -> Operation:  # noqa: ARG002
-        """See `Operation`."""
-        return General((t,), frozenset(), _Expanded(torch.broadcast_shapes(*(x.shape for x in tensors))))
-
-    def batched(self, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> Operation:
-        """See `Operation`."""
-        if any(dims[number] is not None for number in self.sources):
-            return super().batched(dims, tensors)
-        return Addition(_aligned(dims, tensors), self.sources)
-
-
-@dataclass(frozen=True)
-class _SummedProduct:
-    shape: torch.Size
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum_to_size(self.shape)
-
-
-@dataclass(frozen=True)
-class _Summed:
-    shape: torch.Size
-
-    def __call__(self, g: Tensor) -> Tensor:
-        return g.sum_to_size(self.shape)
-
-
-@dataclass(frozen=True)
-class _Expanded:
-    shape: torch.Size
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return t.expand(self.shape)
-
-
-@dataclass
-class General(Operation):
-    """Any function of tensors with one result, differentiated by `torch.func`."""
-
-    of: Callable[..., Any] = torch.clone
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """See `Operation`."""
-        return self.of
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        """See `Operation`."""
-        result = self.of(*tensors)
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        result = self.function(*tensors)
         if not isinstance(result, Tensor):
             raise SeveralResultsError
         return result.view_as(result) if any(result is t for t in tensors) else result
 
+    def gradient(self, number: int, tensors: Operands, g: Tensor) -> tuple[Operation, Operands]:
+        """The gradient by an operand, as an operation and its operands."""
 
-@dataclass(frozen=True)
-class _Derivative:
-    """A function's derivative in one of its operands, applied to a vector, which is the last operand.
+        def pulled(*operands: Tensor) -> Tensor:
+            pull = torch.func.vjp(_of_one(self, number, operands), operands[number])[1]
+            return pull(operands[-1])[0]  # type: ignore[no-any-return]
 
-    Attributes:
-        of: The function.
-        number: The operand.
-        pull: Whether it is the vector-Jacobian product; else the Jacobian-vector product.
-    """
+        return Operation(pulled, self.sources), (*tensors, g)
 
-    of: Callable[..., Tensor]
-    number: int
-    pull: bool
+    def tangent(self, number: int, tensors: Operands, t: Tensor) -> tuple[Operation, Operands]:
+        """The tangent of the result for a tangent of an operand, likewise."""
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        *operands, vector = tensors
-        at = operands[self.number]
+        def pushed(*operands: Tensor) -> Tensor:
+            return torch.func.jvp(_of_one(self, number, operands), (operands[number],), (operands[-1],))[1]  # type: ignore[no-any-return]
 
-        def moving(operand: Tensor) -> Tensor:
-            return self.of(*operands[: self.number], operand, *operands[self.number + 1 :])
+        return Operation(pushed, self.sources), (*tensors, t)
 
-        if self.pull:
-            (result,) = torch.func.vjp(moving, at)[1](vector)
-        else:
-            result = torch.func.jvp(moving, (at,), (vector,))[1]
-        return result  # type: ignore[no-any-return]
+    def batched(self, dims: Dims, tensors: Operands) -> tuple[Operation, Operands]:
+        """The operation for operands of which some have a batch dimension; the result has it first."""
+        return Operation(torch.vmap(self, dims), self.sources), tensors
 
 
-@dataclass(frozen=True)
-class _Batched:
-    """A function of operands of which some have a batch dimension."""
+def _of_one(function: Callable[..., Tensor], number: int, operands: Operands) -> Callable[[Tensor], Tensor]:
+    """A function of one of its operands; the last of ``operands`` is none of them, but a vector."""
+    return lambda x: function(*operands[:number], x, *operands[number + 1 : -1])
 
-    of: Callable[..., Tensor]
-    dims: tuple[int | None, ...]
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        result: Tensor = torch.vmap(self.of, self.dims)(*tensors)
-        return result
+class MatrixProduct(Operation):
+    """x W, or x Wᵀ, for a matrix W of parameters."""
+
+    def __init__(self, *, transposed: bool) -> None:
+        super().__init__(F.linear if transposed else torch.matmul, frozenset({1}))
+        self._transposed = transposed
+
+    def gradient(self, number: int, tensors: Operands, g: Tensor) -> tuple[Operation, Operands]:
+        x, weight = tensors
+        if number == 0:
+            return MatrixProduct(transposed=not self._transposed), (g, weight)
+        return Operation(_sum_of_outer_products), (g, x) if self._transposed else (x, g)
+
+    def tangent(self, number: int, tensors: Operands, t: Tensor) -> tuple[Operation, Operands]:
+        assert number == 0
+        return self, (t, tensors[1])
+
+    def batched(self, dims: Dims, tensors: Operands) -> tuple[Operation, Operands]:
+        if dims[1] is not None or dims[0] is None:
+            return super().batched(dims, tensors)
+        return self, (tensors[0].movedim(dims[0], 0), tensors[1])
+
+
+def _sum_of_outer_products(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_t a_t ⊗ b_t over all leading dimensions: the gradient of a matrix."""
+    return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
+
+
+class _Elementwise(Operation):
+    """A function of two operands that are broadcast."""
+
+    def batched(self, dims: Dims, tensors: Operands) -> tuple[Operation, Operands]:
+        if any(dims[number] is not None for number in self.sources):
+            return super().batched(dims, tensors)
+        rank = max(t.ndim - (dim is not None) for dim, t in zip(dims, tensors, strict=True))
+        aligned = []
+        for dim, t in zip(dims, tensors, strict=True):
+            if dim is not None:
+                t = t.movedim(dim, 0)
+                t = t.reshape(len(t), *[1] * (rank + 1 - t.ndim), *t.shape[1:])
+            aligned.append(t)
+        return self, tuple(aligned)
+
+
+class Multiplication(_Elementwise):
+    """a ∘ b."""
+
+    def __init__(self, sources: frozenset[int]) -> None:
+        super().__init__(torch.mul, sources)
+
+    def gradient(self, number: int, tensors: Operands, g: Tensor) -> tuple[Operation, Operands]:
+        product, pair = self.tangent(number, tensors, g)
+        shape = tensors[number].shape
+        if torch.broadcast_shapes(*(t.shape for t in pair)) == shape:
+            return product, pair
+        return Operation(lambda a, b: (a * b).sum_to_size(shape), product.sources), pair
+
+    def tangent(self, number: int, tensors: Operands, t: Tensor) -> tuple[Operation, Operands]:
+        pair = (t, tensors[1]) if number == 0 else (tensors[0], t)
+        return Multiplication(self.sources - {number}), pair
+
+
+class Addition(_Elementwise):
+    """a + b. It is noted only under transforms of `torch.func`, where no function mode sees it."""
+
+    def __init__(self, sources: frozenset[int]) -> None:
+        super().__init__(torch.add, sources)
+
+    def gradient(self, number: int, tensors: Operands, g: Tensor) -> tuple[Operation, Operands]:
+        shape = tensors[number].shape
+        return Operation(lambda g: g.sum_to_size(shape)), (g,)
+
+    def tangent(self, number: int, tensors: Operands, t: Tensor) -> tuple[Operation, Operands]:  # noqa: ARG002
+        shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+        return Operation(lambda t: t.expand(shape)), (t,)

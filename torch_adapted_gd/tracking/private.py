@@ -1,5 +1,6 @@
 """All use of private parts of torch."""
 
+import functools
 import sys
 import types
 from collections import OrderedDict
@@ -56,11 +57,6 @@ def backward_pass() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def at_end_of_backward(function: Callable[[], None]) -> None:
-    """Call a function when the backward pass in progress ends without an exception."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
-
-
 def will_reach(node: Any, *, else_: bool) -> bool:
     """Whether the backward pass in progress will reach a node; ``else_`` for an input of `torch.autograd.grad`."""
     try:
@@ -102,26 +98,17 @@ def is_exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
-_opened: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def opened(function: Callable[..., Any]) -> Callable[..., Any]:
+@functools.cache
+def opened(function: types.FunctionType) -> Callable[..., Any]:
     """A copy of a Python function of torch whose operations a function mode sees one by one.
 
     The original passes itself to the mode as a whole. The copy has the same code without that.
     """
-    if function not in _opened:
-        assert isinstance(function, types.FunctionType)
-        switched_off = {
-            name: (lambda *_: False)
-            for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-        }
-        inner = types.FunctionType(
-            function.__code__, {**function.__globals__, **switched_off}, function.__name__, function.__defaults__
-        )
-        inner.__kwdefaults__ = function.__kwdefaults__
-        _opened[function] = inner
-    return _opened[function]
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = {**function.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+    inner = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    inner.__kwdefaults__ = function.__kwdefaults__
+    return inner
 
 
 def dtype_at(node: Any) -> torch.dtype | None:

@@ -4,7 +4,6 @@ A forward hook on the model sees each call, and a tensor hook on each output see
 parameters confirm that this gradient reaches ``.grad``. Only then is anything kept beyond the user's own autograd graph.
 """
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,40 +14,15 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import private
-from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, replaying, underlying
-from .criteria import Argument, CriterionWatch
-from .hooks import remove, watch_calls
+from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, underlying
+from .criteria import CriterionWatch
+from .hooks import Passes, gradient_hook, watch_calls
 from .live import linearized_live
+from .state import replaying
 from .tape import Tape, constants_of
 from .terms import MARK, Term
 
 _KEPT = 256  # most calls that are kept in case a criterion is given derivatives of their outputs
-_REDIRECTED = object()  # stands for a forward pass that runs another method of the model
-
-
-class _Running:
-    """A forward pass in progress: inputs, conditions, the calls that inputs came from, and the tape of its operations."""
-
-    def __init__(self, inputs: Inputs, conditions: Conditions, before: list[Call]) -> None:
-        self.inputs, self.conditions, self.before = inputs, conditions, before
-        self.tape: Tape | None = None
-
-    def begin(self, model: nn.Module, parameters: dict[str, Tensor], differentiable: bool) -> None:
-        """Start the tape."""
-        inner = underlying(model)
-        self.tape = Tape(
-            parameters,
-            constants_of(inner, parameters),
-            differentiable=differentiable,
-            still_runs=lambda: private.passes(model) > 0,
-        )
-        self.tape.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self) -> None:
-        """Stop the tape."""
-        if self.tape is not None:
-            self.tape.finish()
-            private.leave(self.tape)
 
 
 class CallRecorder:
@@ -77,27 +51,21 @@ class CallRecorder:
         self._criteria = criteria
         self.mark = object()
         self.kept: list[Call] = []
-        self.arguments: weakref.WeakValueDictionary[int, Argument] = weakref.WeakValueDictionary()
+        self.arguments: weakref.WeakValueDictionary[int, Outputs] = weakref.WeakValueDictionary()
         self.gradients: dict[int, Tensor] = {}
         self.dropped_by: str | None = None
         self.unusable_output: str | None = None
         self.unusable_criterion = False
-        self._threads: dict[int, list[_Running | object | None]] = {}
+        self._passes = Passes()
         self._count = 0
         self._pending: list[Callable[[], None]] = []
         self._pass = -1
         self.model = weakref.ref(model)
         self.parameters: dict[int, weakref.ref[nn.Parameter]] = {}
-        self._incoming: dict[int, Tensor] = {}
         self._frozen: dict[int, nn.Parameter] = {}
-        self._handles = watch_calls(model, self, CallRecorder._before, CallRecorder._after)
+        self._handles = watch_calls(model, self._before, self._after)
         self._watched = [CriterionWatch(self, criterion) for criterion in criteria]
-        weakref.finalize(self, _end_all, self._threads)
-
-    @property
-    def _running(self) -> "list[_Running | object | None]":
-        """The forward passes in progress in this thread, the outermost first."""
-        return self._threads.setdefault(threading.get_ident(), [])
+        weakref.finalize(self, _end, self._passes)
 
     def watch(self, parameter: nn.Parameter) -> None:
         """Let gradients of a parameter confirm calls. A frozen one gets its hooks when a forward pass finds it trainable."""
@@ -105,23 +73,9 @@ class CallRecorder:
         if not parameter.requires_grad:
             self._frozen[id(parameter)] = parameter
             return
-        reference = weakref.ref(self)
-
-        def arriving(gradient: Tensor) -> None:
-            recorder = reference()
-            if recorder is not None and not replaying() and not private.is_batched(gradient):
-                recorder._arriving(key, gradient)
-
-        def accumulated(parameter: Tensor) -> None:
-            recorder = reference()
-            if recorder is not None and not replaying():
-                recorder._accumulated(parameter)
-
-        key = id(parameter)
-        for hook in (arriving, accumulated):
-            torch.utils.hooks.unserializable_hook(hook)  # a saved parameter goes without it
-        handles = (parameter.register_hook(arriving), parameter.register_post_accumulate_grad_hook(accumulated))
-        weakref.finalize(self, remove, handles)
+        hook = gradient_hook(self._reached, weakref.ref(parameter))
+        torch.utils.hooks.unserializable_hook(hook)  # a saved parameter goes without it
+        weakref.finalize(self, parameter.register_hook(hook).remove)
 
     def drop(self, by: str, *, spent: bool = False) -> None:
         """Forget all calls and gradients, because of a ``"step"`` or ``"zero_grad"``.
@@ -142,7 +96,7 @@ class CallRecorder:
         self.calls, self.terms = [], []
         self.kept = []
         self.gradients = {}
-        self._forget_pending()
+        self._pending.clear()
 
     def why_no_call(self) -> str:
         """The error text of a step that finds no call."""
@@ -187,38 +141,34 @@ class CallRecorder:
         for parameter in [p for p in self._frozen.values() if p.requires_grad]:
             del self._frozen[id(parameter)]
             self.watch(parameter)
-        if self._running and not private.passes(model) > 1:
-            _end(self._running)  # left over from an interrupted pass, of which no hook is told
-        if _is_redirected(model):
-            self._running.append(_REDIRECTED)
-            return
-        inner = any(each is not _REDIRECTED for each in self._running)  # a model calls itself
-        if inner or not torch.is_grad_enabled():
-            self._running.append(None)
+        under_way = self._passes.under_way
+        if under_way and private.passes(model) <= 1:
+            _end(self._passes)  # what is left over from an interrupted pass, of which no hook is told
+        within = any(call is not None for call in under_way)  # a model calls itself
+        if within or _is_redirected(model) or not torch.is_grad_enabled():
+            under_way.append(None)
             return
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        behind = [call for leaf in leaves for call in self._calls_behind(leaf)]
-        running = _Running(Inputs(args, kwargs), Conditions.now(model), behind)
-        self._running.append(running)
-        if not compiled(model):  # a compiled model is called again for its Jacobian
-            running.begin(model, self.named(model), any(leaf.requires_grad for leaf in leaves))
-
-    def hook(self, method: Callable[..., None], of: Any, number: int) -> Callable[[Tensor | None], None]:
-        """A tensor hook that passes a gradient to a method while this recorder lives."""
-        reference = weakref.ref(self)
-
-        def arrived(gradient: Tensor | None) -> None:
-            recorder = reference()
-            # None: the loss uses another output of the same operation only.
-            if recorder is not None and gradient is not None and not replaying() and not private.is_batched(gradient):
-                method(recorder, of, number, gradient)
-
-        return arrived
+        marks = [node.metadata[MARK] for node in graph(*leaves) if MARK in node.metadata]
+        before = [call for recorder, call, place in marks if recorder is self.mark and place is not None]
+        call = Call(inputs=Inputs(args, kwargs), conditions=Conditions.now(model), nested=bool(before))
+        under_way.append(call)
+        if compiled(model):
+            return  # it is called again for its Jacobian
+        named = self.named(model)
+        tape = Tape(
+            named,
+            constants_of(underlying(model), named),
+            differentiable=any(leaf.requires_grad for leaf in leaves),
+            still_runs=lambda: private.passes(model) > 0,
+        )
+        call.tapes = [*dict.fromkeys(tape for each in before for tape in each.tapes), tape]
+        tape.__enter__()  # type: ignore[no-untyped-call]
 
     @property
     def tapes_under_way(self) -> list[Tape]:
         """The tapes of forward passes in progress."""
-        return [running.tape for running in self._running if isinstance(running, _Running) and running.tape is not None]
+        return [call.tapes[-1] for call in self._passes.under_way if call is not None and call.tapes]
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters to be stepped, by name."""
@@ -227,58 +177,53 @@ class CallRecorder:
 
     def _after(self, model: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Any:
         """Record the call, and wait for gradients of its outputs."""
-        running = self._running.pop() if self._running else None
-        if not isinstance(running, _Running):
+        under_way = self._passes.under_way
+        call: Call | None = under_way.pop() if under_way else None
+        if call is None:
             return None
-        running.end()
+        for tape in call.tapes:
+            tape.finish()
         leaves = output_leaves(output)
         self.unusable_output = None if leaves or output is None else type(output).__name__  # None: it raised an exception
         if not leaves:
             return None
-        call = Call.of(self._count, model, running.inputs, running.conditions, output)
-        call.nested = bool(running.before)
+        call.complete(model, output)
+        call.number = self._count
         self._count += 1
         # The user gets copies. Hooks on copies are not called when we differentiate the outputs behind them. If one output is
         # computed from another, each copy still gets its own gradient. And the user may change a view in place.
         all_leaves, structure = tree_flatten(output)
         copies = {id(leaf): leaf.clone() for leaf in leaves.values()}
-        if running.tape is not None:
-            call.tapes = [*dict.fromkeys(tape for each in running.before for tape in each.tapes), running.tape]
+        if call.tapes:
             call.behind = leaves
-            if self._criteria and running.tape.differentiable:
+            if self._criteria and call.tapes[-1].differentiable:
                 self.kept = [*(each for each in self.kept[-_KEPT:] if each.can_be_reached()), call]
                 call.returned = [weakref.ref(copy) for copy in copies.values()]
-                call.noted = len(running.tape.notes)
         own = _behind_own_loss(leaves)  # gradients reach these through the loss that the model returns
         if own:
             call.outputs = {place: value for place, value in call.outputs.items() if value.ndim}
         for place in call.outputs:
             copy = copies[id(leaves[place])]
             watched = leaves[place] if place in own else copy
-            watched.register_hook(self.hook(CallRecorder.arrived, call, place))
+            watched.register_hook(gradient_hook(self.arrived, call, place))
             cast(Any, copy.grad_fn).metadata[MARK] = (self.mark, call, place)
         return tree_unflatten([copies.get(id(leaf), leaf) for leaf in all_leaves], structure)
 
-    def _calls_behind(self, tensor: Tensor) -> list[Call]:
-        marks = [node.metadata[MARK] for node in graph(tensor) if MARK in node.metadata]
-        return [call for recorder, call, _ in marks if recorder is self.mark]
+    def _pass_counts(self) -> bool:
+        """Whether the backward pass in progress, in which a gradient has arrived, will fill ``.grad`` of a parameter.
 
-    def _in_pass(self) -> None:
-        """A gradient has arrived, and may or may not go on to a parameter's ``.grad``.
-
-        `torch.autograd.grad(output, input)` comes here too and must not count. So the end of a backward pass drops what no
-        parameter has confirmed. A pass that raised an exception has no end; the next one drops for it.
+        That of `torch.autograd.grad(output, input)` does not, and must not count. A pass that raised an exception may have left
+        gradients behind, which the next one drops.
         """
         if self._pass != private.backward_pass():
-            self._forget_pending()
+            self._pending.clear()
             self._notice_new_pass()
-        if not self._pending:
-            private.at_end_of_backward(self._forget_pending)
+        parameters = (reference() for reference in self.parameters.values())
+        return any(_will_be_filled(p) for p in parameters if p is not None and p.requires_grad)
 
     def factor_arrived(self, term: Term, number: int, factor: Tensor) -> None:
         """The value of a criterion has received a gradient."""
-        self._in_pass()
-        if not self._will_be_filled():
+        if not self._pass_counts():
             return
         for part in term.parts:
             part.of.selected.add(part.place)
@@ -293,13 +238,12 @@ class CallRecorder:
 
     def arrived(self, outputs: Outputs, place: int, gradient: Tensor) -> None:
         """An output, or the argument of a criterion, has received a gradient."""
-        self._in_pass()
-        outputs.backward_pass = self._pass
-        wanted = place in outputs.selected if self._criteria else True
         model = self.model()
+        if not self._pass_counts() or model is None:
+            return
+        wanted = place not in outputs.linearized and (place in outputs.selected or not self._criteria)
         # Without tapes a call is repeated instead. A compiled graph allows no backward passes besides the user's.
-        followed = bool(outputs.tapes) or not (isinstance(outputs, Call) or model is None or compiled(model))
-        if wanted and followed and model is not None and place not in outputs.linearized and self._will_be_filled():
+        if wanted and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model))):
             linearized_live(outputs, place, model, self.named(model))
         gradient = gradient.detach().to(torch.float64, copy=True)
 
@@ -310,13 +254,6 @@ class CallRecorder:
                 self.calls.sort(key=lambda c: c.number)
 
         self._pending.append(confirmed)
-
-    def _will_be_filled(self) -> bool:
-        """Whether the backward pass in progress will fill ``.grad`` of a parameter."""
-        parameters = (reference() for reference in self.parameters.values())
-        return any(
-            private.will_reach(get_gradient_edge(p).node, else_=False) for p in parameters if p is not None and p.requires_grad
-        )
 
     def _notice_new_pass(self) -> None:
         """At the first gradient of a backward pass, see whether the user cleared ``.grad`` since the last one."""
@@ -336,26 +273,23 @@ class CallRecorder:
         if self.gradients:
             self.drop("zero_grad")
 
-    def _arriving(self, key: int, gradient: Tensor) -> None:
-        """A parameter is about to receive a gradient."""
+    def _reached(self, reference: "weakref.ref[nn.Parameter]", gradient: Tensor) -> None:
+        """A gradient has reached a parameter. If ``.grad`` will hold it, the calls that it came through belong to the step."""
         if self._pass != private.backward_pass():
             self._notice_new_pass()
-        # A copy, because the tensor itself becomes `.grad` and may be clipped in place.
-        self._incoming[key] = gradient.detach().to_dense().clone()
-
-    def _accumulated(self, parameter: Tensor) -> None:
-        """A parameter has received a gradient in ``.grad``: the calls that it came through belong to the step."""
-        gradient = self._incoming.pop(id(parameter), None)
-        if gradient is None:
+        parameter = reference()
+        if parameter is None or not _will_be_filled(parameter):
             return
-        _add(self.gradients, id(parameter), gradient)
+        # A copy, because the tensor itself becomes `.grad` and may be clipped in place.
+        _add(self.gradients, id(parameter), gradient.detach().to_dense().clone())
         for confirmed in self._pending:
             confirmed()
         self._pending.clear()
 
-    def _forget_pending(self) -> None:
-        self._pending.clear()
-        self._incoming.clear()
+
+def _will_be_filled(parameter: nn.Parameter) -> bool:
+    """Whether the backward pass in progress will fill ``.grad`` of a parameter."""
+    return private.will_reach(get_gradient_edge(parameter).node, else_=False)
 
 
 def _add(totals: dict[int, Tensor], key: int, tensor: Tensor) -> None:
@@ -365,18 +299,8 @@ def _add(totals: dict[int, Tensor], key: int, tensor: Tensor) -> None:
 def _behind_own_loss(leaves: dict[int, Tensor]) -> set[int]:
     """The outputs from which a model computes a loss that it returns too; gradients of the loss reach these first."""
     others = {leaf.grad_fn: place for place, leaf in leaves.items() if leaf.ndim}
-    found, seen = set(), set()
-    nodes = [leaf.grad_fn for leaf in leaves.values() if not leaf.ndim] if others else []
-    while nodes:
-        node: Any = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in others:
-            found.add(others[node])
-        else:
-            nodes += [following for following, _ in node.next_functions]
-    return found
+    losses = [leaf for leaf in leaves.values() if not leaf.ndim]
+    return {others[node] for node in graph(*losses, ends=others) if node in others} if others else set()
 
 
 def _is_redirected(model: nn.Module) -> bool:
@@ -385,13 +309,9 @@ def _is_redirected(model: nn.Module) -> bool:
     return "edirection" in getattr(forward, "__qualname__", "")
 
 
-def _end_all(threads: "dict[int, list[_Running | object | None]]") -> None:
-    for running in list(threads.values()):
-        _end(running)
-
-
-def _end(running: "list[_Running | object | None]") -> None:
-    for each in running:
-        if isinstance(each, _Running):
-            each.end()
-    running.clear()
+def _end(passes: Passes) -> None:
+    """Forget the passes of this thread."""
+    for call in passes.under_way:
+        for tape in [] if call is None else call.tapes:
+            tape.finish()
+    passes.under_way.clear()

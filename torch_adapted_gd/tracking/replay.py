@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from .calls import Call, Outputs, hides_its_graph, stacked
@@ -35,7 +36,11 @@ class Replay:
         self.call = call
         self.names = names
         self.n, self.q = batch_and_outputs(call)
-        self.forward = call.function(model)
+
+    def forward(self, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The outputs that the loss depends on, for these parameters, buffers and inputs."""
+        leaves = tree_leaves(functional_call(self.model, state, args, kwargs))
+        return [leaves[place] for place in self.call.places]
 
     @contextlib.contextmanager
     def conditions(self) -> Iterator[None]:
@@ -61,7 +66,7 @@ class Replay:
             DisagreementError: The outputs differ from those of the call, or the graph does not have all parameters.
         """
         with self.conditions(), torch.enable_grad():
-            inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
+            inputs = self.call.inputs.assembled()
             moving, rest = self.copies()
             # Not leaves, because a model cannot change a leaf in place.
             given = {name: value.requires_grad_().clone() for name, value in moving.items()}
@@ -76,7 +81,7 @@ class Replay:
     def outputs_with(self, values: State) -> Tensor:
         """Outputs ``[NQ]`` for other values of parameters, by name, without a graph."""
         with self.conditions(), torch.enable_grad():  # the grad mode of the call, for models that take derivatives
-            inputs = self.call.inputs.assembled(self.call.inputs.differentiable_leaves())
+            inputs = self.call.inputs.assembled()
             # Copies: a forward pass may change them in place.
             given = {name: values.get(name, p).detach().clone() for name, p in self.model.named_parameters()}
             return stacked(self.forward({**given, **self.call.buffers(self.model)}, *inputs)).detach()

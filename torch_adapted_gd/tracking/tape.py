@@ -18,15 +18,14 @@ from .applied import applied
 from .arguments import Key, changes_in_place, results_of, tensors_of
 from .decomposed import decomposition
 
-_OPENED = {F.multi_head_attention_forward}  # its operations have rules of their own
 _QUIET = {  # called often, and never of interest
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.stride),
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "requires_grad", "ndim", "is_cuda", "is_nested")),
+    *(torch.autograd.grad, torch.autograd.backward, Tensor.backward),
 }
 # These take only the shape or dtype of their second operand.
 _BY_EXAMPLE = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as}
 _ASKS_FOR_GRADIENTS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
-_GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 View = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of a parameter: its name, and offset, size and stride in it
 
@@ -80,6 +79,17 @@ class Note:
     edges: dict[int, GradientEdge] = field(default_factory=dict)
     shapes: dict[int, torch.Size] = field(default_factory=dict)
     owners: list[Any] = field(default_factory=list)
+    _kept: bool = False
+
+    def keep_data(self) -> None:
+        """Hold copies of data, which the user may overwrite before the step."""
+        if not self._kept:
+            self.args = tuple(self._copied(number, value) for number, value in enumerate(self.args))
+            self.kwargs = {name: self._copied(name, value) for name, value in self.kwargs.items()}
+            self._kept = True
+
+    def _copied(self, key: Key, value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.grad_fn is None and key not in self.sources else value
 
 
 class Tape(TorchFunctionMode):
@@ -112,12 +122,11 @@ class Tape(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.finished = False
-        self._operations, self._still_runs = 0, still_runs
+        self._operations, self._length, self._still_runs = 0, 0, still_runs
         self.notes: list[Note] = []
         self.differentiable = differentiable
         self.without_graph = self.derived = False
         self.retaining: list[weakref.ref[Tensor]] = []
-        self.parameters = parameters
         self._sources = {id(p): Source(p, name) for name, p in parameters.items()}
         self._constants = {id(t): t for t in constants}
 
@@ -132,12 +141,9 @@ class Tape(TorchFunctionMode):
         if torch.compiler.is_compiling():  # a function that is compiled within the model is not noted
             return func(*args, **kwargs)
         self._operations += 1
-        if self.finished or (self._operations % 256 == 0 and not self._still_runs()):
+        if self._operations % 256 == 0 and not self._still_runs():
             self.finish()  # an interrupted forward pass leaves its mode behind
-            return func(*args, **kwargs)
-        if func in _QUIET or func in _GRADIENTS:
-            return func(*args, **kwargs)
-        if func in _BY_EXAMPLE and (not args or id(args[0]) not in self._sources):
+        if self.finished or func in _QUIET or (func in _BY_EXAMPLE and (not args or id(args[0]) not in self._sources)):
             return func(*args, **kwargs)
         if func is Tensor.retain_grad:
             self.retaining.append(weakref.ref(args[0]))
@@ -151,11 +157,11 @@ class Tape(TorchFunctionMode):
                 self.differentiable = True
             result = func(*args, **kwargs)
             if not mixed and not transformed:
-                self._add_constants(result)
+                self._constants |= {id(tensor): tensor for tensor in results_of(result) if not tensor.requires_grad}
             elif (changed := _changed_in_place(func, args, kwargs)) is not None:
                 self._constants.pop(id(changed), None)
             return result
-        if func in _OPENED:
+        if func is F.multi_head_attention_forward:  # its operations have rules of their own
             with self:
                 return private.opened(func)(*args, **kwargs)
         if (decomposed := decomposition(func, args)) is not None:
@@ -168,25 +174,28 @@ class Tape(TorchFunctionMode):
         if transformed and mixed:
             return func(*args, **kwargs)
         changed = _changed_in_place(func, args, kwargs)
-        if changed is not None and mixed:
-            args = (args[0].detach().clone(), *args[1:])
-            note = Note(func, args, kwargs, sources, mixed)
-            result = func(changed, *args[1:], **kwargs)
-        else:
-            note = Note(func, args, kwargs, sources, mixed)
-            result = func(*args, **kwargs)
-            if transformed and any(map(private.is_batched, results_of(result))):
-                # An operation with it is noted at the bottom of the transforms.
-                self._sources |= {id(tensor): Source(tensor) for tensor in results_of(result)}
-                return result
+        before = args if changed is None or not mixed else (changed.detach().clone(), *args[1:])
+        note = Note(func, before, kwargs, sources, mixed)
+        result = func(*args, **kwargs)
+        if transformed and any(map(private.is_batched, results_of(result))):
+            # An operation with it is noted at the bottom of the transforms.
+            self._sources |= {id(tensor): Source(tensor) for tensor in results_of(result)}
+            return result
         self._close(note, result if changed is None else changed)
         return result
 
     def finish(self) -> None:
         """Take no more notes, except of derivatives after the forward pass."""
-        self.finished = True
+        private.leave(self)
+        if not self.finished:
+            self.finished, self._length = True, len(self.notes)
         if not self.differentiable:
             self._sources, self._constants = {}, {}
+
+    @property
+    def derived_after(self) -> bool:
+        """Whether a derivative was taken after the forward pass, in which parameters are used."""
+        return len(self.notes) > self._length
 
     def note(self, function: Callable[..., Any], args: tuple[Any, ...], sources: dict[Key, Source], result: Tensor) -> None:
         """Note an operation that was run elsewhere."""
@@ -212,11 +221,6 @@ class Tape(TorchFunctionMode):
             elif id(tensor) not in self._constants:
                 mixed = True
         return found, mixed
-
-    def _add_constants(self, result: Any) -> None:
-        for tensor in results_of(result):
-            if not tensor.requires_grad:
-                self._constants[id(tensor)] = tensor
 
     def _close(self, note: Note, result: Any) -> None:
         for place, tensor in enumerate(results_of(result)):

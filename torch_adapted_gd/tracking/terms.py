@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,21 +16,20 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from . import private
-from .calls import Outputs, unwatched, without_autocast
+from .calls import Outputs, graph, without_autocast
+from .state import RandomNumbers, unharmed, unwatched
 from .tape import Tape
 
 MARK = "torch_adapted_gd"  # in the metadata of the graph node of a recorded output: its recorder, call and place
-# Positions are sent back through a graph in digits of these bases, which bfloat16 and float32 hold exactly.
-_LOW, _BASE = 2**8, 2**20
+_BASE = 2**8  # positions are sent back through a graph in digits of this base, which bfloat16 holds exactly
 
 # Nodes of the graph that move entries, and may add constants.
 _MOVING = (
-    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Slice", "Select", "Index"),
-    *("IndexSelect", "MaskedSelect", "Gather", "Take", "TakeAlongDim", "Clone", "Alias", "ToCopy", "Cat", "Stack", "Split"),
-    *("SplitWithSizes", "Unbind", "UnsafeSplit", "Narrow", "Diagonal", "Flip", "Roll", "Expand", "MaskedFill", "AsStrided"),
-    *("Unfold", "Movedim", "Swapaxes", "Flatten", "Unflatten", "Chunk"),
+    "Alias AsStrided Cat Chunk Clone Diagonal Expand Flip Gather Index IndexSelect MaskedFill MaskedSelect Permute "
+    "ReshapeAlias Roll Select Slice Split SplitWithSizes Squeeze Stack T Take ToCopy Transpose Unbind Unfold UnsafeSplit "
+    "UnsafeView Unsqueeze View"
 )
-_MOVES = {f"{name}Backward{number}" for name in _MOVING for number in range(6)}
+_MOVES = {f"{name}Backward{number}" for name in _MOVING.split() for number in range(6)}
 
 
 class RefusedError(RuntimeError):
@@ -63,7 +63,6 @@ class Term:
         state: The state of the criterion before the call.
         values: The returned values, by number.
         factors: f = ∂loss/∂value from backward passes, float64, by number of the value.
-        doubles: Whether the criterion takes float64; None if it was not tried yet.
         number: The number of the call among those of all criteria.
     """
 
@@ -74,7 +73,6 @@ class Term:
     state: State
     values: dict[int, Tensor] = field(default_factory=dict)
     factors: dict[int, Tensor] = field(default_factory=dict)
-    doubles: bool | None = None
     number: int = 0
 
     @property
@@ -89,18 +87,20 @@ class Term:
             RuntimeError: Called again with its own arguments, the criterion gives other values.
             RefusedError: It raises an error for these arguments.
         """
-        if self.doubles is None:
-            self._choose_dtype()
-        values = self._run(arguments, doubles=bool(self.doubles))
-        total: Tensor | None = None
-        for number, f in self.factors.items():
-            part = (f * values[number].double()).sum()
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        values = self._run(arguments, doubles=self._doubles)
+        return torch.stack([(f * values[number].double()).sum() for number, f in self.factors.items()]).sum()
 
-    def _choose_dtype(self) -> None:
-        """Find out whether the criterion takes float64, or has tensors of its own in another dtype."""
+    def as_sum(self) -> Term:
+        """The same call with ``reduction="sum"``, in float64."""
+        state = copy.copy(self.state)
+        state.attributes = [(m, {**own, "reduction": "sum"} if m is self.criterion else own) for m, own in state.attributes]
+        term = replace(self, state=state)
+        term._doubles = True
+        return term
+
+    @functools.cached_property
+    def _doubles(self) -> bool:
+        """Whether the criterion takes float64, and has no tensors of its own in another dtype."""
         given = {number: self.arguments[number].double() for number in self.entries}
         found: dict[int, Tensor] = {}
         size = max([1.0, *(float(x.nan_to_num(0.0, 0.0, 0.0).abs().max()) for x in given.values() if x.numel())])
@@ -116,8 +116,7 @@ class Term:
                     "Nothing was changed. Take derivatives of its arguments outside of it, and give it the derivatives."
                 ) from error
             if all(_agree(found[number], value, size) for number, value in self.values.items() if number in found):
-                self.doubles = doubles
-                return
+                return doubles
         raise RuntimeError(
             f"`criterion`, a {type(self.criterion).__name__}, gave {_shown(self.values)} in the training step and "
             f"{_shown(found)} for the same arguments when it was called again, so it cannot judge steps. Its value may depend "
@@ -131,7 +130,7 @@ class Term:
                 leaves[number] = _copied(arguments.get(number, value), value.dtype, doubles=doubles)
         args, kwargs = tree_unflatten(leaves, self.structure)
         kind = next(iter(self.values.values())).device.type
-        with unwatched(), self.state.restored(self.criterion), without_autocast(kind):
+        with unwatched(), self.state.restored(), without_autocast(kind):
             held = {name: _copied(t, t.dtype, doubles=doubles) for name, t in self.state.held.items()}
             try:
                 result = functional_call(self.criterion, held, args, kwargs) if held else self.criterion(*args, **kwargs)
@@ -142,71 +141,45 @@ class Term:
         return {number: leaf for number, leaf in enumerate(tree_leaves(result)) if isinstance(leaf, Tensor)}
 
 
-@dataclass
 class State:
     """What the value of a criterion depends on besides its arguments.
+
+    Args:
+        criterion: The criterion, as it is now.
+        arguments: The tensors that it is given.
 
     Attributes:
         held: Copies of its parameters and buffers by name.
         attributes: The attributes of its modules, with copies of lists and dicts.
-        random: The states of the random number generators; None if it drew no numbers.
     """
 
-    held: dict[str, Tensor]
-    attributes: list[tuple[nn.Module, dict[str, Any]]]
-    random: tuple[Tensor, dict[int, Tensor]] | None
-
-    @classmethod
-    def now(cls, criterion: nn.Module, devices: list[int]) -> State:
-        """The current state of a criterion that works on these GPUs."""
-        held = {**dict(criterion.named_parameters()), **dict(criterion.named_buffers())}
-        return cls(
-            held={name: tensor.detach().clone() for name, tensor in held.items()},
-            attributes=[(module, _attributes(module)) for module in criterion.modules()],
-            random=(torch.get_rng_state(), {i: torch.cuda.get_rng_state(i) for i in devices}),
-        )
+    def __init__(self, criterion: nn.Module, arguments: Iterable[Tensor]) -> None:
+        self._criterion = criterion
+        tensors = (*criterion.named_parameters(), *criterion.named_buffers())
+        self.held = {name: tensor.detach().clone() for name, tensor in tensors}
+        self.attributes = [(module, _attributes(module)) for module in criterion.modules()]
+        self._random: RandomNumbers | None = RandomNumbers(arguments)
 
     def forget_unused(self) -> None:
-        """Forget the states of random number generators if no number was drawn since."""
-        if self.random is None:
-            return
-        cpu, cuda = self.random
-        if torch.equal(cpu, torch.get_rng_state()) and all(
-            torch.equal(s, torch.cuda.get_rng_state(i)) for i, s in cuda.items()
-        ):
-            self.random = None
+        """Forget the random numbers if none was drawn since."""
+        if self._random is not None and not self._random.drawn():
+            self._random = None
 
     @contextlib.contextmanager
-    def restored(self, criterion: nn.Module) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         """Context in which it is in force; at its end all is as before."""
-        present = [(module, dict(module.__dict__)) for module in criterion.modules()]
-        with contextlib.ExitStack() as stack:
-            if self.random is not None:
-                cpu, cuda = self.random
-                stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
-                torch.set_rng_state(cpu)
-                for i, state in cuda.items():
-                    torch.cuda.set_rng_state(state, i)
-            try:
-                for module, attributes in self.attributes:
-                    module.__dict__.update({name: _shallow(value) for name, value in attributes.items()})
-                yield
-            finally:
-                for module, attributes in present:
-                    if module.__dict__.keys() != attributes.keys() or any(
-                        module.__dict__[name] is not value for name, value in attributes.items()
-                    ):
-                        module.__dict__.clear()
-                        module.__dict__.update(attributes)
+        with unharmed(self._criterion), contextlib.nullcontext() if self._random is None else self._random.again():
+            for module, attributes in self.attributes:
+                module.__dict__.update({name: _shallow(value) for name, value in attributes.items()})
+            yield
+
+
+_PLAIN = nn.Module().__dict__.keys() - {"training"}
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The user's attributes of a module."""
-    own = {"training"} | module.__dict__.keys() - _PLAIN
-    return {name: _shallow(module.__dict__[name]) for name in own}
-
-
-_PLAIN = nn.Module().__dict__.keys()
+    """The user's attributes of a module, and its mode."""
+    return {name: _shallow(value) for name, value in module.__dict__.items() if name not in _PLAIN}
 
 
 def _shallow(value: Any) -> Any:
@@ -252,14 +225,12 @@ class Graph:
         self.moved, self.depends, self.of_a_criterion = True, id(x) in parameters, False
         self.eps = 0.0
         self._seen: set[Any] = set()
-        nodes: list[Any] = [x.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in self._seen:
-                continue
+        ends: set[Any] = set()
+        for node in graph(x, ends=ends):
             self._seen.add(node)
             found = node.metadata.get(MARK)
             if found is not None and found[0] is mark:
+                ends.add(node)
                 self.depends = True
                 if found[2] is None:
                     self.of_a_criterion = True
@@ -274,7 +245,6 @@ class Graph:
                 self.moved = False
             elif node.name() == "ToCopyBackward0" and (dtype := private.dtype_at(node)) is not None:
                 self.eps = max(self.eps, torch.finfo(dtype).eps)
-            nodes += [following for following, _ in node.next_functions]
         self.moved = self.moved and bool(self.marked)
 
     def touches(self, tapes: list[Tape]) -> bool:
@@ -283,52 +253,40 @@ class Graph:
 
 
 def entries_of(x: Tensor, marked: dict[tuple[int, int], Any]) -> list[Entries] | None:
-    """Which entries of the recorded outputs ``marked`` the entries of x are; None if x has others, or one of them twice.
+    """Which entries of the recorded outputs ``marked`` the entries of x are; None if one of them is there twice, or changed.
 
-    Positions are sent back through the graph as gradients: the gradient at an output tells where its entries went.
+    Numbers are sent back through the graph as gradients: ones tell how often an entry of an output is there, and positions in x
+    tell where.
     """
     outputs = list(marked.values())
     if len(outputs) == 1 and x.grad_fn is outputs[0][0]:
         return [Entries(outputs[0][1], outputs[0][2])]
-    size = x.numel()
-    codes = torch.arange(1, size + 1, device=x.device)
-    nodes, sizes = [node for node, _, _ in outputs], [call.outputs[place].element_size() for _, call, place in outputs]
-    found = _sent_back(x, codes, nodes, sizes)
-    numbers = torch.cat([code[code > 0] for code in found])
-    if len(numbers) != len(numbers.unique()) or (len(numbers) and int(numbers.max()) > size):
+    edges = [GradientEdge(node, 0) for node, _, _ in outputs]
+
+    def sent_back(numbers: Tensor) -> list[Tensor]:
+        with unwatched():
+            given = [numbers.to(x.dtype).view(x.shape)]
+            found = torch.autograd.grad([x], edges, given, retain_graph=True, materialize_grads=True)
+        return [gradient.reshape(-1).long() for gradient in found]
+
+    positions = torch.arange(x.numel(), device=x.device)
+    counts = sent_back(torch.ones_like(positions))
+    if any(bool((count > 1).any()) for count in counts):
         return None
-    if len(numbers) < size:  # others are constants or duplicates: try another order
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(x.device)
-        again = _sent_back(x, codes[order], nodes, sizes)
-        for first, second in zip(found, again, strict=True):
-            there = first > 0
-            if not torch.equal(there, second > 0) or not torch.equal(order[first[there] - 1] + 1, second[there]):
-                return None
+    codes = [torch.zeros_like(count) for count in counts]
+    weight = 1
+    while weight < x.numel():
+        digits = sent_back(positions // weight % _BASE)
+        codes = [code + weight * digit for code, digit in zip(codes, digits, strict=True)]
+        weight *= _BASE
     entries = []
-    for code, (_, call, place) in zip(found, outputs, strict=True):
-        index = code.nonzero()[:, 0]
-        at = code[index] - 1
+    for count, code, (_, call, place) in zip(counts, codes, outputs, strict=True):
+        index = count.nonzero()[:, 0]
+        at = code[index]
         value = call.outputs[place].reshape(-1)
         if not torch.equal(value[index].to(x.dtype).nan_to_num(), x.detach().reshape(-1)[at].nan_to_num()):
             return None
         if len(index):
-            whole = len(index) == len(value) == size and bool((at == torch.arange(size, device=at.device)).all())
+            whole = len(index) == len(value) and torch.equal(at, positions)
             entries.append(Entries(call, place) if whole else Entries(call, place, index, at))
     return entries or None
-
-
-def _sent_back(x: Tensor, codes: Tensor, nodes: list[Any], sizes: list[int]) -> list[Tensor]:
-    """The codes of entries as they arrive at nodes of the graph, flat integers, sent digit by digit."""
-    totals: list[Tensor | int] = [0] * len(nodes)
-    weight, rest = 1, codes
-    base = _BASE if all(t >= 4 for t in (x.element_size(), *sizes)) else _LOW
-    edges = [GradientEdge(node, 0) for node in nodes]
-    with unwatched():
-        while bool((rest > 0).any()):
-            digits = (rest % base).to(x.dtype).view(x.shape)
-            found = torch.autograd.grad([x], edges, [digits], retain_graph=True, allow_unused=True)
-            for number, gradient in enumerate(found):
-                if gradient is not None:
-                    totals[number] = totals[number] + weight * gradient.detach().reshape(-1).round().long()
-            weight, rest = weight * base, rest // base
-    return [t if isinstance(t, Tensor) else codes.new_zeros(0) for t in totals]
