@@ -348,11 +348,11 @@ def test_who_solves(solver, params, rows, free, expected, monkeypatch):
 
 def test_the_optimizer_turns_to_conjugate_gradients_by_size(monkeypatch):
     model, x, y = of("mlp")
-    monkeypatch.setattr("torch_adapted_gd.step.system._DENSE", 59)
+    monkeypatch.setattr("torch_adapted_gd.step.system.DENSE", 59)
     assert stepped(model, [(x, y)])[1].last_step.solver == "cg (output blocks)"
     assert stepped(model, [(x, y)], solver=Dense(rtol=1e-9))[1].last_step.solver == "eigh"
     assert stepped(model, [(x, y)], solver=Dense(space="parameter"))[1].last_step.space == "parameter"
-    monkeypatch.setattr("torch_adapted_gd.step.system._DENSE", 60)
+    monkeypatch.setattr("torch_adapted_gd.step.system.DENSE", 60)
     assert stepped(model, [(x, y)])[1].last_step.solver == "eigh"
 
 

@@ -1,7 +1,6 @@
 """AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -15,64 +14,24 @@ from . import options
 from .checks import all_finite, checksum, one_of
 from .full_batch import full_loss, repeated_samples
 from .losses import check_criteria
-from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
+from .policies import Backtracking, Fixed, LevenbergMarquardt, StraightLine
 from .report import StepReport
 from .solve import ConjugateGradients
-from .step.decision import Outcome, Step
-from .step.last import LastStep, expected
+from .step.decision import Step
+from .step.default import choose_policy
+from .step.kept import Kept, Move, expected
 from .step.linearization import METRICS, Linearization
 from .step.objective import Objective
-from .step.remembered import SamePoints
+from .step.remembered import State
 from .step.shares import UNSHARED, Shares, Told, TotalLoss, mean_or_sum, shared_out
-from .step.system import Dense, for_undamped
-from .step.trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
+from .step.system import Dense
+from .step.trials import Trial, TrialMaker, choose_judge, learned_curvature
 from .tracking.calls import Call, Outputs, underlying
 from .tracking.closure import Closure
 from .tracking.recorder import CallRecorder
 from .tracking.replay import batch_and_outputs
 from .watching import WatchingOptimizer
 from .world import World
-
-_LESS_DAMPING = 0.1  # after a good step: the first ones need a λ that is a thousand times that of later ones
-_LEAST_UNDAMPED = 1e-3  # shorter undamped steps than that did not lead to the solution sooner
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """Where a step leads.
-
-    Attributes:
-        values: The parameters, by name.
-        momentum: φ, likewise; empty without momentum.
-        psi: ψ, if it is to be kept.
-        remembered: What the policy remembers.
-    """
-
-    values: dict[str, Tensor]
-    momentum: dict[str, Tensor]
-    psi: Tensor | None
-    remembered: dict[str, float]
-
-
-def _nothing() -> None:
-    pass
-
-
-def _judge_of(policy: Policy, linearization: Linearization, closure: Closure | None) -> Judge | None:
-    """Who tells the policy the loss at trial parameters; None if it does not ask.
-
-    Raises:
-        RuntimeError: It asks, and nobody can tell.
-    """
-    if not isinstance(policy, LevenbergMarquardt | Backtracking):
-        return None
-    judge = choose_judge(policy.judge, linearization, closure)
-    if judge is None or (isinstance(judge, ByNext) and isinstance(policy, Backtracking)):
-        raise RuntimeError(
-            f"{type(policy).__name__}() needs the loss at trial parameters, so nothing was changed. Pass the loss as "
-            "`criterion` to AdaptedGD, or a closure to `step` that returns it; or give `damping` a number."
-        )
-    return judge
 
 
 def _finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -310,11 +269,11 @@ class AdaptedGD(WatchingOptimizer):
         idle = not recorder.calls and empty and closure is not None and loss is None
         told = world.objects((idle, float(getattr(self, "found_inf", 0.0)) > 0, empty))
         if all(each[0] for each in told):
-            return _nothing  # the closure chose to skip this batch, as Lightning's does when training_step returns None
+            return lambda: None  # the closure chose to skip this batch, as Lightning's does when training_step returns None
         if any(each[1] for each in told):
             return self._skip
         if all(each[2] for each in told) and not world.any(not self._asked_for_state()):
-            return _nothing
+            return lambda: None
         scale = self._loss_scale()
         stacked_from = self._stacked_from()
         if not world.any(bool(stacked_from)):
@@ -324,65 +283,58 @@ class AdaptedGD(WatchingOptimizer):
         if with_closure and closure is None:  # a process without samples, which has nothing to evaluate
             closure = Closure(lambda: 0.0, self._model, recorder.criterion_calls)
             closure()
-        arrived = {}
-        for name, p in trained.items():
-            known = recorder.gradients.get(id(p))
-            arrived[name] = torch.zeros_like(p) if known is None else known
-        total = TotalLoss(recorder, shares, scale)
-        kept, bad = self._looked_back(total)
+        arrived = recorder.gradients
+        gradients = {name: arrived[id(p)] if id(p) in arrived else torch.zeros_like(p) for name, p in trained.items()}
+        kept, total = Kept(self.state, self.param_groups), TotalLoss(recorder, shares, scale)
+        state, bad = kept.look_back(self._policy or LevenbergMarquardt(), total, underlying(self._model))
         if bad:
-            return lambda: self._undo(kept)
+            return lambda: self._undo(kept, state)
         objective = Objective(recorder.terms, stacked_from, scale, shares) if self._criteria else None
         if closure is not None and world.any(any(each in earlier for each in (*recorder.calls, *recorder.terms))):
             closure = None  # gradients accumulate, and it tells the last loss alone
             self._warn_of_accumulation()
-        policy, solver, points = self._chosen(closure, stacked_from, trained, kept, total, shares)
-        unit = 1.0
+        told_by = {"with_criteria": bool(self._criteria), "with_closure": closure is not None}
+        chosen = choose_policy(self._policy, self._solver, stacked_from, trained, state, total, world, **told_by)
+        policy, unit = chosen.policy, 1.0
         if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):
-            unit = kept.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value, world)
+            unit = state.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value, world)
         linearization = Linearization(
             self._model,
             stacked_from,
             trained,
-            arrived,
+            gradients,
             loss_scale=scale,
             objective=objective,
             metric=self._metric,
-            solver=solver,
+            solver=chosen.solver,
             unit=unit,
-            start=self._kept_psi(),
-            damping=policy.first_damping(kept),
+            start=kept.psi,
+            damping=policy.first_damping(state),
             shares=shares,
         )
         propose = TrialMaker(linearization, self._groups())
         decay = options.shared_option(self.param_groups, "momentum")
-        judge = _judge_of(policy, linearization, closure)
-        momentum = kept_momentum(self.state, trained) if decay else None
-        outcome = policy.search(Step(linearization, propose, judge, momentum, decay, kept))
-        if points is not None and outcome.trial:
-            outcome.state.update(dataclasses.asdict(points))
-        later = isinstance(judge, ByNext)
+        judge = choose_judge(policy, linearization, closure)
+        momentum = kept.momentum(trained) if decay else None
+        outcome = policy.search(Step(linearization, propose, judge, momentum, decay, state))
+        later = judge is not None and judge.later
         move = None
         if outcome.trial:
             values = _finite(propose.finished(outcome.trial))
+            remembered = {**outcome.state, **chosen.remembered}
             if later:
-                change = {name: value - trained[name] for name, value in values.items()}
-                outcome.state.update(expected(linearization, change, kept, total))
-            move = self._move(linearization, outcome, values)
+                remembered.update(expected(linearization, values, state, total))
+            move = self._move(linearization, outcome.trial, values, remembered)
         report, move = world.same((StepReport.of(linearization, outcome), move))
-        self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
-        judged = not later or "predicted" in kept  # a step that nobody has judged yet is none
-        hidden = outcome.hidden
+        self._warn(linearization, trained, gradients, scale)  # before anything changes: a warning may be made an error
 
         def carry_out() -> None:
-            if move is not None:
-                self._take(trained, move, keep=later)
-            elif points is not None and points.undamped:
-                coarse = self._solver is None and isinstance(solver, Dense) and solver.rtol is not None
-                step_on = {"refined": points.refined + 1} if coarse else {"slow": 1.0}
-                self.state[self.param_groups[0]["params"][0]].update(step_on)
-            if judged:
-                self._note_rejection(rejected=move is None and not hidden)
+            if move is None:
+                kept.remember(chosen.if_rejected)
+            else:
+                kept.take(trained, move, underlying(self._model), judged_later=later)
+            if not later or "predicted" in state:  # a step that nobody has judged yet is none
+                self._note_rejection(rejected=move is None and not outcome.hidden)
             recorder.drop("step", spent=True)
             self.last_step = report
 
@@ -453,90 +405,20 @@ class AdaptedGD(WatchingOptimizer):
             ),
         }
 
-    def _chosen(
-        self,
-        closure: Closure | None,
-        stacked_from: list[Outputs],
-        trained: dict[str, nn.Parameter],
-        kept: dict[str, float],
-        total: TotalLoss,
-        shares: Shares,
-    ) -> tuple[Policy, Dense | ConjugateGradients | None, SamePoints | None]:
-        """The policy and the solver: what was given, or by default what suits the loss; and what is known of an equation's."""
-        if isinstance(self._policy, Fixed) or (self._policy is None and not self._criteria and closure is None):
-            return Fixed(options.shared_option(self.param_groups, "damping")), self._solver, None
-        derived = any(tape.derived for each in stacked_from for tape in each.tapes)
-        judged = closure is not None or all(isinstance(each, Call) and not each.nested for each in stacked_from)
-        told = shares.world.objects((derived, judged, sum(n * q for n, q in map(batch_and_outputs, stacked_from))))
-        if self._policy or not (any(each[0] for each in told) and all(each[1] for each in told) and self._criteria):
-            return self._policy or LevenbergMarquardt(), self._solver, None
-        points = SamePoints.read(kept).met(total.job, total.value(), kept.get("fraction", 0.0))
-        rows = sum(each[2] for each in told)
-        solver = self._solver or for_undamped(rows, list(trained.values()), shares.world, int(points.refined))
-        if not points.undamped or solver is None:
-            return LevenbergMarquardt(decrease=_LESS_DAMPING), self._solver, points
-        return Backtracking(smallest=_LEAST_UNDAMPED), solver, points
-
-    @property
-    def _kept(self) -> dict[str, float]:
-        """What the policy remembers."""
-        first = self.param_groups[0]["params"][0]
-        return {name: value for name, value in self.state.get(first, {}).items() if isinstance(value, float)}
-
-    def _move(self, linearization: Linearization, outcome: Outcome, values: dict[str, Tensor]) -> Move:
+    def _move(self, linearization: Linearization, trial: Trial, values: dict[str, Tensor], remembered: State) -> Move:
         """Where the parameters go, and what the next step builds on."""
-        trial = outcome.trial
-        assert trial is not None
         momentum: dict[str, Tensor] = {}
         if options.shared_option(self.param_groups, "momentum"):
             for name, p in linearization.trained.items():
                 momentum[name] = (trial.direction.adapted[name] / linearization.curvature).reshape(p.shape).to(p.dtype)
-        psi = trial.direction.weights if linearization.warm_start else None
-        return Move(values, momentum, psi, dict(outcome.state))
+        return Move(values, momentum, trial.direction.weights if linearization.warm_start else None, remembered)
 
-    def _take(self, trained: dict[str, nn.Parameter], move: Move, *, keep: bool) -> None:
-        """Move the parameters, and keep what the next step builds on."""
-        last = LastStep(self.state, self._groups_parameters())
-        last.forget()
-        for name, p in trained.items():
-            if keep:
-                last.keep(p)
-            p.copy_(move.values[name])
-            if name in move.momentum:
-                self.state[p]["momentum"] = move.momentum[name]
-        first = self.param_groups[0]["params"][0]
-        if move.psi is not None:
-            self.state[first]["psi"] = move.psi.to(first.dtype)  # loading a state casts it to that
-        remembered = dict(move.remembered)
-        if keep:
-            last.left(underlying(self._model))
-        if (damping := remembered.pop("damping", None)) is not None:
-            for group in self.param_groups:
-                group["damping"] = damping
-        if remembered:
-            self.state[first].update(remembered)
-
-    def _looked_back(self, total: TotalLoss) -> tuple[dict[str, float], bool]:
-        """What the policy remembers, once the loss has told what the last step did; and whether that is to be undone."""
-        kept = {**self._kept, "damping": options.shared_option(self.param_groups, "damping")}
-        policy = self._policy or LevenbergMarquardt()
-        if not isinstance(policy, LevenbergMarquardt):
-            return kept, False
-        return LastStep(self.state, self._groups_parameters()).look_back(policy, kept, total, underlying(self._model))
-
-    def _undo(self, kept: dict[str, float]) -> None:
+    def _undo(self, kept: Kept, state: State) -> None:
         """Take the last step back."""
-        LastStep(self.state, self._groups_parameters()).undo(kept)
-        for group in self.param_groups:
-            group["damping"] = kept["damping"]
+        kept.undo(state)
         num_calls = len(self._recorder.terms)
-        self.last_step = StepReport(status="rejected", fraction=0.0, num_calls=num_calls, relative_damping=kept["damping"])
+        self.last_step = StepReport(status="rejected", fraction=0.0, num_calls=num_calls, relative_damping=state["damping"])
         self._recorder.drop("step", spent=True)
-
-    def _kept_psi(self) -> Tensor | None:
-        """ψ of the last step, for conjugate gradients to begin with."""
-        kept = self.state.get(self.param_groups[0]["params"][0], {}).get("psi")
-        return None if kept is None else kept.double()
 
     def _warn(
         self, linearization: Linearization, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor], scale: float

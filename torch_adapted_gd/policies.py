@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .checks import one_of, positive_integer, real_number, true_or_false
 from .step.decision import FIRST_RAISED, RAISE, Outcome, Step
-from .step.remembered import CarryOver, State
+from .step.remembered import CarryOver, State, read
 
 JUDGES = ("auto", "outputs", "closure", "next")
 
@@ -331,7 +331,7 @@ class LevenbergMarquardt:
         """Trials with more and more damping until one gives enough of the decrease that was predicted for it."""
         judge, linear = step.known(), step.linear
         damping = step.state.get("damping", self.initial)
-        carry = CarryOver.read(step.state).met(judge.before / linear.loss_unit)
+        carry = read(CarryOver, step.state).met(judge.before / linear.loss_unit)
 
         def remembered(damping: float, change: float | None) -> State:
             after = carry.stepped(judge.before / linear.loss_unit, None if change is None else change / linear.loss_unit)

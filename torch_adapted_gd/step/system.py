@@ -29,11 +29,9 @@ from .output_metric import Metric
 
 SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh", "svd")
-_DENSE = 8192  # largest matrix that "auto" forms and factors: 8,192 rows take 0.5 GB, and Cholesky some seconds
+DENSE = 8192  # largest matrix that "auto" forms and factors: 8,192 rows take 0.5 GB, and Cholesky some seconds
 _SMALL = 2**18  # D with at most so many entries is written out, because calls would take longer than the arithmetic
-_LARGE = 2**21  # a step by the singular values of a larger D takes half a second or more
-_REFINING = 10.0  # the cut of these singular values is divided by it where steps have come to its end
-_COPIES = 4  # memory for the singular values of D, in multiples of D
+COPIES = 4  # memory for the singular values of D, in multiples of D
 _MATRICES = 5  # memory for a solution with Θ, in multiples of Θ: eigenvectors and LAPACK's workspace
 
 
@@ -289,7 +287,7 @@ class Problem:
         factored = self._jacobian()
         rows, params = factored.shape
         require_memory(
-            _COPIES * 8 * rows * params,
+            COPIES * 8 * rows * params,
             self.g.device,
             f"The Jacobian of {rows:,} outputs by {params:,} parameters, and its singular vectors",
             'Use factorization="auto", or a smaller batch.',
@@ -352,24 +350,6 @@ class Problem:
         )
 
 
-def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE, refined: int = 0) -> Dense | None:
-    """The solver for undamped steps if the spectrum of D has no gap; None if D, of so many rows, is too large for it.
-
-    By all singular values above rounding, the first steps move the parameters far and the loss little. If D is so large that
-    a step takes long, only those that Θ would show count at first, down to √(R·ε) of the largest, and tenfold smaller ones
-    each time that the cut is ``refined``. The first digits then come in fewer steps, the last ones in more. docs/pinns.md has
-    figures.
-    """
-    params = sum(p.numel() for p in trained)
-    size = _COPIES * 8 * rows * params
-    too_large = size > 2**26 and size > (available_bytes(trained[0].device) or size) // 2
-    if min(rows, params) > _DENSE or world.any(too_large):
-        return None
-    rtol = default_rtol(rows) / _REFINING**refined
-    coarse = rows * params > _LARGE and trained[0].dtype == torch.float64 and rtol > default_svd_rtol((rows, params))
-    return Dense(factorization="svd", rtol=rtol if coarse else None)
-
-
 def choose_solver(
     solver: Dense | ConjugateGradients | None,
     params: int,
@@ -401,6 +381,6 @@ def choose_solver(
     if solver is None:
         size = params if space == "parameter" else rows
         free = available_bytes(device) if _MATRICES * 8 * size**2 > 2**26 else None
-        if size > _DENSE or world.any(free is not None and _MATRICES * 8 * size**2 > free):
+        if size > DENSE or world.any(free is not None and _MATRICES * 8 * size**2 > free):
             return "sample", ConjugateGradients()
     return space, given
