@@ -527,7 +527,7 @@ FAILURES = {
     "solution": "torch_adapted_gd.step.system.factorize",
     "direction": "torch_adapted_gd.step.linearization.Linearization.direction",
     "trial": "torch_adapted_gd.tracking.replay.Replay.outputs_with",
-    "move": "torch_adapted_gd.optimizer.AdaptedGD._move",
+    "move": "torch_adapted_gd.step.kept.Move.of",
     "report": "torch_adapted_gd.report.StepReport.of",
     "warnings": "torch_adapted_gd.optimizer.AdaptedGD._warn",
 }

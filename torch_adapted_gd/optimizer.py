@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from . import options
-from .checks import all_finite, checksum, one_of
+from .checks import checksum, one_of
 from .full_batch import full_loss, repeated_samples
 from .losses import check_criteria
 from .policies import Backtracking, Fixed, LevenbergMarquardt, StraightLine
@@ -25,23 +25,13 @@ from .step.objective import Objective
 from .step.remembered import State
 from .step.shares import UNSHARED, Shares, Told, TotalLoss, mean_or_sum, shared_out
 from .step.system import Dense
-from .step.trials import Trial, TrialMaker, choose_judge, learned_curvature
+from .step.trials import TrialMaker, choose_judge, learned_curvature
 from .tracking.calls import Call, Outputs, underlying
 from .tracking.closure import Closure
 from .tracking.recorder import CallRecorder
 from .tracking.replay import batch_and_outputs
 from .watching import WatchingOptimizer
 from .world import World
-
-
-def _finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The new parameters, if they are finite."""
-    for name, value in values.items():
-        if not all_finite(value):
-            raise RuntimeError(
-                f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
-            )
-    return values
 
 
 class AdaptedGD(WatchingOptimizer):
@@ -57,34 +47,30 @@ class AdaptedGD(WatchingOptimizer):
     AdaptedGD replaces any torch optimizer in one line. Pass the model instead of its parameters.
 
     If you pass the loss as ``criterion``, x are the entries of the tensors that the criterion was called with and that depend
-    on trained parameters: the model's outputs, some of them, or anything computed from them, such as the residuals of a
-    differential equation. The criterion may be called several times before ``backward``. Multiples, sums,
-    ``reduction="none"`` with weights, and accumulated gradients are followed exactly. Without a criterion, x are the outputs
-    of the model that received a gradient.
+    on trained parameters: the model's outputs, or anything computed from them, such as the residuals of a differential
+    equation. Several calls before ``backward``, multiples, sums, ``reduction="none"`` with weights, and accumulated gradients
+    are followed exactly. Without a criterion, x are the outputs of the model that received a gradient. A step uses all calls
+    that ``backward`` sent a gradient through since the last `step` or `zero_grad`.
 
-    A step uses all calls that ``backward`` sent a gradient through since the last `step` or `zero_grad`.
-
+    - A step is all or nothing. If anything is not finite, it raises, and neither parameters nor state have changed.
     - The step does not read ``.grad``, which is filled as usual. Clipping or editing it changes nothing, and a warning says so
       once.
     - A loss that also depends on the parameters directly, as by a penalty on weights, has a part r in its gradient that does
       not come through x. The parameters take a plain gradient step −lr·r for it, and a warning says so once.
-    - The Jacobian comes from the graph of your own ``backward``. Each use of a parameter is noted during the forward pass and
-      differentiated when the loss's gradient arrives at x. The forward pass is repeated only for trials of a policy, for
-      compiled models, and if the gradients at all uses do not fit into memory. A repeated pass has the same random numbers
-      (dropout masks), autocast and modes; it leaves buffers, attributes of modules and the random stream as they were.
-    - A step is all or nothing. If anything is not finite, it raises, and neither parameters nor state have changed.
-
-    A step costs two backward passes, Q more that stop at the uses of parameters, the kernel of (N·Q)² numbers in float64 (or
-    DᵀD, K² of them), and its factorization. Each step checks the uses against a backward pass. Parameters for which they are
-    incomplete are served by rows of the Jacobian, and a warning says so once.
+    - The Jacobian comes from the graph of your own ``backward``. The forward pass is repeated only for trials of a policy, for
+      compiled models, and if the gradients at all uses of parameters do not fit into memory. A repeated pass has the same
+      random numbers (dropout masks), autocast and modes; buffers, attributes of modules and the random stream stay as they
+      were.
+    - A step costs two backward passes, Q more that stop at the uses of parameters, the kernel of (N·Q)² numbers in float64 (or
+      DᵀD, K² of them), and its factorization. Each step checks the uses against a backward pass. Parameters for which they
+      are incomplete are served by rows of the Jacobian, and a warning says so once.
 
     Args:
         model: The module to train.
         lr: η ≥ 0, in units of the output curvature c of the loss: η = lr/c. ``lr=1`` (default) is the full Gauss–Newton step
             of a squared loss, whatever its reduction, multiples and weights. For other losses it is the longest step that
-            is sure to descend if the outputs follow it exactly (`Objective.curvatures`). Without ``criterion``, c is learned
-            from the values of a closure, if there is one and the policy needs the loss. Else c is 1, and lr multiplies the
-            gradient of the loss.
+            is sure to descend if the outputs follow it exactly. Without ``criterion``, c is learned from the values of a
+            closure if the policy needs the loss; else c is 1, and lr multiplies the gradient of the loss.
         criterion: The loss, a module, or several in a tuple: the same objects that the training step calls. Wrap a function in
             `LossFunction`.
         params: What to step, as for any torch optimizer (parameters, named ones, or groups with their own ``lr``, ``alpha``
@@ -143,16 +129,7 @@ class AdaptedGD(WatchingOptimizer):
         solver: str | Dense | ConjugateGradients = "auto",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"`model` should be a torch.nn.Module, but got {type(model).__name__}. Pass the model itself, not "
-                "model.parameters(); to step only some of them use `params`."
-            )
-        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-            raise ValueError(
-                f"`model` should be on one device for AdaptedGD, but is an nn.DataParallel over {len(model.device_ids)}. Pass "
-                "model.module, and call that."
-            )
+        options.check_model(model)
         self._model = model
         self._criteria = check_criteria(criterion)
         self._policy = options.check_damping(damping)
@@ -179,17 +156,15 @@ class AdaptedGD(WatchingOptimizer):
     def full_batch(self, loader: Iterable[Any]) -> float:
         """Take one step on all batches of a loader as one: the exact step over the whole training set.
 
-        The model is called once for each batch, so that no forward pass is larger than one, then the criterion once for all
-        outputs, whatever its reduction; the step is that of one large batch. Gradients are cleared first. Batches are moved to
-        the network's device. Beside the layers' inputs, memory holds B, the Q gradients of each sample's outputs at each
-        layer's, in the parameters' dtype.
+        Gradients are cleared first. The model is called once for each batch, moved to the network's device, then the criterion
+        once for all outputs, whatever its reduction. Memory holds the layers' inputs, and the Q gradients of each sample's
+        outputs at each layer's, in the parameters' dtype. Where several processes train together, each gives its own share of
+        the samples, and the loss is that of all.
 
         Args:
             loader: Gives pairs (inputs, targets), such as a DataLoader; inputs may be a tensor, a tuple of positional inputs or
                 a dict of keyword inputs. Its order may change from step to step (with it, conjugate gradients have no use for
                 the last step's ψ).
-
-        Where several processes train together, each gives its own share of the samples, and the loss is that of all.
 
         Returns:
             The loss before the step.
@@ -320,11 +295,11 @@ class AdaptedGD(WatchingOptimizer):
         later = judge is not None and judge.later
         move = None
         if outcome.trial:
-            values = _finite(propose.finished(outcome.trial))
+            values = propose.finished(outcome.trial)
             remembered = {**outcome.state, **chosen.remembered}
             if later:
                 remembered.update(expected(linearization, values, state, total))
-            move = self._move(linearization, outcome.trial, values, remembered)
+            move = Move.of(linearization, outcome.trial, values, remembered, with_momentum=decay > 0)
         report, move = world.same((StepReport.of(linearization, outcome), move))
         self._warn(linearization, trained, gradients, scale)  # before anything changes: a warning may be made an error
 
@@ -371,12 +346,7 @@ class AdaptedGD(WatchingOptimizer):
         """
         if world.size == 1:
             return UNSHARED, self._trained(), with_closure
-        for name, module in self._model.named_modules():
-            if isinstance(module, nn.SyncBatchNorm) and module.training:
-                raise ValueError(
-                    f"`model` should have no SyncBatchNorm in training mode for AdaptedGD, but '{name}' is one: outputs of "
-                    "one process would depend on the samples of others. Call eval() on it, or use GroupNorm or LayerNorm."
-                )
+        options.check_normalization(self._model)
         named = underlying(self._model).named_parameters()
         mine = Told(
             rows=sum(n * q for n, q in map(batch_and_outputs, stacked_from)),
@@ -399,19 +369,8 @@ class AdaptedGD(WatchingOptimizer):
             "shapes of parameters": [tuple(p.shape) for p in parameters],
             "numbers of trainable parameters": [number for number, p in enumerate(parameters) if p.requires_grad],
             "parameters": checksum(parameters),
-            "states of optimizers": (
-                sum(map(len, states)),
-                checksum(value for state in states for _, value in state),
-            ),
+            "states of optimizers": (sum(map(len, states)), checksum(value for state in states for _, value in state)),
         }
-
-    def _move(self, linearization: Linearization, trial: Trial, values: dict[str, Tensor], remembered: State) -> Move:
-        """Where the parameters go, and what the next step builds on."""
-        momentum: dict[str, Tensor] = {}
-        if options.shared_option(self.param_groups, "momentum"):
-            for name, p in linearization.trained.items():
-                momentum[name] = (trial.direction.adapted[name] / linearization.curvature).reshape(p.shape).to(p.dtype)
-        return Move(values, momentum, trial.direction.weights if linearization.warm_start else None, remembered)
 
     def _undo(self, kept: Kept, state: State) -> None:
         """Take the last step back."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..jacobian import Parts
     from .linearization import Linearization
     from .shares import TotalLoss
+    from .trials import Trial
 
 _SAME = 1e-3  # relative difference of two losses at the same parameters that rounding does not make
 _OF_LAST = ("predicted", "before", "job", "undone", "left", "previous", "previous_momentum")
@@ -31,6 +32,16 @@ class Move:
     momentum: dict[str, Tensor]  # φ, likewise; empty without momentum
     psi: Tensor | None  # ψ, if it is to be kept
     remembered: State  # what the policy remembers
+
+    @classmethod
+    def of(
+        cls, linearization: Linearization, trial: Trial, values: dict[str, Tensor], remembered: State, *, with_momentum: bool
+    ) -> Move:
+        """The move of a trial to these parameters."""
+        momentum = {}
+        for name, p in linearization.trained.items() if with_momentum else ():
+            momentum[name] = (trial.direction.adapted[name] / linearization.curvature).reshape(p.shape).to(p.dtype)
+        return cls(values, momentum, trial.direction.weights if linearization.warm_start else None, remembered)
 
 
 class Kept:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import all_finite
 from ..jacobian import Parts
 from ..policies import Backtracking, LevenbergMarquardt, Policy
 from ..tracking.calls import Outputs
@@ -83,12 +84,16 @@ class TrialMaker:
         return Trial(direction, fraction, part, values, changes)
 
     def finished(self, trial: Trial) -> dict[str, Tensor]:
-        """The parameters that a trial leads to, weight decay included."""
+        """The parameters that a trial leads to, weight decay included; a RuntimeError if they are not finite."""
         values = dict(trial.values)
         for name, p in self._linear.trained.items():
             group = self._groups[id(p)]
             if decay := trial.fraction * float(group["lr"]) * group["weight_decay"]:
                 values[name] = values[name] - decay * p.detach()
+            if not all_finite(values[name]):
+                raise RuntimeError(
+                    f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
+                )
         return values
 
 
