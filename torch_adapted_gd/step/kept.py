@@ -41,7 +41,8 @@ class Move:
         momentum = {}
         for name, p in linearization.trained.items() if with_momentum else ():
             momentum[name] = (trial.direction.adapted[name] / linearization.curvature).reshape(p.shape).to(p.dtype)
-        return cls(values, momentum, trial.direction.weights if linearization.warm_start else None, remembered)
+        iterative = linearization.system.iterative
+        return cls(values, momentum, trial.direction.weights if iterative and iterative.warm_start else None, remembered)
 
 
 class Kept:

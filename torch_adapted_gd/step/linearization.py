@@ -44,7 +44,6 @@ class Linearization:
         off_output_fraction: |r|/|∇_θC|.
         curvature: The divisor c of η = lr/c: the largest of `Objective.curvatures`, or 1 in the GGN metric.
         system: The linear system.
-        warm_start: Whether the next step should start with this ψ̃.
         eps: Machine epsilon of the arithmetic of x.
         repeatable: Whether repeated calls give x for other parameters.
         num_calls, num_outputs, num_params: The number of calls, QN and K.
@@ -103,7 +102,6 @@ class Linearization:
         root, self.curvature = self._chosen_metric(metric, unit)
         problem = Problem(model, stacked_from, trained, self._g, root, solver, self.eps, start, damping, self._world)
         self.system = problem.system()
-        self.warm_start = self.system.iterative is not None and self.system.iterative.warm_start
         self.num_outputs = self.system.rows
         self.system.check_solved()
         self.gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}

@@ -22,12 +22,14 @@ class Metric(ABC):
 
     Attributes:
         kept: Their numbers ``[R']``; None for all.
+        rows: R'.
         local: As given.
     """
 
     def __init__(self, keep: Tensor, *, local: bool) -> None:
         self._keep, self.local = keep, local
         self.kept: Tensor | None = None if bool(keep.all()) else keep.nonzero()[:, 0]
+        self.rows = len(keep) if self.kept is None else len(self.kept)
 
     def root(self, v: Tensor) -> Tensor:
         """Sv, ``[R]`` or ``[R, k]``."""
@@ -46,7 +48,7 @@ class Metric(ABC):
         return image if self.kept is None else image[self.kept]
 
     def padded(self: _M) -> _M:
-        """The same with columns of zeros for all other rows, so that there are R."""
+        """The same with columns of zeros for all other rows, so that there are R; ``rows`` stays R'."""
         same = copy.copy(self)
         same.kept = None
         return same

@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,54 +80,56 @@ class Dense:
 
 @dataclass(frozen=True)
 class Direction:
-    """The direction of a step for one damping.
+    """The direction of a step for one damping."""
 
-    Attributes:
-        adapted: φ = D⁺g, damped and with momentum. The step is −η φ at α = 1.
-        weights: ψ̃ in sample space, None in parameter space.
-        size: |Dᵀψ|, without momentum.
-        damping: λ in the units of the kernel.
-    """
-
-    adapted: Parts
-    weights: Tensor | None
-    size: float
-    damping: float
+    adapted: Parts  # φ = D⁺g, damped and with momentum: the step is −η φ at α = 1
+    weights: Tensor | None  # ψ̃ in sample space, None in parameter space
+    size: float  # |Dᵀψ|, without momentum
+    damping: float  # λ in the units of the kernel
 
 
-@dataclass(frozen=True)
 class System:
     """The linear system of a step: Θ̃ψ̃ = Pg̃ in sample space, M δ = Dᵀg in parameter space.
 
     With the metric H = SSᵀ of the outputs, Θ̃ = SᵀΘS, g̃ = S⁺g and M = DᵀHD; S = 1 in the Euclidean metric.
 
-    Attributes:
-        space: ``"sample"`` or ``"parameter"``.
+    Args:
+        jacobian: D.
         matrix: Θ̃ ``[R', R']`` or M ``[K, K]``; or an operator that multiplies like Θ̃, or by ``"svd"`` like M.
         factorization: The factorization of the matrix; an operator is its own.
-        right: g̃ ``[R']`` or Dᵀg ``[K]``.
-        size: |g̃|.
+        g: ∇ₓC, ``[R]``.
+        metric: S, None for 1.
         scale: The mean of diag Θ̃.
         square: |D|².
-        rows: R', the rows of x that the loss depends on.
-        jacobian: D.
-        metric: S, None for 1.
-        seconds: Time spent on parts of the solution, where it was measured.
+        products: Dᵀg in parameter space, else None.
         least: How small a damping still makes a difference, relative to one that does where parameters have the same units.
+
+    Attributes:
+        space: ``"sample"`` or ``"parameter"``.
+        right: The right-hand side, g̃ ``[R']`` or Dᵀg ``[K]``.
+        size: |g̃|.
+        rows: R', the rows of x that the loss depends on.
     """
 
-    space: Literal["sample", "parameter"]
-    matrix: Tensor | KernelOperator | SingularValueFactorization
-    factorization: Factorization | KernelOperator
-    right: Tensor
-    size: float
-    scale: float
-    square: float
-    rows: int
-    jacobian: Jacobian
-    metric: Metric | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    least: float = 1.0
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        matrix: Tensor | KernelOperator | SingularValueFactorization,
+        factorization: Factorization | KernelOperator,
+        g: Tensor,
+        metric: Metric | None,
+        *,
+        scale: float,
+        square: float,
+        products: Tensor | None = None,
+        least: float = 1.0,
+    ) -> None:
+        self.jacobian, self.matrix, self.factorization, self.metric = jacobian, matrix, factorization, metric
+        self.scale, self.square, self.least = scale, square, least
+        weighed = g if metric is None else metric.root_inverse(g)
+        self.space = "sample" if products is None else "parameter"
+        self.right, self.size = weighed if products is None else products, float(torch.linalg.vector_norm(weighed))
+        self.rows = len(g) if metric is None else metric.rows
 
     @property
     def projected_fraction(self) -> float:
@@ -207,32 +209,20 @@ class System:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a system is built from.
-
-    Attributes:
-        model: The network.
-        stacked_from: The calls and other outputs that x is stacked from; their rows of D are stacked.
-        trained: The parameters θ by name.
-        g: ∇ₓC, ``[R]``.
-        metric: S, None for 1.
-        solver: How to solve, None for a choice by size.
-        eps: Machine epsilon of the arithmetic of x.
-        start: A ψ̃ to start iterations with, or None.
-        damping: The smallest λ that will be used, relative to the mean of diag Θ. If it is large enough, the Cholesky factor
-            of Θ + λ1 serves, and the rank is an estimate.
-        world: The processes that have other rows.
-    """
+    """What a system is built from."""
 
     model: nn.Module
-    stacked_from: list[Outputs]
-    trained: Mapping[str, Tensor]
-    g: Tensor
-    metric: Metric | None
-    solver: Dense | ConjugateGradients | None
-    eps: float
-    start: Tensor | None = None
-    damping: float = 0.0
-    world: World = ALONE
+    stacked_from: list[Outputs]  # the calls and other outputs that x is stacked from
+    trained: Mapping[str, Tensor]  # the parameters θ by name
+    g: Tensor  # ∇ₓC, [R]
+    metric: Metric | None  # S, None for 1
+    solver: Dense | ConjugateGradients | None  # None for a choice by size
+    eps: float  # machine epsilon of the arithmetic of x
+    start: Tensor | None  # a ψ̃ to start iterations with
+    # The smallest λ that will be used, relative to the mean of diag Θ. If it is large enough, the Cholesky factor of Θ + λ1
+    # serves, and the rank is an estimate.
+    damping: float
+    world: World  # the processes that have other rows
 
     def system(self) -> System:
         """The system, factored.
@@ -269,18 +259,19 @@ class Problem:
         if self.metric is not None:  # SᵀΘS, Θ symmetric
             theta = self.metric.root_transpose(self.metric.root_transpose(theta).T.contiguous())
         scale = float(theta.diagonal().mean())
-        factorization = factorize(theta, **solving, least_shift=self.damping * scale)
-        return self._made(jacobian, theta, factorization, scale, square)
+        found = factorize(theta, **solving, least_shift=self.damping * scale)
+        return System(jacobian, theta, found, self.g, self.metric, scale=scale, square=square)
 
     def _in_parameter_space(self, solving: dict[str, Any]) -> System:
         """The system with M."""
         jacobian = written_if_small(self._jacobian())
         weigh = self.metric.root_transpose if self.metric else None
-        gram, products, square = jacobian.parameter_gram(self.g[:, None], weigh)
-        scale = float(gram.diagonal().sum()) / max(1, self._rows)
-        found = equilibrated(gram, factorize(gram, **solving, least_shift=self.damping * scale), **solving)
-        least = float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0
-        return self._made(jacobian, gram, found, scale, square, space="parameter", right=products[:, 0], least=least)
+        m, products, square = jacobian.parameter_gram(self.g[:, None], weigh)
+        scale = float(m.diagonal().sum()) / max(1, self._rows)
+        found = equilibrated(m, factorize(m, **solving, least_shift=self.damping * scale), **solving)
+        least = float(m.diagonal().min() / m.diagonal().mean()) if len(m) else 1.0
+        right = products[:, 0]
+        return System(jacobian, m, found, self.g, self.metric, scale=scale, square=square, products=right, least=least)
 
     def _on_jacobian(self, rtol: float) -> System:
         """The system with the singular values of SᵀD."""
@@ -298,8 +289,8 @@ class Problem:
         if self.metric is not None:
             d = self.metric.root_transpose(d)
         scale = float(torch.linalg.vector_norm(d)) ** 2 / max(1, len(d))
-        factorization = by_singular_values(d, rtol)
-        return self._made(jacobian, factorization, factorization, scale, square)
+        found = by_singular_values(d, rtol)
+        return System(jacobian, found, found, self.g, self.metric, scale=scale, square=square)
 
     def _without_matrix(self, options: ConjugateGradients) -> System:
         """The system with an operator that applies Θ̃."""
@@ -307,36 +298,15 @@ class Problem:
         jacobian = self._jacobian()
         jacobian.check_products()
         elapsed = time.perf_counter() - started
-        padded = None if self.metric is None else self.metric.padded()
-        start = self.start if options.warm_start else None
-        operator = KernelOperator(jacobian, padded, options, start, self.world, rows=self._rows)
-        operator.seconds["factors"] = elapsed
-        seconds = operator.seconds
-        return self._made(jacobian, operator, operator, operator.scale, operator.square, metric=padded, seconds=seconds)
-
-    def _made(
-        self,
-        jacobian: Jacobian,
-        matrix: Tensor | KernelOperator | SingularValueFactorization,
-        factorization: Factorization | KernelOperator,
-        scale: float,
-        square: float,
-        *,
-        space: Literal["sample", "parameter"] = "sample",
-        right: Tensor | None = None,
-        metric: Metric | None = None,
-        **more: Any,
-    ) -> System:
-        """A system. ``right`` and ``metric`` are by default g̃ and the metric of the problem."""
-        metric = metric or self.metric
-        g = self.g if metric is None else metric.root_inverse(self.g)
-        right, size = g if right is None else right, float(torch.linalg.vector_norm(g))
-        return System(space, matrix, factorization, right, size, scale, square, self._rows, jacobian, metric, **more)
+        metric = None if self.metric is None else self.metric.padded()
+        found = KernelOperator(jacobian, metric, options, self.start if options.warm_start else None, self.world)
+        found.seconds["factors"] = elapsed
+        return System(jacobian, found, found, self.g, metric, scale=found.scale, square=found.square)
 
     @property
     def _rows(self) -> int:
         """R'."""
-        return len(self.g) if self.metric is None or self.metric.kept is None else len(self.metric.kept)
+        return len(self.g) if self.metric is None else self.metric.rows
 
     def _jacobian(self) -> Jacobian:
         given = self.solver if isinstance(self.solver, Dense) else Dense()
