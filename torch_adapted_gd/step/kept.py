@@ -151,6 +151,7 @@ class Kept:
 
 def expected(linearization: Linearization, values: dict[str, Tensor], kept: State, total: TotalLoss) -> State:
     """What the next loss is to be compared with, if it judges a step to these parameters."""
-    change = {name: value - linearization.trained[name] for name, value in values.items()}
+    change = {name: (value - linearization.trained[name]).double().reshape(-1) for name, value in values.items()}
+    predicted = linearization.criteria_change(linearization.linear(change))
     factors = {f"factor{i}": factor for i, factor in enumerate(total.factors)}
-    return {"predicted": linearization.expected(change), "job": total.job, "noisy": kept.get("noisy", 0.0), **factors}
+    return {"predicted": predicted, "job": total.job, "noisy": kept.get("noisy", 0.0), **factors}

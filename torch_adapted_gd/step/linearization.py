@@ -176,10 +176,6 @@ class Linearization:
         return 0.0 if self.objective is None else self.objective.value(self._outputs)
 
     @functools.cached_property
-    def _replays(self) -> list[Replay]:
-        return [Replay(underlying(self._model), call, list(self.trained)) for call in self._calls]
-
-    @functools.cached_property
     def rounding(self) -> float:
         """A bound of the loss's change by rounding of the outputs."""
         seen = self._g != 0
@@ -240,10 +236,10 @@ class Linearization:
         """x(θ') − x(θ), ``[R]``, from repeated calls with values θ' by name; None if it is unknown or not finite."""
         if not self.repeatable:
             return None
-        there: Tensor | None = None
+        model, names, there = underlying(self._model), list(self.trained), None
         try:
-            with torch.no_grad():
-                there = torch.cat([self._outputs.new_zeros(0), *(each.outputs_with(values).double() for each in self._replays)])
+            parts = [Replay(model, call, names).outputs_with(values).double() for call in self._calls]
+            there = torch.cat([self._outputs.new_zeros(0), *parts])
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # from a model that checks its values
@@ -268,14 +264,10 @@ class Linearization:
     def loss_change(self, moved: Tensor, change: Parts) -> float:
         """C(θ + δ) − C(θ) for outputs that moved by Δx; terms that do not depend on x count to first order in δ."""
         beside = sum(float(part @ change[name]) for name, part in (self.off_output or {}).items())
-        return self._criteria_change(moved) + beside
+        return self.criteria_change(moved) + beside
 
-    def expected(self, change: Parts) -> float:
-        """C(x + Dδ) − C(x), of the criteria alone, for δ in the shapes of the parameters."""
-        return self._criteria_change(self.linear({name: part.double().reshape(-1) for name, part in change.items()}))
-
-    def _criteria_change(self, moved: Tensor) -> float:
-        """C(x + Δx) − C(x)."""
+    def criteria_change(self, moved: Tensor) -> float:
+        """C(x + Δx) − C(x), of the criteria alone."""
         assert self.objective is not None
         return self.objective.value(self._outputs + moved) - self.loss
 
@@ -360,13 +352,12 @@ class Linearization:
             return self._mean_of(change)
         there = self._own_outputs + moved[self._shares.here]
         beside = change - (self._own_loss(there) - self._own_loss(self._own_outputs))
-        return self._criteria_change(moved) + self._mean_of(beside)
+        return self.criteria_change(moved) + self._mean_of(beside)
 
     def _own_loss(self, x: Tensor) -> float:
         """The loss of this process by its criteria."""
         assert self.objective is not None
-        with torch.no_grad():
-            return float(self.objective.own(x))
+        return float(self.objective.own(x))
 
     def _mean_of(self, number: float) -> float:
         return self._shares.mean * math.fsum(self._world.objects(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -48,8 +49,6 @@ class Objective:
                 column += width
             start += n * q
         self.size = start  # of the own part
-        one_output = len(stacked) == 1 and len(stacked[0].places) == 1
-        self._in_order = [one_output and len(term.parts) == 1 and term.parts[0].index is None for term in terms]
 
     def rows(self, part: Entries) -> Tensor:
         """Where in x some entries are, ``[S]``."""
@@ -77,9 +76,7 @@ class Objective:
         arguments: dict[int, Tensor] = {}
         for leaf, parts in term.entries.items():
             own = term.arguments[leaf]
-            if self._in_order[number]:
-                whole = x
-            elif len(parts) == 1 and parts[0].at is None:
+            if len(parts) == 1 and parts[0].at is None:
                 whole = x[self.rows(parts[0])]
             else:
                 flat = own.double().reshape(-1)
@@ -113,7 +110,6 @@ class Objective:
         """The criteria, each once."""
         return list(dict.fromkeys(term.criterion for term in self._terms))
 
-    @torch.no_grad()
     def value(self, x: Tensor) -> float:
         """C(x) for x ``[R]`` in float64; inf where a criterion refuses that x."""
         if self._known is not None and self._known[0] is x:
@@ -214,21 +210,14 @@ class Objective:
         squares: Tensor | None = None
         if (h := hessian.diagonal) is not None and h.numel() and float(h.max()) > 0 and float(h.min()) >= 0:
             other = torch.where(used & torch.isfinite(x), x - g / float(h.max()), x)
-            if bool(((h > 0) | (g == 0)).all()) and self._is_finite_at(other):
-                again = Hessian(function, other, touched, self.owners).diagonal
-                if again is not None and float((again - h).norm()) <= 1e-10 * float(h.norm()):
-                    squares = h
+            if bool(((h > 0) | (g == 0)).all()):
+                with contextlib.suppress(RefusedError):
+                    again = Hessian(function, other, touched, self.owners).diagonal
+                    if again is not None and float((again - h).norm()) <= 1e-10 * float(h.norm()):
+                        squares = h
         largest = math.nan if squares is not None and self._world.size == 1 else hessian.largest
         told = (squares is not None, largest, float(g.square().sum()), float(function(x).detach()))
         return OwnCurvature(squares, used & ((g != 0) | hessian.touches), told)
-
-    def _is_finite_at(self, x: Tensor) -> bool:
-        """Whether the own loss is finite at x."""
-        try:
-            with torch.no_grad():
-                return math.isfinite(float(self._part(x)))
-        except RefusedError:
-            return False
 
     @functools.cached_property
     def owners(self) -> Tensor:

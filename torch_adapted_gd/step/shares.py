@@ -34,17 +34,12 @@ class Shares:
     by; for a sum, w_r = 1. So C is the criterion of all outputs together, whatever the shares. Without a criterion w_r = 1/W,
     as DistributedDataParallel averages gradients.
 
-    Attributes:
-        world: The processes.
-        lengths: The rows of each; empty for one process.
-        keys: The key of each term of this process.
-        weights: w of each of these; empty for one process.
     """
 
     world: World = ALONE
-    lengths: list[int] = field(default_factory=list)
-    keys: list[Key] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # the rows of each process; empty for one process
+    keys: list[Key] = field(default_factory=list)  # of the terms of this process
+    weights: list[float] = field(default_factory=list)  # w of each of these; empty for one process
 
     @property
     def here(self) -> slice:
@@ -73,19 +68,12 @@ UNSHARED = Shares()  # of a single process
 
 @dataclass(frozen=True)
 class Told:
-    """What each process tells the others of its step.
+    """What each process tells the others of its step."""
 
-    Attributes:
-        rows: The rows of its part of x.
-        trained: The parameters that received a gradient.
-        alike: What has to be the same in all, by its name in an error.
-        with_closure: Whether `step` got a closure.
-    """
-
-    rows: int
-    trained: set[str]
-    alike: dict[str, Any]
-    with_closure: bool
+    rows: int  # of its part of x
+    trained: set[str]  # the parameters that received a gradient
+    alike: dict[str, Any]  # what has to be the same in all, by its name in an error
+    with_closure: bool  # whether `step` got a closure
 
 
 def shared_out(world: World, mine: Told, terms: Sequence[Term], criteria: Sequence[nn.Module]) -> tuple[Shares, list[Told]]:
