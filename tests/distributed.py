@@ -655,6 +655,17 @@ def time_outs_are_those_of_the_group(rank, size):
 
 
 @check
+def shares_of_any_size_have_one_curvature(rank, size):
+    """The weights of processes round differently; entries that are curved alike take no metric, which would copy Θ."""
+    from torch_adapted_gd.step.linearization import Problem
+
+    for sizes in ((5, 1, 28), (3, 18, 1), (4, 26, 1)):
+        with mock.patch("torch_adapted_gd.step.linearization.Problem", wraps=Problem) as made:
+            for _ in trained(rank, size, mlp(), nn.MSELoss(), sizes, steps=1):
+                assert made.call_args.args[4] is None
+
+
+@check
 def synchronized_batch_norm(rank, size):
     class Net(nn.Module):
         def __init__(self):

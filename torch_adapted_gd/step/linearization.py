@@ -119,8 +119,7 @@ class Linearization:
         largest = float(c.max())
         if not largest > 0:
             return None, 1.0  # the loss depends on no output
-        rounding = 1e-14 if self._world.size > 1 else 0.0  # of the weights of processes
-        if float(c.min()) >= (1 - rounding) * largest:
+        if float(c.min()) >= (1 - 1e-14) * largest:  # the same, but for rounding of the weights of processes
             return None, largest
         return DiagonalMetric((c / largest).sqrt(), c > 0), largest
 

@@ -82,8 +82,9 @@ class BlockMetric(Metric):
 
     Args:
         index: The rows of each block ``[G, m]``, −1 for none.
-        blocks: ``[G, m, m]``, symmetric; negative eigenvalues count as zero.
-        g: The gradient, ``[R]``: where it is more than rounding, eigenvalues are at least `LEAST` of the largest.
+        blocks: ``[G, m, m]``, symmetric. Eigenvalues below `LEAST` of the largest count as zero, or as that where g is more
+            than rounding.
+        g: The gradient, ``[R]``.
         noise: The rounding of g, ``[R]``.
         keep: See `Metric`.
         local: See `Metric`.
@@ -95,9 +96,8 @@ class BlockMetric(Metric):
         own, allowed = (torch.where(index >= 0, v[index.clamp(min=0)], 0.0) for v in (g, noise))  # [G, m]
         along = (vectors.mT @ own[..., None])[..., 0].abs()
         asked = along > allowed.norm(dim=1, keepdim=True)
-        there = values > 1e-14 * values[:, -1:]
-        least = LEAST * float(values.max())
-        values = torch.where(asked, values.clamp(min=least), torch.where(there, values.clamp(min=0.0), 0.0))
+        least = LEAST * float(values.max().clamp(min=0.0))
+        values = torch.where(values > least, values, least * asked)
         inverses = torch.where(values > 0, values.rsqrt(), 0.0)
         self._index = index
         self._root = (vectors * values.sqrt()[:, None]) @ vectors.mT
