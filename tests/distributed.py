@@ -662,7 +662,7 @@ def shares_of_any_size_have_one_curvature(rank, size):
     for sizes in ((5, 1, 28), (3, 18, 1), (4, 26, 1)):
         with mock.patch("torch_adapted_gd.step.linearization.Problem", wraps=Problem) as made:
             for _ in trained(rank, size, mlp(), nn.MSELoss(), sizes, steps=1):
-                assert made.call_args.args[4] is None
+                assert made.call_args.args[2] is None
 
 
 @check

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_flatten
 
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LossFunction
 from torch_adapted_gd.step.objective import Objective
+from torch_adapted_gd.step.recorded import Recorded
 from torch_adapted_gd.tracking.calls import Outputs
 from torch_adapted_gd.tracking.terms import Entries, State, Term
 
@@ -60,7 +61,7 @@ def objective_of(criterion, x, *others, factor=1.0, scale=1.0):
     state.forget_unused()
     factors = {0: factor * torch.ones_like(values, dtype=torch.float64)}
     term = Term(criterion, arguments, structure, {0: [Entries(given, 0)]}, state, {0: values}, factors)
-    return Objective([term], [given], scale)
+    return Objective(Recorded(nn.Module(), [given], terms=[term], scale=scale))
 
 
 def setting(name, reduction, size=2.0):

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from . import options
@@ -22,8 +22,9 @@ from .step.default import choose_policy
 from .step.kept import Kept, Move, expected
 from .step.linearization import METRICS, Linearization
 from .step.objective import Objective
+from .step.recorded import Recorded, TotalLoss
 from .step.remembered import State
-from .step.shares import UNSHARED, Shares, Told, TotalLoss, mean_or_sum, shared_out
+from .step.shares import UNSHARED, Shares, Told, mean_or_sum, shared_out
 from .step.system import Dense
 from .step.trials import TrialMaker, choose_judge, learned_curvature
 from .tracking.calls import Call, Outputs, underlying
@@ -260,32 +261,28 @@ class AdaptedGD(WatchingOptimizer):
             closure()
         arrived = recorder.gradients
         gradients = {name: arrived[id(p)] if id(p) in arrived else torch.zeros_like(p) for name, p in trained.items()}
-        kept, total = Kept(self.state, self.param_groups), TotalLoss(recorder, shares, scale)
+        recorded = Recorded(self._model, stacked_from, trained, gradients, recorder.terms, scale, shares)
+        kept, total = Kept(self.state, self.param_groups), TotalLoss(recorded)
         state, bad = kept.look_back(self._policy or LevenbergMarquardt(), total, underlying(self._model))
         if bad:
             return lambda: self._undo(kept, state)
-        objective = Objective(recorder.terms, stacked_from, scale, shares) if self._criteria else None
+        objective = Objective(recorded) if self._criteria else None
         if closure is not None and world.any(any(each in earlier for each in (*recorder.calls, *recorder.terms))):
             closure = None  # gradients accumulate, and it tells the last loss alone
             self._warn_of_accumulation()
         told_by = {"with_criteria": bool(self._criteria), "with_closure": closure is not None}
-        chosen = choose_policy(self._policy, self._solver, stacked_from, trained, state, total, world, **told_by)
+        chosen = choose_policy(self._policy, self._solver, recorded, state, total, **told_by)
         policy, unit = chosen.policy, 1.0
         if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):
-            unit = state.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value, world)
+            unit = state.get("curvature", 0.0) or learned_curvature(recorded, closure.value)
         linearization = Linearization(
-            self._model,
-            stacked_from,
-            trained,
-            gradients,
-            loss_scale=scale,
-            objective=objective,
+            recorded,
+            objective,
             metric=self._metric,
             solver=chosen.solver,
             unit=unit,
             start=kept.psi,
             damping=policy.first_damping(state),
-            shares=shares,
         )
         propose = TrialMaker(linearization, self._groups())
         decay = options.shared_option(self.param_groups, "momentum")
@@ -301,7 +298,7 @@ class AdaptedGD(WatchingOptimizer):
                 remembered.update(expected(linearization, values, state, total))
             move = Move.of(linearization, outcome.trial, values, remembered, with_momentum=decay > 0)
         report, move = world.same((StepReport.of(linearization, outcome), move))
-        self._warn(linearization, trained, gradients, scale)  # before anything changes: a warning may be made an error
+        self._warn(linearization, recorded)  # before anything changes: a warning may be made an error
 
         def carry_out() -> None:
             if move is None:
@@ -379,16 +376,15 @@ class AdaptedGD(WatchingOptimizer):
         self.last_step = StepReport(status="rejected", fraction=0.0, num_calls=num_calls, relative_damping=state["damping"])
         self._recorder.drop("step", spent=True)
 
-    def _warn(
-        self, linearization: Linearization, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor], scale: float
-    ) -> None:
+    def _warn(self, linearization: Linearization, recorded: Recorded) -> None:
         for about, text in linearization.remarks():
             self._warn_once(about, text)
         # DistributedDataParallel averages `.grad`.
-        for name, p in trained.items() if self._world().size == 1 else ():
-            if p.grad is None or torch.equal(p.grad.to_dense(), arrived[name]):
+        for name, p in recorded.trained.items() if self._world().size == 1 else ():
+            arrived, scale = recorded.gradients[name], recorded.scale
+            if p.grad is None or torch.equal(p.grad.to_dense(), arrived):
                 continue
-            if scale == 1 or not torch.equal(p.grad.to_dense(), arrived[name] / scale):  # which a GradScaler does
+            if scale == 1 or not torch.equal(p.grad.to_dense(), arrived / scale):  # which a GradScaler does
                 self._warn_once(
                     "edited",
                     f"`.grad` of '{name}' is not what backward delivered since the last step: it was clipped or edited, or not "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,14 +12,10 @@ from torch import nn
 from ..memory import available_bytes
 from ..policies import Backtracking, Fixed, LevenbergMarquardt, Policy
 from ..solve import ConjugateGradients, default_rtol, default_svd_rtol
-from ..tracking.calls import Call, Outputs
-from ..tracking.replay import batch_and_outputs
 from ..world import ALONE, World
+from .recorded import Recorded, TotalLoss
 from .remembered import State, read
 from .system import COPIES, DENSE, Dense
-
-if TYPE_CHECKING:
-    from .shares import TotalLoss
 
 _SETTLED = 5.0  # steps on new points before they are taken to stay
 _WINDOW = 50  # steps in which undamped ones have to halve the loss
@@ -76,11 +71,9 @@ class SamePoints:
 def choose_policy(
     given: Policy | None,
     solver: Dense | ConjugateGradients | None,
-    stacked_from: list[Outputs],
-    trained: dict[str, nn.Parameter],
+    recorded: Recorded,
     kept: State,
     total: TotalLoss,
-    world: World,
     *,
     with_criteria: bool,
     with_closure: bool,
@@ -90,11 +83,9 @@ def choose_policy(
     Args:
         given: The user's policy, or None.
         solver: The user's solver, or None.
-        stacked_from: What x is stacked from in this process.
-        trained: The parameters θ by name.
+        recorded: What the training step left.
         kept: What was remembered of the last step, and λ.
         total: The loss by the criteria.
-        world: The processes, which have to choose the same.
         with_criteria: Whether there are criteria.
         with_closure: Whether a closure tells the loss.
     """
@@ -102,14 +93,15 @@ def choose_policy(
         return Chosen(Fixed(kept["damping"]), solver)  # which may have been loaded
     if given or not with_criteria:
         return Chosen(given or LevenbergMarquardt(), solver)
-    derived = any(tape.derived for each in stacked_from for tape in each.tapes)
-    judged = with_closure or all(isinstance(each, Call) and not each.nested for each in stacked_from)
-    told = world.objects((derived, judged, sum(n * q for n, q in map(batch_and_outputs, stacked_from))))
+    derived, world = any(tape.derived for each in recorded.stacked_from for tape in each.tapes), recorded.shares.world
+    told = world.objects((derived, with_closure or recorded.repeatable, recorded.rows))
     if not (any(each[0] for each in told) and all(each[1] for each in told)):
         return Chosen(LevenbergMarquardt(), solver)
     points = read(SamePoints, kept).met(total.job, total.value(), kept.get("fraction", 0.0))
     remembered = dataclasses.asdict(points)
-    undamped = solver or for_undamped(sum(each[2] for each in told), list(trained.values()), world, int(points.refined))
+    undamped = solver or for_undamped(
+        sum(each[2] for each in told), list(recorded.trained.values()), world, int(points.refined)
+    )
     if not points.undamped or undamped is None:
         return Chosen(LevenbergMarquardt(decrease=_LESS_DAMPING), solver, remembered)
     coarse = solver is None and isinstance(undamped, Dense) and undamped.rtol is not None

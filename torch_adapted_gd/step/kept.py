@@ -17,7 +17,7 @@ from .remembered import State
 if TYPE_CHECKING:
     from ..jacobian import Parts
     from .linearization import Linearization
-    from .shares import TotalLoss
+    from .recorded import TotalLoss
     from .trials import Trial
 
 _SAME = 1e-3  # relative difference of two losses at the same parameters that rounding does not make

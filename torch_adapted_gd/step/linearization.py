@@ -2,20 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import all_finite
 from ..jacobian import Parts, norm
 from ..solve import ConjugateGradients
-from ..tracking.calls import Call, Outputs, stacked, underlying, without_autocast
+from ..tracking.calls import Call, underlying, without_autocast
 from ..tracking.closure import Given
-from ..tracking.replay import Replay, batch_and_outputs, precision
+from ..tracking.replay import Replay, precision
 from .objective import Objective
 from .output_metric import DiagonalMetric, Metric
-from .shares import UNSHARED, Shares
+from .recorded import Recorded
 from .system import Dense, Direction, Problem
 
 METRICS = ("euclidean", "ggn")
@@ -25,18 +25,13 @@ class Linearization:
     """C(θ + δ) ≈ C + ∇_θC·δ + ½ (Dδ)ᵀH(Dδ), and the steps that minimize it, damped or not.
 
     Args:
-        model: The network.
-        stacked_from: The calls, and other outputs that criteria were given, that x is stacked from in this process.
-        trained: The parameters θ by name.
-        arrived: ∇_θC by parameter, as backward computed it, multiplied by ``loss_scale``.
-        loss_scale: The factor of a GradScaler.
+        recorded: What the training step left.
         objective: The loss as a function of x; None without criteria.
         metric: One of `METRICS`.
         solver: How to solve; None for a choice by size.
         unit: The output curvature that ``lr`` is measured in without criteria.
         start: A ψ̃ to start iterations with, or None.
         damping: The smallest λ that `direction` will be asked for.
-        shares: The part of each process.
 
     Attributes:
         gradient: ∇_θC by parameter, in the parameters' dtype.
@@ -56,42 +51,35 @@ class Linearization:
 
     def __init__(
         self,
-        model: nn.Module,
-        stacked_from: list[Outputs],
-        trained: dict[str, nn.Parameter],
-        arrived: dict[str, Tensor],
-        *,
-        loss_scale: float,
+        recorded: Recorded,
         objective: Objective | None,
+        *,
         metric: str,
         solver: Dense | ConjugateGradients | None,
-        unit: float = 1.0,
-        start: Tensor | None = None,
-        damping: float = 0.0,
-        shares: Shares = UNSHARED,
+        unit: float,
+        start: Tensor | None,
+        damping: float,
     ) -> None:
-        self._shares, self._world = shares, shares.world
-        self._model, self._stacked = model, stacked_from
-        self._calls = calls = [each for each in stacked_from if isinstance(each, Call)]
-        self.trained, self.objective, self._rounding_of_g = trained, objective, 0.0
-        for each in stacked_from:
-            each.check_unchanged(model)
-        for call in calls if objective is None else ():
+        self._recorded, self._shares = recorded, (shares := recorded.shares)
+        self._world, self.trained = shares.world, recorded.trained
+        self.objective, self._rounding_of_g = objective, 0.0
+        for each in recorded.stacked_from:
+            each.check_unchanged(recorded.model)
+        for call in recorded.calls if objective is None else ():
             call.check_alone()
-        self._lengths = [n * q for n, q in map(batch_and_outputs, stacked_from)]
-        if sum(shares.lengths or self._lengths) == 0:
+        if sum(shares.lengths or [recorded.rows]) == 0:
             raise RuntimeError("The outputs that reached the loss are empty. Leave out empty batches.")
-        self.num_params = sum(p.numel() for p in trained.values())
-        dtype, device = (first := next(iter(trained.values()))).dtype, first.device
-        coarsest = max([0.0 if objective is None else objective.eps, *(precision(each, dtype) for each in stacked_from)])
-        repeatable = len(calls) == len(stacked_from) and not any(call.nested for call in calls)
-        told = self._world.objects((coarsest, repeatable, len(stacked_from)))
+        self.num_params = recorded.num_params
+        dtype = next(iter(self.trained.values())).dtype
+        precisions = [precision(each, dtype) for each in recorded.stacked_from]
+        coarsest = max([0.0 if objective is None else objective.eps, *precisions])
+        told = self._world.objects((coarsest, recorded.repeatable, len(recorded.stacked_from)))
         self.eps = max(each[0] for each in told)
         self.repeatable = all(each[1] for each in told)
         self.num_calls = sum(each[2] for each in told)
-        self._own_outputs = _stack(stacked_from, lambda each: each.outputs, device)  # of this process
+        self._own_outputs = recorded.vector(lambda each: each.outputs)  # of this process
         self._outputs = shares.gathered(self._own_outputs)  # x, [R]
-        own_g = arrived_g = _stack(stacked_from, lambda each: each.gradients, device) / loss_scale
+        own_g = arrived_g = recorded.vector(lambda each: each.gradients) / recorded.scale
         if objective is None:
             self._g = shares.gathered(own_g * shares.mean)
         else:
@@ -100,11 +88,10 @@ class Linearization:
             self._check_explained(arrived_g, own_g)
         self._check_finite()
         root, self.curvature = self._chosen_metric(metric, unit)
-        problem = Problem(model, stacked_from, trained, self._g, root, solver, self.eps, start, damping, self._world)
-        self.system = problem.system()
+        self.system = Problem(recorded, self._g, root, solver, self.eps, start, damping).system()
         self.num_outputs = self.system.rows
         self.system.check_solved()
-        self.gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}
+        self.gradient = {name: g if recorded.scale == 1 else g / recorded.scale for name, g in recorded.gradients.items()}
         self._find_off_output(own_g, dtype)
 
     def _chosen_metric(self, metric: str, unit: float) -> tuple[Metric | None, float]:
@@ -140,7 +127,7 @@ class Linearization:
         if apart <= 64 * self.eps * float(torch.linalg.vector_norm(self.objective.own_curvatures(self._own_outputs) * x)):
             self._rounding_of_g = apart
             return
-        if len(self._calls) < len(self._stacked) or any(call.nested for call in self._calls):
+        if not self._recorded.repeatable:
             return  # a part of the gradient may have come through something that was computed from a call's output
         raise RuntimeError(
             f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, "
@@ -156,7 +143,8 @@ class Linearization:
             if not bool(bad.any()):
                 continue
             advice = "Look at its inputs and the parameters" if what == "output" else "Look at the loss and its targets"
-            for number, (each, marks) in enumerate(zip(self._stacked, bad.split(self._lengths), strict=True), 1):
+            stacked_from, lengths = self._recorded.stacked_from, [n * q for n, q in self._recorded.sizes]
+            for number, (each, marks) in enumerate(zip(stacked_from, bad.split(lengths), strict=True), 1):
                 shapes = [each.outputs[place].shape for place in each.places]
                 by_place = marks.view(shapes[0][0], -1).split([shape[1:].numel() for shape in shapes], 1)
                 for place, shape, part in zip(each.places, shapes, by_place, strict=True):
@@ -164,7 +152,7 @@ class Linearization:
                         continue
                     whose = "of the model" if isinstance(each, Call) else "that a criterion was given"
                     raise RuntimeError(
-                        f"In call {number} of {len(self._stacked)} {whose}, the {what} {place} of shape {list(shape)} has "
+                        f"In call {number} of {len(stacked_from)} {whose}, the {what} {place} of shape {list(shape)} has "
                         f"{int(part.sum())} entries that are not finite, so nothing was changed. {advice}; a smaller `lr` or "
                         "more `damping` keeps outputs bounded. zero_grad drops the call."
                     )
@@ -235,9 +223,9 @@ class Linearization:
         """x(θ') − x(θ), ``[R]``, from repeated calls with values θ' by name; None if it is unknown or not finite."""
         if not self.repeatable:
             return None
-        model, names, there = underlying(self._model), list(self.trained), None
+        model, names, there = underlying(self._recorded.model), list(self.trained), None
         try:
-            parts = [Replay(model, call, names).outputs_with(values).double() for call in self._calls]
+            parts = [Replay(model, call, names).outputs_with(values).double() for call in self._recorded.calls]
             there = torch.cat([self._outputs.new_zeros(0), *parts])
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -360,14 +348,3 @@ class Linearization:
 
     def _mean_of(self, number: float) -> float:
         return self._shares.mean * math.fsum(self._world.objects(number))
-
-
-def _stack(outputs: list[Outputs], values: Callable[[Outputs], dict[int, Tensor]], device: torch.device) -> Tensor:
-    """One vector ``[R]`` in float64 of values of all outputs; zero where there is none."""
-    if not outputs:
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    parts = []
-    for each in outputs:
-        found = values(each)
-        parts.append(stacked([found.get(place, torch.zeros_like(each.outputs[place])).double() for place in each.places]))
-    return torch.cat(parts)

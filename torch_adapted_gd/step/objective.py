@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tracking.calls import Outputs
 from ..tracking.closure import Given
-from ..tracking.replay import batch_and_outputs
-from ..tracking.terms import Entries, RefusedError, Term
+from ..tracking.terms import Entries, RefusedError
 from .curvature import Blocks, Hessian, OwnCurvature, closed_form, value_and_gradient
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
-from .shares import UNSHARED, Shares
+from .recorded import Recorded
 
 
 class Objective:
@@ -26,20 +24,18 @@ class Objective:
     "Own" is what belongs to this process: its part of x, and the loss of its terms without the weights of `Shares`.
 
     Args:
-        terms: The calls of the criteria in this process, with the factors f of their values in the loss.
-        stacked: What its part of x is stacked from, in this order.
-        loss_scale: The factor of a GradScaler in the loss.
-        shares: The part of each process.
+        recorded: What the training step left in this process.
     """
 
-    def __init__(self, terms: list[Term], stacked: list[Outputs], loss_scale: float, shares: Shares = UNSHARED) -> None:
-        self._terms, self._loss_scale, self._shares, self._world = terms, loss_scale, shares, shares.world
-        self._weights = shares.weights or [1.0] * len(terms)
+    def __init__(self, recorded: Recorded) -> None:
+        self._terms, self._loss_scale, self._shares = recorded.terms, recorded.scale, recorded.shares
+        self._world = self._shares.world
+        self._weights = self._shares.weights or [1.0] * len(self._terms)
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._known: tuple[Tensor, Tensor] | None = None  # an x and what the own part of it contributes to C
         start = 0
-        self.sizes = [batch_and_outputs(outputs) for outputs in stacked]
-        for outputs, (n, q) in zip(stacked, self.sizes, strict=True):
+        self.sizes = recorded.sizes
+        for outputs, (n, q) in zip(recorded.stacked_from, self.sizes, strict=True):
             device = outputs.outputs[outputs.places[0]].device
             numbers = torch.arange(start, start + n * q, device=device).view(n, q)
             column = 0

@@ -2,12 +2,11 @@
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import all_finite, one_of, positive_integer, real_number
 from ..jacobian import METHODS, Jacobian, Parts, tangent_jacobian, written, written_if_small
@@ -22,10 +21,10 @@ from ..solve import (
     equilibrated,
     factorize,
 )
-from ..tracking.calls import Outputs
 from ..world import ALONE, World
 from .iterative import KernelOperator
 from .output_metric import Metric
+from .recorded import Recorded
 
 SPACES = ("auto", "sample", "parameter")
 FACTORIZATIONS = ("auto", "eigh", "svd")
@@ -211,9 +210,7 @@ class System:
 class Problem:
     """What a system is built from."""
 
-    model: nn.Module
-    stacked_from: list[Outputs]  # the calls and other outputs that x is stacked from
-    trained: Mapping[str, Tensor]  # the parameters θ by name
+    recorded: Recorded
     g: Tensor  # ∇ₓC, [R]
     metric: Metric | None  # S, None for 1
     solver: Dense | ConjugateGradients | None  # None for a choice by size
@@ -222,7 +219,6 @@ class Problem:
     # The smallest λ that will be used, relative to the mean of diag Θ. If it is large enough, the Cholesky factor of Θ + λ1
     # serves, and the rank is an estimate.
     damping: float
-    world: World  # the processes that have other rows
 
     def system(self) -> System:
         """The system, factored.
@@ -231,8 +227,8 @@ class Problem:
             ValueError: The solver does not suit the metric.
             MemoryError: The Jacobian or the kernel would not fit.
         """
-        params, local = sum(p.numel() for p in self.trained.values()), self.metric is None or self.metric.local
-        space, solver = choose_solver(self.solver, params, self._rows, self.g.device, self.world, local=local)
+        params, local = self.recorded.num_params, self.metric is None or self.metric.local
+        space, solver = choose_solver(self.solver, params, self._rows, self.g.device, self._world, local=local)
         if isinstance(solver, ConjugateGradients):
             return self._without_matrix(solver)
         if solver.factorization == "svd":
@@ -299,7 +295,7 @@ class Problem:
         jacobian.check_products()
         elapsed = time.perf_counter() - started
         metric = None if self.metric is None else self.metric.padded()
-        found = KernelOperator(jacobian, metric, options, self.start if options.warm_start else None, self.world)
+        found = KernelOperator(jacobian, metric, options, self.start if options.warm_start else None, self._world)
         found.seconds["factors"] = elapsed
         return System(jacobian, found, found, self.g, metric, scale=found.scale, square=found.square)
 
@@ -308,15 +304,19 @@ class Problem:
         """R'."""
         return len(self.g) if self.metric is None else self.metric.rows
 
+    @property
+    def _world(self) -> World:
+        return self.recorded.shares.world
+
     def _jacobian(self) -> Jacobian:
         given = self.solver if isinstance(self.solver, Dense) else Dense()
         return tangent_jacobian(
-            self.model,
-            self.stacked_from,
-            list(self.trained),
+            self.recorded.model,
+            self.recorded.stacked_from,
+            list(self.recorded.trained),
             method=given.kernel,
             chunk_size=given.chunk_size,
-            world=self.world,
+            world=self._world,
         )
 
 

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import all_finite
 from ..jacobian import Parts
 from ..policies import Backtracking, LevenbergMarquardt, Policy
-from ..tracking.calls import Outputs
 from ..tracking.closure import Closure
-from ..world import ALONE, World
 from .linearization import Linearization
+from .recorded import Recorded
 from .system import Direction
 
 
@@ -216,12 +214,10 @@ def choose_judge(policy: Policy, linearization: Linearization, closure: Closure 
     return ByOutputs(linearization) if wanted == "outputs" else ByNext(linearization)
 
 
-def learned_curvature(stacked_from: list[Outputs], loss_scale: float, loss: float, world: World = ALONE) -> float:
+def learned_curvature(recorded: Recorded, loss: float) -> float:
     """The output curvature to begin with where no criterion tells: |g|²/2C, that of a square with minimum 0."""
-    places = [(each, place) for each in stacked_from for place in each.places]
-    none = [] if places else [torch.zeros(0, dtype=torch.float64)]
-    g = torch.cat([*none, *((each.gradients[place] / loss_scale).reshape(-1) for each, place in places)])
-    x = torch.cat([*none, *(each.outputs[place].double().reshape(-1) for each, place in places)])
+    world = recorded.shares.world
+    g, x = recorded.vector(lambda each: each.gradients) / recorded.scale, recorded.vector(lambda each: each.outputs)
     told = world.objects((float(g.square().sum()), float(x.norm()), loss))
     squares, sizes, losses = zip(*told, strict=True)
     # As DistributedDataParallel averages: C is the mean of the processes' losses.
