@@ -287,8 +287,7 @@ class AdaptedGD(WatchingOptimizer):
         propose = TrialMaker(linearization, self._groups())
         decay = options.shared_option(self.param_groups, "momentum")
         judge = choose_judge(policy, linearization, closure)
-        momentum = kept.momentum(trained) if decay else None
-        outcome = policy.search(Step(linearization, propose, judge, momentum, decay, state))
+        outcome = policy.search(Step(linearization, propose, judge, kept.momentum(trained, decay), state))
         later = judge is not None and judge.later
         move = None
         if outcome.trial:

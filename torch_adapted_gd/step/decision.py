@@ -42,13 +42,12 @@ class Step:
     linear: Linearization  # the loss around the present parameters
     propose: TrialMaker  # makes trials
     judge: Judge | None  # tells what they do to the loss; None if the policy does not ask
-    momentum: Parts | None  # φ of the last step
-    decay: float  # μ
+    momentum: Parts | None  # μφ₋ of the last step
     state: State  # what the policy remembers
 
     def direction(self, damping: float, *, with_momentum: bool = True) -> Direction:
         """Where to go."""
-        return self.linear.direction(damping, self.momentum if with_momentum else None, self.decay)
+        return self.linear.direction(damping, self.momentum if with_momentum else None)
 
     def known(self) -> Judge:
         """Who tells the loss."""

@@ -68,15 +68,13 @@ class Kept:
         found = self._state.get(self._first, {}).get("psi")
         return None if found is None else found.double()
 
-    def momentum(self, trained: Mapping[str, nn.Parameter]) -> Parts | None:
-        """φ of the last step, zero where a parameter has none; None if none has any."""
+    def momentum(self, trained: Mapping[str, nn.Parameter], decay: float) -> Parts | None:
+        """μφ of the last step for a decay μ, zero where a parameter has none; None if there is nothing of it."""
         known = {name: self._state.get(p, {}).get("momentum") for name, p in trained.items()}
-        if all(part is None for part in known.values()):
+        if not decay or all(part is None for part in known.values()):
             return None
-        return {
-            name: p.new_zeros(p.numel(), dtype=torch.float64) if (part := known[name]) is None else part.double().reshape(-1)
-            for name, p in trained.items()
-        }
+        parts = {name: torch.zeros_like(p) if (part := known[name]) is None else part for name, p in trained.items()}
+        return {name: decay * part.double().reshape(-1) for name, part in parts.items()}
 
     def look_back(self, policy: Policy, total: TotalLoss, model: nn.Module) -> tuple[State, bool]:
         """What the policy remembers now that the next loss has come, and λ; and whether to take the last step back.

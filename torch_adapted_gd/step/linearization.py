@@ -143,19 +143,15 @@ class Linearization:
             if not bool(bad.any()):
                 continue
             advice = "Look at its inputs and the parameters" if what == "output" else "Look at the loss and its targets"
-            stacked_from, lengths = self._recorded.stacked_from, [n * q for n, q in self._recorded.sizes]
-            for number, (each, marks) in enumerate(zip(stacked_from, bad.split(lengths), strict=True), 1):
-                shapes = [each.outputs[place].shape for place in each.places]
-                by_place = marks.view(shapes[0][0], -1).split([shape[1:].numel() for shape in shapes], 1)
-                for place, shape, part in zip(each.places, shapes, by_place, strict=True):
-                    if not bool(part.any()):
-                        continue
-                    whose = "of the model" if isinstance(each, Call) else "that a criterion was given"
-                    raise RuntimeError(
-                        f"In call {number} of {len(stacked_from)} {whose}, the {what} {place} of shape {list(shape)} has "
-                        f"{int(part.sum())} entries that are not finite, so nothing was changed. {advice}; a smaller `lr` or "
-                        "more `damping` keeps outputs bounded. zero_grad drops the call."
-                    )
+            number, place, part = next(each for each in self._recorded.split(bad) if bool(each[2].any()))
+            stacked_from = self._recorded.stacked_from
+            whose = "of the model" if isinstance(stacked_from[number], Call) else "that a criterion was given"
+            shape = list(stacked_from[number].outputs[place].shape)
+            raise RuntimeError(
+                f"In call {number + 1} of {len(stacked_from)} {whose}, the {what} {place} of shape {shape} has "
+                f"{int(part.sum())} entries that are not finite, so nothing was changed. {advice}; a smaller `lr` or more "
+                "`damping` keeps outputs bounded. zero_grad drops the call."
+            )
 
     @functools.cached_property
     def loss(self) -> float:
@@ -178,37 +174,28 @@ class Linearization:
         """The divisor that makes losses of batches of different sizes comparable."""
         return self.num_outputs if self.objective is not None and self.objective.is_sum else 1
 
-    def direction(self, damping: float, momentum: Parts | None = None, decay: float = 0.0) -> Direction:
+    def direction(self, damping: float, momentum: Parts | None = None) -> Direction:
         """φ = D⁺g, damped: φ = Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹Dᵀg; with S where a metric asks for it.
 
-        With a momentum φ₋ it is that of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190). The momentum counts as a part
-        of the step, and the solve corrects what it leaves on this batch: φ = D⁺(g − μ c Dφ₋) + μ c φ₋.
+        With a momentum it is that of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190). The momentum counts as a part of
+        the step, and the solve corrects what it leaves on this batch: φ = D⁺(g − c D(μφ₋)) + c μφ₋.
 
         Args:
             damping: λ relative to the mean of diag Θ.
-            momentum: φ₋, divided by the curvature c of its step, or None.
-            decay: μ.
+            momentum: μφ₋, divided by the curvature c of its step, or None.
         """
-        shift = damping * self.system.scale
-        right = self.system.right
-        if momentum is not None and decay:
-            momentum = {name: decay * part for name, part in momentum.items()}
-            if self.system.space == "sample":
-                right = right - self.system.weigh(self.curvature * self.system.jacobian.mv(momentum))
-            else:
-                right = right - self.curvature * (self.system.matrix @ self.system.jacobian.flat(momentum))
+        shift, right = damping * self.system.scale, self.system.right
+        if momentum is not None:
+            right = right - self.system.right_of(self.curvature * self.system.jacobian.mv(momentum))
         adapted, weights = self.system.solve(right, shift)
         size = norm(adapted)
-        if momentum is not None and decay:
+        if momentum is not None:
             adapted = {name: part + self.curvature * momentum[name] for name, part in adapted.items()}
         return Direction(adapted, weights, size, shift)
 
     def correction(self, bend: Tensor, direction: Direction) -> Parts:
         """−D⁺(x(θ + δ) − x(θ) − Dδ), with the damping of a direction: the second-order part of a step; ``bend`` is ``[R]``."""
-        right = self.system.weigh(bend)
-        if self.system.space == "parameter":
-            right = self.system.jacobian.flat(self.system.jacobian.rmv(self.system.unweigh(right)))
-        parts, _ = self.system.solve(right, direction.damping, beside=True)
+        parts, _ = self.system.solve(self.system.right_of(bend), direction.damping, beside=True)
         return {name: -part for name, part in parts.items()}
 
     def linear(self, change: Parts) -> Tensor:

@@ -33,18 +33,10 @@ class Objective:
         self._weights = self._shares.weights or [1.0] * len(self._terms)
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._known: tuple[Tensor, Tensor] | None = None  # an x and what the own part of it contributes to C
-        start = 0
-        self.sizes = recorded.sizes
-        for outputs, (n, q) in zip(recorded.stacked_from, self.sizes, strict=True):
-            device = outputs.outputs[outputs.places[0]].device
-            numbers = torch.arange(start, start + n * q, device=device).view(n, q)
-            column = 0
-            for place in outputs.places:
-                width = outputs.outputs[place].shape[1:].numel()
-                self._rows[id(outputs), place] = numbers[:, column : column + width].reshape(-1)
-                column += width
-            start += n * q
-        self.size = start  # of the own part
+        self.sizes, self.size = recorded.sizes, recorded.rows  # of the own part
+        for number, place, rows in recorded.split(torch.arange(self.size)):
+            given = recorded.stacked_from[number]
+            self._rows[id(given), place] = rows.reshape(-1).to(given.outputs[place].device)
 
     def rows(self, part: Entries) -> Tensor:
         """Where in x some entries are, ``[S]``."""

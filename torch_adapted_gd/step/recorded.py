@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +63,14 @@ class Recorded:
             found = values(each)
             parts.append(stacked([found.get(place, torch.zeros_like(each.outputs[place])).double() for place in each.places]))
         return torch.cat(parts)
+
+    def split(self, vector: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """The parts ``[N, ...]`` of a vector ``[R]``, with the number of the outputs they belong to, and the place there."""
+        rows = vector.split([n * q for n, q in self.sizes])
+        for number, (each, (n, q)) in enumerate(zip(self.stacked_from, self.sizes, strict=True)):
+            widths = [each.outputs[place].shape[1:].numel() for place in each.places]
+            for place, part in zip(each.places, rows[number].view(n, q).split(widths, 1), strict=True):
+                yield number, place, part
 
 
 class TotalLoss:

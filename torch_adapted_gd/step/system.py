@@ -191,6 +191,13 @@ class System:
         """Sᵀv."""
         return v if self.metric is None else self.metric.root_transpose(v)
 
+    def right_of(self, v: Tensor) -> Tensor:
+        """The right-hand side for a motion v ``[R]`` of the outputs: Sᵀv in sample space, DᵀHv in parameter space."""
+        weighed = self.weigh(v)
+        if self.space == "sample":
+            return weighed
+        return self.jacobian.flat(self.jacobian.rmv(self.unweigh(weighed)))
+
     def unweigh(self, v: Tensor) -> Tensor:
         """Sv."""
         return v if self.metric is None else self.metric.root(v)
