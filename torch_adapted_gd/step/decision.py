@@ -106,7 +106,8 @@ class Step:
             if part is not None:
                 mended = {name: each + mended[name] for name, each in part.items()}
             bent = self.propose(plain.direction, plain.fraction, mended)
-            if self.linear.agreed(_distance(bent.change, plain.change)) <= _BENDING * norm(plain.change):
+            apart = norm({name: change - plain.change[name] for name, change in bent.change.items()})
+            if self.linear.agreed(apart) <= _BENDING * norm(plain.change):
                 return bent, direction
             scale = self.linear.system.scale
             if not raising or not direction.damping < scale:
@@ -131,7 +132,3 @@ class Step:
         if shown is None:
             return {"curvature": curvature}
         return {"curvature": min(_LEARNING * curvature, max(curvature / _LEARNING, shown))}
-
-
-def _distance(first: Parts, second: Parts) -> float:
-    return norm({name: part - second[name] for name, part in first.items()})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..tracking.closure import Given
 from ..tracking.terms import Entries, RefusedError
+from ..world import ALONE, World
 from .curvature import Blocks, Hessian, OwnCurvature, closed_form, value_and_gradient
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
 from .recorded import Recorded
@@ -149,10 +150,7 @@ class Objective:
             RuntimeError: The loss has negative curvature in all directions, as when it is multiplied by −1.
         """
         part, own = x[self._shares.here], g[self._shares.here]
-        total, others = self._known_curvatures(part)
-        everywhere = self._world.objects({key: each.told for key, each in others.items()})
-        for key, each in others.items():
-            total += each.shared([told[key] for told in everywhere if key in told])
+        total = self._curvatures(part, self._world)
         total = torch.where((own == 0) & ~torch.isfinite(part), 0.0, total)  # dead
         if total.numel() and float(total.min()) < 0:
             raise RuntimeError(
@@ -163,13 +161,10 @@ class Objective:
 
     def own_curvatures(self, x: Tensor) -> Tensor:
         """The curvatures of the own part x, without what other processes know."""
-        total, others = self._known_curvatures(x)
-        for each in others.values():
-            total += each.shared([each.told])
-        return total
+        return self._curvatures(x, ALONE)
 
-    def _known_curvatures(self, x: Tensor) -> tuple[Tensor, dict[Any, OwnCurvature]]:
-        """The curvatures of the own part by closed forms, and what is known of the other terms, by their key."""
+    def _curvatures(self, x: Tensor, world: World) -> Tensor:
+        """The curvatures of the own part x: closed forms, and for other terms what these processes know together."""
         total = torch.zeros_like(x)
         others: dict[Any, OwnCurvature] = {}
         for number, (term, weight) in enumerate(zip(self._terms, self._weights, strict=True)):
@@ -179,10 +174,13 @@ class Objective:
             if closed is None:
                 others[self._shares.key(number)] = self._curvature_of_any(number, x)
                 continue
+            c = closed.reshape(-1)
             for part in term.entries[0]:
-                c = closed.reshape(-1)
                 total.index_add_(0, self.rows(part), (c if part.at is None else c[part.at]) * (weight / self._loss_scale))
-        return total, others
+        everywhere = world.objects({key: each.told for key, each in others.items()})
+        for key, each in others.items():
+            total += each.shared([told[key] for told in everywhere if key in told])
+        return total
 
     def _curvature_of_any(self, number: int, x: Tensor) -> OwnCurvature:
         """The curvature of a term by its Hessian. It is a square if its Hessian is a diagonal ≥ 0 and the same elsewhere."""
@@ -242,17 +240,12 @@ class Objective:
     def _curved(self, x: Tensor, g: Tensor) -> tuple[Tensor, Blocks]:
         """Which rows of the own part the loss depends on, and its Hessian in blocks; blocks of one row if it is a diagonal."""
         rows = torch.arange(self.size, device=x.device)
-        diagonal, keep = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
-        if self.size:
-            hessian = Hessian(self._part, x, rows, self.owners)
-            keep = ((g != 0) | hessian.touches) & torch.isfinite(x)
-            if hessian.diagonal is not None:
-                diagonal = hessian.diagonal
-            elif bool(keep.any()):
-                if hessian.blocks is None:
-                    raise RuntimeError(
-                        f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, "
-                        'and nothing was changed. Use metric="euclidean", or fewer samples at a time.'
-                    )
-                return keep, hessian.blocks
-        return keep, Blocks(rows[:, None], diagonal[:, None, None], by_sample=True)
+        if not self.size:
+            return torch.zeros_like(x, dtype=torch.bool), Blocks(rows[:, None], x[:, None, None], by_sample=True)
+        hessian = Hessian(self._part, x, rows, self.owners)
+        if hessian.blocks is None:
+            raise RuntimeError(
+                f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and "
+                'nothing was changed. Use metric="euclidean", or fewer samples at a time.'
+            )
+        return ((g != 0) | hessian.touches) & torch.isfinite(x), hessian.blocks

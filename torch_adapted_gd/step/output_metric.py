@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 LEAST = 1e-12  # curvature where there is a gradient, relative to the largest: damping decides how far to go there
-_M = TypeVar("_M", bound="Metric")
 
 
 class Metric(ABC):
@@ -47,7 +45,7 @@ class Metric(ABC):
         image = self._inverse_times(v)
         return image if self.kept is None else image[self.kept]
 
-    def padded(self: _M) -> _M:
+    def padded(self) -> Metric:
         """The same with columns of zeros for all other rows, so that there are R; ``rows`` stays R'."""
         same = copy.copy(self)
         same.kept = None

@@ -26,8 +26,6 @@ from .iterative import KernelOperator
 from .output_metric import Metric
 from .recorded import Recorded
 
-SPACES = ("auto", "sample", "parameter")
-FACTORIZATIONS = ("auto", "eigh", "svd")
 DENSE = 8192  # largest matrix that "auto" forms and factors: 8,192 rows take 0.5 GB, and Cholesky some seconds
 _SMALL = 2**18  # D with at most so many entries is written out, because calls would take longer than the arithmetic
 COPIES = 4  # memory for the singular values of D, in multiples of D
@@ -68,8 +66,8 @@ class Dense:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("space", self.space, SPACES)
-        one_of("factorization", self.factorization, FACTORIZATIONS)
+        one_of("space", self.space, ("auto", "sample", "parameter"))
+        one_of("factorization", self.factorization, ("auto", "eigh", "svd"))
         one_of("kernel", self.kernel, METHODS)
         if self.rtol is not None:
             real_number("rtol", self.rtol, low=0.0, below=1.0)
