@@ -341,7 +341,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_who_solves(solver, params, rows, free, expected, monkeypatch):
-    monkeypatch.setattr("torch_adapted_gd.step.system.available_bytes", lambda device: free)
+    monkeypatch.setattr("torch_adapted_gd.memory.available_bytes", lambda device: free)
     space, found = choose_solver(solver, params, rows, CPU, local=True)
     assert (space, found) == (("sample", ConjugateGradients()) if expected == "cg" else (expected, solver or Dense()))
 

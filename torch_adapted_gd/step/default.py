@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..memory import available_bytes
+from ..memory import fits
 from ..policies import Backtracking, Fixed, LevenbergMarquardt, Policy
 from ..solve import ConjugateGradients, default_rtol, default_svd_rtol
 from ..world import ALONE, World
@@ -118,9 +118,8 @@ def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE, r
     figures.
     """
     params = sum(p.numel() for p in trained)
-    size = COPIES * 8 * rows * params
-    too_large = size > 2**26 and size > (available_bytes(trained[0].device) or size) // 2
-    if min(rows, params) > DENSE or world.any(too_large):
+    fitting = fits(2 * COPIES * 8 * rows * params, trained[0].device)  # which leaves half of the memory
+    if min(rows, params) > DENSE or world.any(not fitting):
         return None
     rtol = default_rtol(rows) / _REFINING**refined
     coarse = rows * params > _LARGE and trained[0].dtype == torch.float64 and rtol > default_svd_rtol((rows, params))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import all_finite, one_of, positive_integer, real_number
 from ..jacobian import METHODS, Jacobian, Parts, tangent_jacobian, written, written_if_small
-from ..memory import available_bytes, require_memory
+from ..memory import fits, require_memory
 from ..solve import (
     ConjugateGradients,
     Factorization,
@@ -355,7 +355,6 @@ def choose_solver(
     space = ("parameter" if params < rows and local else "sample") if given.space == "auto" else given.space
     if solver is None:
         size = params if space == "parameter" else rows
-        free = available_bytes(device) if _MATRICES * 8 * size**2 > 2**26 else None
-        if size > DENSE or world.any(free is not None and _MATRICES * 8 * size**2 > free):
+        if size > DENSE or world.any(not fits(_MATRICES * 8 * size**2, device)):
             return "sample", ConjugateGradients()
     return space, given
