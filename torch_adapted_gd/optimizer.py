@@ -58,13 +58,12 @@ class AdaptedGD(WatchingOptimizer):
       once.
     - A loss that also depends on the parameters directly, as by a penalty on weights, has a part r in its gradient that does
       not come through x. The parameters take a plain gradient step −lr·r for it, and a warning says so once.
-    - The Jacobian comes from the graph of your own ``backward``. The forward pass is repeated only for trials of a policy, for
-      compiled models, and if the gradients at all uses of parameters do not fit into memory. A repeated pass has the same
-      random numbers (dropout masks), autocast and modes; buffers, attributes of modules and the random stream stay as they
-      were.
+    - The Jacobian comes from the graph of your own ``backward``, and is checked against it. The forward pass is repeated only
+      for trials of a policy, for compiled models, and if memory does not suffice. A repeated pass has the same random numbers
+      (dropout masks), autocast and modes; buffers, attributes of modules and the random stream stay as they were.
     - A step costs two backward passes, Q more that stop at the uses of parameters, the kernel of (N·Q)² numbers in float64 (or
-      DᵀD, K² of them), and its factorization. Each step checks the uses against a backward pass. Parameters for which they
-      are incomplete are served by rows of the Jacobian, and a warning says so once.
+      DᵀD, K² of them), and its factorization. Parameters whose uses cannot all be seen are served by rows of the Jacobian, and
+      a warning says so once.
 
     Args:
         model: The module to train.

@@ -120,15 +120,11 @@ class StraightLine:
     with the distance |x₀ − y| that the first step's prediction had to go at η = 1 (as a root mean square over outputs, so that
     batches of other sizes compare). Otherwise η is shortened to what that error, growing like η², suggests, at most tenfold at
     a time. The next step begins with what the last error suggests, at most five times as long, and never longer than ``lr``.
-    Each trial costs a forward pass and no new solution. So steps are short at the start, and grow until the last ones are full
-    Gauss–Newton steps, which end on the targets.
+    Each trial costs a forward pass and no new solution. The last steps are full Gauss–Newton steps, which end on the targets.
 
     Each step aims at the targets from the current outputs, so earlier deviations are corrected. What damping leaves out of the
-    motion is not seen as an error: choose λ small. docs/fullbatch.md shows how close outputs stay to the line: by default
-    within 5 %.
-
-    The time t = 1 − Π(1 − η) advances with ``lr · last_step.fraction`` for η. No criterion is needed, but without one η
-    multiplies the gradient of the loss as it is.
+    motion is not seen as an error: choose λ small. By default outputs stay within 5 % of the line (docs/fullbatch.md). The time
+    t = 1 − Π(1 − η) advances with ``lr · last_step.fraction`` for η. Without a criterion η multiplies the loss's gradient.
 
     Args:
         tolerance: Largest error of a step, relative to the distance at the start.
@@ -210,24 +206,15 @@ class LevenbergMarquardt:
     gradients are a part of the step, which no damping shortens (α < 1, terms of the loss that do not come through the outputs),
     a rejection shortens all of it too.
 
-    The ``judge`` tells the loss at a trial:
-
-    - ``"outputs"``: the forward pass repeated at θ + δ, without a graph, and the ``criterion``. It needs a criterion whose
-      arguments are the model's outputs, or entries of them.
-    - ``"closure"``: that of ``step(closure)`` at θ + δ: a forward and a backward pass.
-    - ``"next"``: the loss of the next step, if that is on the same inputs, at no cost. A bad step is taken back then, exactly.
-    - ``"auto"``: the first of these that can.
-
     A small batch of a large network can be fitted however large the step, which undoes what others have learned; the next batch
     then sees nothing of the gain. Therefore λ is lowered only while at least ``carry_over`` of the gain on one batch is found
     again when the next one arrives, on average over about ten steps, and raised while the next batch is missing more than twice
-    the gain. This costs nothing. It does not apply where steps gain less than a tenth of the loss, because batches differ by
-    more than that. For a batch that is the whole data nothing is missing.
+    the gain. This does not apply where steps gain less than a tenth of the loss, because batches differ by more than that.
 
     ``second_order`` adds a part c = −D⁺(x(θ + δ) − x(θ) − Dδ) with the same λ to each trial, which corrects the bending of the
-    outputs, if c is at most ⅜ of δ in length and lowers the loss further. This is known as geodesic acceleration (Transtrum &
-    Sethna, arXiv:1201.5885). While each c halves the loss, the same D⁺ corrects what is left (a chord method). Each c costs a
-    forward pass and a solve with the factors at hand. docs/choosing.md has figures.
+    outputs, if c is at most ⅜ of δ in length and lowers the loss further: geodesic acceleration (Transtrum & Sethna,
+    arXiv:1201.5885). While each c halves the loss, the same D⁺ corrects what is left (a chord method). Each c costs a forward
+    pass and a solve with the factors at hand.
 
     Args:
         initial: λ to begin with, relative to the mean of diag Θ, like every damping.
@@ -240,7 +227,9 @@ class LevenbergMarquardt:
         smallest: Lower bound of λ.
         num_trials: The most trials of one step.
         second_order: Whether to add the second-order part, where the judge is not ``"next"``.
-        judge: See above.
+        judge: What tells the loss at a trial (docs/losses.md): ``"outputs"``, the forward pass repeated and the ``criterion``;
+            ``"closure"``, that of ``step(closure)``; ``"next"``, the loss of the next step, and a bad step is taken back then;
+            ``"auto"``, the first of these that can.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -86,7 +86,7 @@ def choose_policy(
         recorded: What the training step left.
         kept: What was remembered of the last step, and λ.
         total: The loss by the criteria.
-        with_criteria: Whether there are criteria.
+        with_criteria: Whether there are any.
         with_closure: Whether a closure tells the loss.
     """
     if isinstance(given, Fixed) or not (given or with_criteria or with_closure):
