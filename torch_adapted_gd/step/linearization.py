@@ -34,6 +34,7 @@ class Linearization:
         damping: The smallest λ that `direction` will be asked for.
 
     Attributes:
+        loss: C, by the criteria; 0 where there are none.
         gradient: ∇_θC by parameter, in the parameters' dtype.
         off_output: r = ∇_θC − Dᵀg, flat in float64; None if it is rounding error.
         off_output_fraction: |r|/|∇_θC|.
@@ -81,9 +82,9 @@ class Linearization:
         self._outputs = shares.gathered(self._own_outputs)  # x, [R]
         own_g = arrived_g = recorded.vector(lambda each: each.gradients) / recorded.scale
         if objective is None:
-            self._g = shares.gathered(own_g * shares.mean)
+            self.loss, self._g = 0.0, shares.gathered(own_g * shares.mean)
         else:
-            self._g = objective.gradient(self._outputs)
+            self.loss, self._g = objective.value_and_gradient(self._outputs)
             own_g = self._g if self._world.size == 1 else objective.own_gradient(self._own_outputs)
             self._check_explained(arrived_g, own_g)
         self._check_finite()
@@ -152,11 +153,6 @@ class Linearization:
                 f"{int(part.sum())} entries that are not finite, so nothing was changed. {advice}; a smaller `lr` or more "
                 "`damping` keeps outputs bounded. zero_grad drops the call."
             )
-
-    @functools.cached_property
-    def loss(self) -> float:
-        """C, by the criteria; 0 where there are none."""
-        return 0.0 if self.objective is None else self.objective.value(self._outputs)
 
     @functools.cached_property
     def rounding(self) -> float:
@@ -314,9 +310,8 @@ class Linearization:
         """The loss of all processes, from that of this one: C, plus the mean over processes of other terms, as penalties."""
         if self._world.size == 1:
             return loss
-        if self.objective is None:
-            return self._mean_of(loss)
-        return self.loss + self._mean_of(loss - self._own_loss(self._own_outputs))
+        own = 0.0 if self.objective is None else float(self.objective.own(self._own_outputs))
+        return self.loss + self._mean_of(loss - own)
 
     def total_change(self, change: float, moved: Tensor | None) -> float:
         """The same for a change of the loss; ``moved`` is the change of x, None if unknown."""
@@ -325,13 +320,8 @@ class Linearization:
         if self.objective is None or moved is None:
             return self._mean_of(change)
         there = self._own_outputs + moved[self._shares.here]
-        beside = change - (self._own_loss(there) - self._own_loss(self._own_outputs))
-        return self.criteria_change(moved) + self._mean_of(beside)
-
-    def _own_loss(self, x: Tensor) -> float:
-        """The loss of this process by its criteria."""
-        assert self.objective is not None
-        return float(self.objective.own(x))
+        own = float(self.objective.own(there)) - float(self.objective.own(self._own_outputs))
+        return self.criteria_change(moved) + self._mean_of(change - own)
 
     def _mean_of(self, number: float) -> float:
         return self._shares.mean * math.fsum(self._world.objects(number))

@@ -33,7 +33,6 @@ class Objective:
         self._world = self._shares.world
         self._weights = self._shares.weights or [1.0] * len(self._terms)
         self._rows: dict[tuple[int, int], Tensor] = {}
-        self._known: tuple[Tensor, Tensor] | None = None  # an x and what the own part of it contributes to C
         self.sizes, self.size = recorded.sizes, recorded.rows  # of the own part
         for number, place, rows in recorded.split(torch.arange(self.size)):
             given = recorded.stacked_from[number]
@@ -101,21 +100,16 @@ class Objective:
 
     def value(self, x: Tensor) -> float:
         """C(x) for x ``[R]`` in float64; inf where a criterion refuses that x."""
-        if self._known is not None and self._known[0] is x:
-            total = self._known[1]
-        else:
-            part = x[self._shares.here]
-            try:
-                total = self._part(part)
-            except RefusedError:
-                total = part.new_tensor(math.inf)
+        try:
+            total = self._part(x[self._shares.here])
+        except RefusedError:
+            total = x.new_tensor(math.inf)
         return float(self._world.sum(total))
 
-    def gradient(self, x: Tensor) -> Tensor:
-        """∇ₓC, ``[R]``. The value of this very tensor need not be computed again."""
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        """C and ∇ₓC, ``[R]``."""
         total, found = value_and_gradient(self._part, x[self._shares.here])
-        self._known = x, total
-        return self._shares.gathered(found)
+        return float(self._world.sum(total)), self._shares.gathered(found)
 
     def own_gradient(self, x: Tensor) -> Tensor:
         """The gradient of `own`."""

@@ -67,9 +67,9 @@ class Recorded:
     def split(self, vector: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """The parts ``[N, ...]`` of a vector ``[R]``, with the number of the outputs they belong to, and the place there."""
         rows = vector.split([n * q for n, q in self.sizes])
-        for number, (each, (n, q)) in enumerate(zip(self.stacked_from, self.sizes, strict=True)):
+        for number, (each, (n, _)) in enumerate(zip(self.stacked_from, self.sizes, strict=True)):
             widths = [each.outputs[place].shape[1:].numel() for place in each.places]
-            for place, part in zip(each.places, rows[number].view(n, q).split(widths, 1), strict=True):
+            for place, part in zip(each.places, rows[number].view(n, sum(widths)).split(widths, 1), strict=True):
                 yield number, place, part
 
 
