@@ -239,16 +239,9 @@ class AdaptedGD(WatchingOptimizer):
 
     def _decided(self, world: World, closure: Closure | None, loss: float | None, earlier: list[Any]) -> Callable[[], None]:
         """What a step comes to: a function that carries it out, until which nothing is changed."""
+        if (instead := self._in_place_of_a_step(world, idle=closure is not None and loss is None)) is not None:
+            return instead
         recorder = self._recorder
-        empty = not recorder.gradients
-        idle = not recorder.calls and empty and closure is not None and loss is None
-        told = world.objects((idle, float(getattr(self, "found_inf", 0.0)) > 0, empty))
-        if all(each[0] for each in told):
-            return lambda: None  # the closure chose to skip this batch, as Lightning's does when training_step returns None
-        if any(each[1] for each in told):
-            return self._skip
-        if all(each[2] for each in told) and not world.any(not self._asked_for_state()):
-            return lambda: None
         scale = self._loss_scale()
         stacked_from = self._stacked_from()
         if not world.any(bool(stacked_from)):
@@ -309,6 +302,19 @@ class AdaptedGD(WatchingOptimizer):
             self.last_step = report
 
         return carry_out
+
+    def _in_place_of_a_step(self, world: World, *, idle: bool) -> Callable[[], None] | None:
+        """What is done if this is no step; ``idle`` if the closure returned no loss. None if it is one."""
+        empty = not self._recorder.gradients
+        idle = idle and empty and not self._recorder.calls
+        told = world.objects((idle, float(getattr(self, "found_inf", 0.0)) > 0, empty))
+        if all(each[0] for each in told):
+            return lambda: None  # the closure chose to skip this batch, as Lightning's does when training_step returns None
+        if any(each[1] for each in told):
+            return self._skip
+        if all(each[2] for each in told) and not world.any(not self._asked_for_state()):
+            return lambda: None
+        return None
 
     def _stacked_from(self) -> list[Outputs]:
         """What x is stacked from: what the criteria were given, in the order of calls; without criteria, the calls."""

@@ -189,16 +189,16 @@ class System:
         """Sᵀv."""
         return v if self.metric is None else self.metric.root_transpose(v)
 
+    def unweigh(self, v: Tensor) -> Tensor:
+        """Sv."""
+        return v if self.metric is None else self.metric.root(v)
+
     def right_of(self, v: Tensor) -> Tensor:
         """The right-hand side for a motion v ``[R]`` of the outputs: Sᵀv in sample space, DᵀHv in parameter space."""
         weighed = self.weigh(v)
         if self.space == "sample":
             return weighed
         return self.jacobian.flat(self.jacobian.rmv(self.unweigh(weighed)))
-
-    def unweigh(self, v: Tensor) -> Tensor:
-        """Sv."""
-        return v if self.metric is None else self.metric.root(v)
 
     def identity_gap(self, direction: Direction) -> float:
         """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if the matrix and the products agree."""
