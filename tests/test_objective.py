@@ -156,6 +156,15 @@ def test_where_a_loss_is_straight_its_gradient_alone_makes_a_root():
     torch.testing.assert_close(root @ root.T, expected, rtol=1e-12, atol=1e-10)
 
 
+def test_rounding_of_a_hessian_is_no_curvature():
+    """That of cross-entropy is zero along (1, …, 1), but for rounding of either sign."""
+    x = torch.randn(50, 4, dtype=torch.float64)
+    objective = objective_of(CE(), x, torch.randint(4, (50,)))
+    metric = objective.hessian_metric(x.reshape(-1), objective.value_and_gradient(x.reshape(-1))[1])
+    ones = torch.ones(x.numel(), dtype=torch.float64)
+    assert metric.root_inverse(ones).norm() <= 1e-6 * ones.norm()
+
+
 @pytest.mark.parametrize(("n", "q", "coupled"), [(2, 257, False), (257, 256, False), (4097, 1, True)])
 def test_blocks_that_are_too_large_are_refused(n, q, coupled):
     x = torch.ones(n, q, dtype=torch.float64)
