@@ -527,7 +527,7 @@ FAILURES = {
     "solution": "torch_adapted_gd.step.system.factorize",
     "direction": "torch_adapted_gd.step.linearization.Linearization.direction",
     "trial": "torch_adapted_gd.tracking.replay.Replay.outputs_with",
-    "move": "torch_adapted_gd.optimizer.AdaptedGD._move",
+    "move": "torch_adapted_gd.step.kept.Move.of",
     "report": "torch_adapted_gd.report.StepReport.of",
     "warnings": "torch_adapted_gd.optimizer.AdaptedGD._warn",
 }
@@ -652,6 +652,17 @@ def time_outs_are_those_of_the_group(rank, size):
     group = dist.new_group(timeout=datetime.timedelta(seconds=17))
     world = world_of(group, torch.device("cpu"))
     assert _timeout_of(group) == _timeout_of(world._control) == datetime.timedelta(seconds=17)
+
+
+@check
+def shares_of_any_size_have_one_curvature(rank, size):
+    """The weights of processes round differently; entries that are curved alike take no metric, which would copy Θ."""
+    from torch_adapted_gd.step.linearization import Problem
+
+    for sizes in ((5, 1, 28), (3, 18, 1), (4, 26, 1)):
+        with mock.patch("torch_adapted_gd.step.linearization.Problem", wraps=Problem) as made:
+            for _ in trained(rank, size, mlp(), nn.MSELoss(), sizes, steps=1):
+                assert made.call_args.args[2] is None
 
 
 @check

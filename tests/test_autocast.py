@@ -109,3 +109,13 @@ def test_entries_that_are_rearranged_are_found_again_in_low_precision():
         optimizer.step()
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert (ends[0] - ends[1]).norm() <= 0.02 * ends[0].norm()
+
+
+def test_gradients_of_far_targets_are_explained_in_low_precision():
+    """They are much larger than the outputs, and rounded by 2⁻⁹."""
+    model, x, y = problem(dtype=torch.float32)
+    optimizer = AdaptedGD(model, criterion=MSE, damping=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        MSE(model(x), 1e4 * y).backward()
+    optimizer.step()
+    assert optimizer.last_step.status == "full_rank"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt
-from torch_adapted_gd.step.remembered import CarryOver
+from torch_adapted_gd.step.remembered import CarryOver, read
 
 from .cases import MSE, flat, mlp
 from .trials import closure_of, wave
@@ -100,7 +100,7 @@ def test_damping_is_lowered_only_where_gains_carry_over():
             closure_of(model, optimizer, x, y)()
             optimizer.step()
             dampings.append(optimizer.param_groups[0]["damping"])
-        carry = CarryOver.read(optimizer.state[next(model.parameters())])
+        carry = read(CarryOver, optimizer.state[next(model.parameters())])
         if carried:
             assert carry.share == pytest.approx(1.0, abs=1e-6)
             assert dampings[-1] < 1e-4
@@ -177,7 +177,7 @@ def test_batches_of_different_sizes_compare(reduction):
         optimizer.zero_grad()
         criterion(model(x), x.sum(1, keepdim=True).sin()).backward()
         optimizer.step()
-    after = CarryOver.read(optimizer.state[next(model.parameters())]).after
+    after = read(CarryOver, optimizer.state[next(model.parameters())]).after
     assert after == pytest.approx(nn.functional.mse_loss(model(x), x.sum(1, keepdim=True).sin()).item(), rel=1e-6)
 
 

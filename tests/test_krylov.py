@@ -341,18 +341,18 @@ CPU = torch.device("cpu")
     ],
 )
 def test_who_solves(solver, params, rows, free, expected, monkeypatch):
-    monkeypatch.setattr("torch_adapted_gd.step.system.available_bytes", lambda device: free)
+    monkeypatch.setattr("torch_adapted_gd.memory.available_bytes", lambda device: free)
     space, found = choose_solver(solver, params, rows, CPU, local=True)
     assert (space, found) == (("sample", ConjugateGradients()) if expected == "cg" else (expected, solver or Dense()))
 
 
 def test_the_optimizer_turns_to_conjugate_gradients_by_size(monkeypatch):
     model, x, y = of("mlp")
-    monkeypatch.setattr("torch_adapted_gd.step.system._DENSE", 59)
+    monkeypatch.setattr("torch_adapted_gd.step.system.DENSE", 59)
     assert stepped(model, [(x, y)])[1].last_step.solver == "cg (output blocks)"
     assert stepped(model, [(x, y)], solver=Dense(rtol=1e-9))[1].last_step.solver == "eigh"
     assert stepped(model, [(x, y)], solver=Dense(space="parameter"))[1].last_step.space == "parameter"
-    monkeypatch.setattr("torch_adapted_gd.step.system._DENSE", 60)
+    monkeypatch.setattr("torch_adapted_gd.step.system.DENSE", 60)
     assert stepped(model, [(x, y)])[1].last_step.solver == "eigh"
 
 

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_flatten
 
 from torch_adapted_gd import AdaptedGD, HalfSquaredLoss, LossFunction
 from torch_adapted_gd.step.objective import Objective
+from torch_adapted_gd.step.recorded import Recorded
 from torch_adapted_gd.tracking.calls import Outputs
 from torch_adapted_gd.tracking.terms import Entries, State, Term
 
@@ -60,7 +61,7 @@ def objective_of(criterion, x, *others, factor=1.0, scale=1.0):
     state.forget_unused()
     factors = {0: factor * torch.ones_like(values, dtype=torch.float64)}
     term = Term(criterion, arguments, structure, {0: [Entries(given, 0)]}, state, {0: values}, factors)
-    return Objective([term], [given], scale)
+    return Objective(Recorded(nn.Module(), [given], terms=[term], scale=scale))
 
 
 def setting(name, reduction, size=2.0):
@@ -80,7 +81,7 @@ def test_value_curvature_and_root(name, reduction):
 
     flat = x.reshape(-1)
     h = hessian(loss, x).reshape(x.numel(), -1)
-    g = objective.gradient(flat)
+    g = objective.value_and_gradient(flat)[1]
     assert objective.value(flat) == pytest.approx(float(loss(x)))
     torch.testing.assert_close(g, torch.autograd.functional.jacobian(loss, x).reshape(-1))
     c = objective.curvatures(flat, g)
@@ -105,7 +106,7 @@ def test_the_bound_of_cross_entropy_is_reached():
     objective = objective_of(CE(), x, torch.tensor([0]))
     h = hessian(lambda z: CE()(z, torch.tensor([0])), x).reshape(3, 3)
     assert float(torch.linalg.eigvalsh(h)[-1]) == pytest.approx(
-        float(objective.curvatures(x[0], objective.gradient(x[0])).max())
+        float(objective.curvatures(x[0], objective.value_and_gradient(x[0])[1]).max())
     )
 
 
@@ -113,7 +114,7 @@ def test_losses_without_second_derivatives_are_measured_by_their_value():
     x, y = torch.randn(N, 3, dtype=torch.float64), torch.zeros(N, 3, dtype=torch.float64)
     for criterion in (nn.L1Loss(), nn.MultiMarginLoss()):
         objective = objective_of(criterion, x, y if isinstance(criterion, nn.L1Loss) else torch.zeros(N, dtype=torch.long))
-        g = objective.gradient(x.reshape(-1))
+        g = objective.value_and_gradient(x.reshape(-1))[1]
         expected = float(g.square().sum() / (2 * objective.value(x.reshape(-1))))
         assert float(objective.curvatures(x.reshape(-1), g).max()) == pytest.approx(expected)
         with pytest.raises(RuntimeError, match='no curvature at these outputs.*Use metric="euclidean"'):
@@ -124,7 +125,7 @@ def test_a_loss_that_couples_samples_has_one_block():
     x = torch.randn(N, 3, dtype=torch.float64)
     criterion = LossFunction(lambda z: (z @ z.T).logsumexp(1).sum())
     objective = objective_of(criterion, x)
-    g = objective.gradient(x.reshape(-1))
+    g = objective.value_and_gradient(x.reshape(-1))[1]
     metric = objective.hessian_metric(x.reshape(-1), g)
     assert not metric.local
     h = hessian(lambda z: criterion(z), x).reshape(x.numel(), -1)
@@ -136,7 +137,9 @@ def test_only_squares_have_a_curvature_for_each_entry():
     x, weight = torch.randn(N, 3, dtype=torch.float64), double(1, 2, 3)
     for form, expected in ((torch.square, (2 * weight).repeat(N)), (torch.cosh, (weight * x.cosh()).max().expand(3 * N))):
         objective = objective_of(LossFunction(lambda z, form=form: (weight * form(z)).sum()), x)
-        torch.testing.assert_close(objective.curvatures(x.reshape(-1), objective.gradient(x.reshape(-1))), expected)
+        torch.testing.assert_close(
+            objective.curvatures(x.reshape(-1), objective.value_and_gradient(x.reshape(-1))[1]), expected
+        )
 
 
 def test_where_a_loss_is_straight_its_gradient_alone_makes_a_root():
@@ -145,7 +148,7 @@ def test_where_a_loss_is_straight_its_gradient_alone_makes_a_root():
     objective = objective_of(
         LossFunction(lambda z: ((z[:, 0] + z[:, 1]) ** 2 + (z[:, 0] - z[:, 1]) ** 2 / 100 + z[:, 2]).sum()), x
     )
-    g = objective.gradient(x.reshape(-1))
+    g = objective.value_and_gradient(x.reshape(-1))[1]
     metric = objective.hessian_metric(x.reshape(-1), g).padded()
     torch.testing.assert_close(metric.root(metric.root_inverse(g)), g)
     root = metric.root(torch.eye(x.numel(), dtype=torch.float64))
@@ -153,19 +156,28 @@ def test_where_a_loss_is_straight_its_gradient_alone_makes_a_root():
     torch.testing.assert_close(root @ root.T, expected, rtol=1e-12, atol=1e-10)
 
 
+def test_rounding_of_a_hessian_is_no_curvature():
+    """That of cross-entropy is zero along (1, …, 1), but for rounding of either sign."""
+    x = torch.randn(50, 4, dtype=torch.float64)
+    objective = objective_of(CE(), x, torch.randint(4, (50,)))
+    metric = objective.hessian_metric(x.reshape(-1), objective.value_and_gradient(x.reshape(-1))[1])
+    ones = torch.ones(x.numel(), dtype=torch.float64)
+    assert metric.root_inverse(ones).norm() <= 1e-6 * ones.norm()
+
+
 @pytest.mark.parametrize(("n", "q", "coupled"), [(2, 257, False), (257, 256, False), (4097, 1, True)])
 def test_blocks_that_are_too_large_are_refused(n, q, coupled):
     x = torch.ones(n, q, dtype=torch.float64)
     objective = objective_of(LossFunction(lambda z: (z.sum() if coupled else z.sum(1)).square().sum()), x)
     with pytest.raises(RuntimeError, match='Hessian would have to be held as one, and nothing was changed. Use metric="eucl'):
-        objective.hessian_metric(x.reshape(-1), objective.gradient(x.reshape(-1)))
+        objective.hessian_metric(x.reshape(-1), objective.value_and_gradient(x.reshape(-1))[1])
 
 
 def test_what_is_to_be_maximized_is_refused():
     x, y = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
     objective = objective_of(nn.MSELoss(), x, y, factor=-1.0)
     with pytest.raises(RuntimeError, match="AdaptedGD minimizes: leave the sign out"):
-        objective.curvatures(x.reshape(-1), objective.gradient(x.reshape(-1)))
+        objective.curvatures(x.reshape(-1), objective.value_and_gradient(x.reshape(-1))[1])
 
 
 class Counting(nn.Module):
@@ -190,7 +202,7 @@ def test_a_criterion_that_counts_is_repeated_as_it_was():
     criterion = Counting(None)
     criterion(x.clone(), y)
     objective = objective_of(criterion, x, y)
-    torch.testing.assert_close(objective.gradient(x.reshape(-1)), (4 * (x - y) / x.numel()).reshape(-1))
+    torch.testing.assert_close(objective.value_and_gradient(x.reshape(-1))[1], (4 * (x - y) / x.numel()).reshape(-1))
     assert (criterion.calls, criterion.log) == (2, [1, 2])
 
     class Elsewhere(list):
@@ -198,7 +210,7 @@ def test_a_criterion_that_counts_is_repeated_as_it_was():
 
     objective = objective_of(Counting(Elsewhere()), x, y)
     with pytest.raises(RuntimeError, match="`criterion`, a Counting, gave .* when it was called again"):
-        objective.gradient(x.reshape(-1))
+        objective.value_and_gradient(x.reshape(-1))[1]
 
 
 def test_random_numbers_of_a_criterion_are_drawn_again():

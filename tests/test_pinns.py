@@ -12,8 +12,7 @@ from torch import nn
 from torch_adapted_gd import AdaptedGD, Backtracking, Dense, LevenbergMarquardt, output_jacobian
 from torch_adapted_gd.solve import by_singular_values
 from torch_adapted_gd.step.decision import Outcome
-from torch_adapted_gd.step.remembered import SamePoints
-from torch_adapted_gd.step.system import for_undamped
+from torch_adapted_gd.step.default import SamePoints, for_undamped
 
 from .cases import flat
 
@@ -245,7 +244,7 @@ def test_the_cut_is_lowered_by_full_steps_that_do_not_halve_the_loss():
 @pytest.mark.parametrize("large", [True, False])
 def test_a_step_that_cannot_lower_the_loss_lowers_the_cut_before_damped_ones_take_over(large, monkeypatch):
     if large:
-        monkeypatch.setattr("torch_adapted_gd.step.system._LARGE", 0)
+        monkeypatch.setattr("torch_adapted_gd.step.default._LARGE", 0)
     loop = Loop()
     loop.optimizer.step(loop.closure)
     with monkeypatch.context() as rejecting:
@@ -260,7 +259,7 @@ def test_a_step_that_cannot_lower_the_loss_lowers_the_cut_before_damped_ones_tak
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_large_jacobian_is_solved_to_rounding_too(seed, monkeypatch):
-    monkeypatch.setattr("torch_adapted_gd.step.system._LARGE", 0)
+    monkeypatch.setattr("torch_adapted_gd.step.default._LARGE", 0)
     loop = Loop(seed)
     conditions = []
     for _ in range(80):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt, LossFunction
-from torch_adapted_gd.step.remembered import SamePoints
+from torch_adapted_gd.step.default import SamePoints
 
 from .cases import MSE
 

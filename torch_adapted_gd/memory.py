@@ -31,12 +31,11 @@ def available_bytes(device: torch.device) -> int | None:
         return int(free + cached)
     if device.type != "cpu":
         return None
-    free_bytes = None
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free_bytes = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        try:  # no /proc: the machine's whole memory is an upper bound
+        try:  # no /proc, as on macOS: the machine's whole memory is an upper bound
             free_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (AttributeError, OSError, ValueError):
             return None
@@ -45,12 +44,18 @@ def available_bytes(device: torch.device) -> int | None:
     return (free_bytes if headroom is None else min(free_bytes, headroom)) // processes_on_this_machine()
 
 
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether so many bytes can be allocated; True where that is unknown."""
+    if needed < _ALWAYS_THERE:  # asking the system takes 0.25 ms
+        return True
+    available = available_bytes(device)
+    return available is None or needed <= available
+
+
 def require_memory(needed: int, device: torch.device, what: str, advice: str) -> None:
     """Raise a MemoryError, which says what needs the memory and gives advice, before an allocation that cannot fit."""
-    if needed < _ALWAYS_THERE:  # asking the system takes 0.25 ms
-        return
-    available = available_bytes(device)
-    if available is not None and needed > available:
+    if not fits(needed, device):
+        available = (available_bytes(device) or 0) / 1e9
         raise MemoryError(
-            f"{what} needs {needed / 1e9:.3g} GB in all, but only {available / 1e9:.3g} GB are available on {device}. {advice}"
+            f"{what} needs {needed / 1e9:.3g} GB in all, but only {available:.3g} GB are available on {device}. {advice}"
         )

@@ -1,88 +1,38 @@
 """AdaptedGD: the adapted gradient step as a `torch.optim.Optimizer`. Plumbing only; the mathematics is elsewhere."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 
 from . import options
-from .checks import all_finite, checksum, one_of
+from .checks import checksum, one_of
 from .full_batch import full_loss, repeated_samples
 from .losses import check_criteria
-from .policies import Backtracking, Fixed, LevenbergMarquardt, Policy, StraightLine
+from .policies import Backtracking, Fixed, LevenbergMarquardt, StraightLine
 from .report import StepReport
 from .solve import ConjugateGradients
-from .step.decision import Outcome, Step
-from .step.last import LastStep, expected
+from .step.decision import Step
+from .step.default import choose_policy
+from .step.kept import Kept, Move, expected
 from .step.linearization import METRICS, Linearization
 from .step.objective import Objective
-from .step.remembered import SamePoints
-from .step.shares import UNSHARED, Shares, Told, TotalLoss, mean_or_sum, shared_out
-from .step.system import Dense, for_undamped
-from .step.trials import ByNext, Judge, TrialMaker, choose_judge, kept_momentum, learned_curvature
+from .step.recorded import Recorded, TotalLoss
+from .step.remembered import State
+from .step.shares import UNSHARED, Shares, Told, mean_or_sum, shared_out
+from .step.system import Dense
+from .step.trials import TrialMaker, choose_judge, learned_curvature
 from .tracking.calls import Call, Outputs, underlying
 from .tracking.closure import Closure
 from .tracking.recorder import CallRecorder
 from .tracking.replay import batch_and_outputs
 from .watching import WatchingOptimizer
 from .world import World
-
-_LESS_DAMPING = 0.1  # after a good step: the first ones need a λ that is a thousand times that of later ones
-_LEAST_UNDAMPED = 1e-3  # shorter undamped steps than that did not lead to the solution sooner
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """Where a step leads.
-
-    Attributes:
-        values: The parameters, by name.
-        momentum: φ, likewise; empty without momentum.
-        psi: ψ, if it is to be kept.
-        remembered: What the policy remembers.
-    """
-
-    values: dict[str, Tensor]
-    momentum: dict[str, Tensor]
-    psi: Tensor | None
-    remembered: dict[str, float]
-
-
-def _nothing() -> None:
-    pass
-
-
-def _judge_of(policy: Policy, linearization: Linearization, closure: Closure | None) -> Judge | None:
-    """Who tells the policy the loss at trial parameters; None if it does not ask.
-
-    Raises:
-        RuntimeError: It asks, and nobody can tell.
-    """
-    if not isinstance(policy, LevenbergMarquardt | Backtracking):
-        return None
-    judge = choose_judge(policy.judge, linearization, closure)
-    if judge is None or (isinstance(judge, ByNext) and isinstance(policy, Backtracking)):
-        raise RuntimeError(
-            f"{type(policy).__name__}() needs the loss at trial parameters, so nothing was changed. Pass the loss as "
-            "`criterion` to AdaptedGD, or a closure to `step` that returns it; or give `damping` a number."
-        )
-    return judge
-
-
-def _finite(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The new parameters, if they are finite."""
-    for name, value in values.items():
-        if not all_finite(value):
-            raise RuntimeError(
-                f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
-            )
-    return values
 
 
 class AdaptedGD(WatchingOptimizer):
@@ -98,34 +48,29 @@ class AdaptedGD(WatchingOptimizer):
     AdaptedGD replaces any torch optimizer in one line. Pass the model instead of its parameters.
 
     If you pass the loss as ``criterion``, x are the entries of the tensors that the criterion was called with and that depend
-    on trained parameters: the model's outputs, some of them, or anything computed from them, such as the residuals of a
-    differential equation. The criterion may be called several times before ``backward``. Multiples, sums,
-    ``reduction="none"`` with weights, and accumulated gradients are followed exactly. Without a criterion, x are the outputs
-    of the model that received a gradient.
+    on trained parameters: the model's outputs, or anything computed from them, such as the residuals of a differential
+    equation. Several calls before ``backward``, multiples, sums, ``reduction="none"`` with weights, and accumulated gradients
+    are followed exactly. Without a criterion, x are the outputs of the model that received a gradient. A step uses all calls
+    that ``backward`` sent a gradient through since the last `step` or `zero_grad`.
 
-    A step uses all calls that ``backward`` sent a gradient through since the last `step` or `zero_grad`.
-
+    - A step is all or nothing. If anything is not finite, it raises, and neither parameters nor state have changed.
     - The step does not read ``.grad``, which is filled as usual. Clipping or editing it changes nothing, and a warning says so
       once.
     - A loss that also depends on the parameters directly, as by a penalty on weights, has a part r in its gradient that does
       not come through x. The parameters take a plain gradient step −lr·r for it, and a warning says so once.
-    - The Jacobian comes from the graph of your own ``backward``. Each use of a parameter is noted during the forward pass and
-      differentiated when the loss's gradient arrives at x. The forward pass is repeated only for trials of a policy, for
-      compiled models, and if the gradients at all uses do not fit into memory. A repeated pass has the same random numbers
-      (dropout masks), autocast and modes; it leaves buffers, attributes of modules and the random stream as they were.
-    - A step is all or nothing. If anything is not finite, it raises, and neither parameters nor state have changed.
-
-    A step costs two backward passes, Q more that stop at the uses of parameters, the kernel of (N·Q)² numbers in float64 (or
-    DᵀD, K² of them), and its factorization. Each step checks the uses against a backward pass. Parameters for which they are
-    incomplete are served by rows of the Jacobian, and a warning says so once.
+    - The Jacobian comes from the graph of your own ``backward``, and is checked against it. The forward pass is repeated only
+      for trials of a policy, for compiled models, and if memory does not suffice. A repeated pass has the same random numbers
+      (dropout masks), autocast and modes; buffers, attributes of modules and the random stream stay as they were.
+    - A step costs two backward passes, Q more that stop at the uses of parameters, the kernel of (N·Q)² numbers in float64 (or
+      DᵀD, K² of them), and its factorization. Parameters whose uses cannot all be seen are served by rows of the Jacobian, and
+      a warning says so once.
 
     Args:
         model: The module to train.
         lr: η ≥ 0, in units of the output curvature c of the loss: η = lr/c. ``lr=1`` (default) is the full Gauss–Newton step
             of a squared loss, whatever its reduction, multiples and weights. For other losses it is the longest step that
-            is sure to descend if the outputs follow it exactly (`Objective.curvatures`). Without ``criterion``, c is learned
-            from the values of a closure, if there is one and the policy needs the loss. Else c is 1, and lr multiplies the
-            gradient of the loss.
+            is sure to descend if the outputs follow it exactly. Without ``criterion``, c is learned from the values of a
+            closure if the policy needs the loss; else c is 1, and lr multiplies the gradient of the loss.
         criterion: The loss, a module, or several in a tuple: the same objects that the training step calls. Wrap a function in
             `LossFunction`.
         params: What to step, as for any torch optimizer (parameters, named ones, or groups with their own ``lr``, ``alpha``
@@ -184,16 +129,7 @@ class AdaptedGD(WatchingOptimizer):
         solver: str | Dense | ConjugateGradients = "auto",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"`model` should be a torch.nn.Module, but got {type(model).__name__}. Pass the model itself, not "
-                "model.parameters(); to step only some of them use `params`."
-            )
-        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-            raise ValueError(
-                f"`model` should be on one device for AdaptedGD, but is an nn.DataParallel over {len(model.device_ids)}. Pass "
-                "model.module, and call that."
-            )
+        options.check_model(model)
         self._model = model
         self._criteria = check_criteria(criterion)
         self._policy = options.check_damping(damping)
@@ -220,17 +156,15 @@ class AdaptedGD(WatchingOptimizer):
     def full_batch(self, loader: Iterable[Any]) -> float:
         """Take one step on all batches of a loader as one: the exact step over the whole training set.
 
-        The model is called once for each batch, so that no forward pass is larger than one, then the criterion once for all
-        outputs, whatever its reduction; the step is that of one large batch. Gradients are cleared first. Batches are moved to
-        the network's device. Beside the layers' inputs, memory holds B, the Q gradients of each sample's outputs at each
-        layer's, in the parameters' dtype.
+        Gradients are cleared first. The model is called once for each batch, moved to the network's device, then the criterion
+        once for all outputs, whatever its reduction. Memory holds the layers' inputs, and the Q gradients of each sample's
+        outputs at each layer's, in the parameters' dtype. Where several processes train together, each gives its own share of
+        the samples, and the loss is that of all.
 
         Args:
             loader: Gives pairs (inputs, targets), such as a DataLoader; inputs may be a tensor, a tuple of positional inputs or
                 a dict of keyword inputs. Its order may change from step to step (with it, conjugate gradients have no use for
                 the last step's ψ).
-
-        Where several processes train together, each gives its own share of the samples, and the loss is that of all.
 
         Returns:
             The loss before the step.
@@ -305,16 +239,9 @@ class AdaptedGD(WatchingOptimizer):
 
     def _decided(self, world: World, closure: Closure | None, loss: float | None, earlier: list[Any]) -> Callable[[], None]:
         """What a step comes to: a function that carries it out, until which nothing is changed."""
+        if (instead := self._in_place_of_a_step(world, idle=closure is not None and loss is None)) is not None:
+            return instead
         recorder = self._recorder
-        empty = not recorder.gradients
-        idle = not recorder.calls and empty and closure is not None and loss is None
-        told = world.objects((idle, float(getattr(self, "found_inf", 0.0)) > 0, empty))
-        if all(each[0] for each in told):
-            return _nothing  # the closure chose to skip this batch, as Lightning's does when training_step returns None
-        if any(each[1] for each in told):
-            return self._skip
-        if all(each[2] for each in told) and not world.any(not self._asked_for_state()):
-            return _nothing
         scale = self._loss_scale()
         stacked_from = self._stacked_from()
         if not world.any(bool(stacked_from)):
@@ -324,69 +251,70 @@ class AdaptedGD(WatchingOptimizer):
         if with_closure and closure is None:  # a process without samples, which has nothing to evaluate
             closure = Closure(lambda: 0.0, self._model, recorder.criterion_calls)
             closure()
-        arrived = {}
-        for name, p in trained.items():
-            known = recorder.gradients.get(id(p))
-            arrived[name] = torch.zeros_like(p) if known is None else known
-        total = TotalLoss(recorder, shares, scale)
-        kept, bad = self._looked_back(total)
+        arrived = recorder.gradients
+        gradients = {name: arrived[id(p)] if id(p) in arrived else torch.zeros_like(p) for name, p in trained.items()}
+        recorded = Recorded(self._model, stacked_from, trained, gradients, recorder.terms, scale, shares)
+        kept, total = Kept(self.state, self.param_groups), TotalLoss(recorded)
+        state, bad = kept.look_back(self._policy or LevenbergMarquardt(), total, underlying(self._model))
         if bad:
-            return lambda: self._undo(kept)
-        objective = Objective(recorder.terms, stacked_from, scale, shares) if self._criteria else None
+            return lambda: self._undo(kept, state)
+        objective = Objective(recorded) if self._criteria else None
         if closure is not None and world.any(any(each in earlier for each in (*recorder.calls, *recorder.terms))):
             closure = None  # gradients accumulate, and it tells the last loss alone
             self._warn_of_accumulation()
-        policy, solver, points = self._chosen(closure, stacked_from, trained, kept, total, shares)
-        unit = 1.0
+        told_by = {"with_criteria": bool(self._criteria), "with_closure": closure is not None}
+        chosen = choose_policy(self._policy, self._solver, recorded, state, total, **told_by)
+        policy, unit = chosen.policy, 1.0
         if objective is None and closure is not None and isinstance(policy, LevenbergMarquardt | Backtracking):
-            unit = kept.get("curvature", 0.0) or learned_curvature(stacked_from, scale, closure.value, world)
+            unit = state.get("curvature", 0.0) or learned_curvature(recorded, closure.value)
         linearization = Linearization(
-            self._model,
-            stacked_from,
-            trained,
-            arrived,
-            loss_scale=scale,
-            objective=objective,
+            recorded,
+            objective,
             metric=self._metric,
-            solver=solver,
+            solver=chosen.solver,
             unit=unit,
-            start=self._kept_psi(),
-            damping=policy.first_damping(kept),
-            shares=shares,
+            start=kept.psi,
+            damping=policy.first_damping(state),
         )
         propose = TrialMaker(linearization, self._groups())
         decay = options.shared_option(self.param_groups, "momentum")
-        judge = _judge_of(policy, linearization, closure)
-        momentum = kept_momentum(self.state, trained) if decay else None
-        outcome = policy.search(Step(linearization, propose, judge, momentum, decay, kept))
-        if points is not None and outcome.trial:
-            outcome.state.update(dataclasses.asdict(points))
-        later = isinstance(judge, ByNext)
+        judge = choose_judge(policy, linearization, closure)
+        outcome = policy.search(Step(linearization, propose, judge, kept.momentum(trained, decay), state))
+        later = judge is not None and judge.later
         move = None
         if outcome.trial:
-            values = _finite(propose.finished(outcome.trial))
+            values = propose.finished(outcome.trial)
+            remembered = {**outcome.state, **chosen.remembered}
             if later:
-                change = {name: value - trained[name] for name, value in values.items()}
-                outcome.state.update(expected(linearization, change, kept, total))
-            move = self._move(linearization, outcome, values)
+                remembered.update(expected(linearization, values, state, total))
+            move = Move.of(linearization, outcome.trial, values, remembered, with_momentum=decay > 0)
         report, move = world.same((StepReport.of(linearization, outcome), move))
-        self._warn(linearization, trained, arrived, scale)  # before anything changes: a warning may be made an error
-        judged = not later or "predicted" in kept  # a step that nobody has judged yet is none
-        hidden = outcome.hidden
+        self._warn(linearization, recorded)  # before anything changes: a warning may be made an error
 
         def carry_out() -> None:
-            if move is not None:
-                self._take(trained, move, keep=later)
-            elif points is not None and points.undamped:
-                coarse = self._solver is None and isinstance(solver, Dense) and solver.rtol is not None
-                step_on = {"refined": points.refined + 1} if coarse else {"slow": 1.0}
-                self.state[self.param_groups[0]["params"][0]].update(step_on)
-            if judged:
-                self._note_rejection(rejected=move is None and not hidden)
+            if move is None:
+                kept.remember(chosen.if_rejected)
+            else:
+                kept.take(trained, move, underlying(self._model), judged_later=later)
+            if not later or "predicted" in state:  # a step that nobody has judged yet is none
+                self._note_rejection(rejected=move is None and not outcome.hidden)
             recorder.drop("step", spent=True)
             self.last_step = report
 
         return carry_out
+
+    def _in_place_of_a_step(self, world: World, *, idle: bool) -> Callable[[], None] | None:
+        """What is done if this is no step; ``idle`` if the closure returned no loss. None if it is one."""
+        empty = not self._recorder.gradients
+        idle = idle and empty and not self._recorder.calls
+        told = world.objects((idle, float(getattr(self, "found_inf", 0.0)) > 0, empty))
+        if all(each[0] for each in told):
+            return lambda: None  # the closure chose to skip this batch, as Lightning's does when training_step returns None
+        if any(each[1] for each in told):
+            return self._skip
+        if all(each[2] for each in told) and not world.any(not self._asked_for_state()):
+            return lambda: None
+        return None
 
     def _stacked_from(self) -> list[Outputs]:
         """What x is stacked from: what the criteria were given, in the order of calls; without criteria, the calls."""
@@ -419,12 +347,7 @@ class AdaptedGD(WatchingOptimizer):
         """
         if world.size == 1:
             return UNSHARED, self._trained(), with_closure
-        for name, module in self._model.named_modules():
-            if isinstance(module, nn.SyncBatchNorm) and module.training:
-                raise ValueError(
-                    f"`model` should have no SyncBatchNorm in training mode for AdaptedGD, but '{name}' is one: outputs of "
-                    "one process would depend on the samples of others. Call eval() on it, or use GroupNorm or LayerNorm."
-                )
+        options.check_normalization(self._model)
         named = underlying(self._model).named_parameters()
         mine = Told(
             rows=sum(n * q for n, q in map(batch_and_outputs, stacked_from)),
@@ -447,107 +370,25 @@ class AdaptedGD(WatchingOptimizer):
             "shapes of parameters": [tuple(p.shape) for p in parameters],
             "numbers of trainable parameters": [number for number, p in enumerate(parameters) if p.requires_grad],
             "parameters": checksum(parameters),
-            "states of optimizers": (
-                sum(map(len, states)),
-                checksum(value for state in states for _, value in state),
-            ),
+            "states of optimizers": (sum(map(len, states)), checksum(value for state in states for _, value in state)),
         }
 
-    def _chosen(
-        self,
-        closure: Closure | None,
-        stacked_from: list[Outputs],
-        trained: dict[str, nn.Parameter],
-        kept: dict[str, float],
-        total: TotalLoss,
-        shares: Shares,
-    ) -> tuple[Policy, Dense | ConjugateGradients | None, SamePoints | None]:
-        """The policy and the solver: what was given, or by default what suits the loss; and what is known of an equation's."""
-        if isinstance(self._policy, Fixed) or (self._policy is None and not self._criteria and closure is None):
-            return Fixed(options.shared_option(self.param_groups, "damping")), self._solver, None
-        derived = any(tape.derived for each in stacked_from for tape in each.tapes)
-        judged = closure is not None or all(isinstance(each, Call) and not each.nested for each in stacked_from)
-        told = shares.world.objects((derived, judged, sum(n * q for n, q in map(batch_and_outputs, stacked_from))))
-        if self._policy or not (any(each[0] for each in told) and all(each[1] for each in told) and self._criteria):
-            return self._policy or LevenbergMarquardt(), self._solver, None
-        points = SamePoints.read(kept).met(total.job, total.value(), kept.get("fraction", 0.0))
-        rows = sum(each[2] for each in told)
-        solver = self._solver or for_undamped(rows, list(trained.values()), shares.world, int(points.refined))
-        if not points.undamped or solver is None:
-            return LevenbergMarquardt(decrease=_LESS_DAMPING), self._solver, points
-        return Backtracking(smallest=_LEAST_UNDAMPED), solver, points
-
-    @property
-    def _kept(self) -> dict[str, float]:
-        """What the policy remembers."""
-        first = self.param_groups[0]["params"][0]
-        return {name: value for name, value in self.state.get(first, {}).items() if isinstance(value, float)}
-
-    def _move(self, linearization: Linearization, outcome: Outcome, values: dict[str, Tensor]) -> Move:
-        """Where the parameters go, and what the next step builds on."""
-        trial = outcome.trial
-        assert trial is not None
-        momentum: dict[str, Tensor] = {}
-        if options.shared_option(self.param_groups, "momentum"):
-            for name, p in linearization.trained.items():
-                momentum[name] = (trial.direction.adapted[name] / linearization.curvature).reshape(p.shape).to(p.dtype)
-        psi = trial.direction.weights if linearization.warm_start else None
-        return Move(values, momentum, psi, dict(outcome.state))
-
-    def _take(self, trained: dict[str, nn.Parameter], move: Move, *, keep: bool) -> None:
-        """Move the parameters, and keep what the next step builds on."""
-        last = LastStep(self.state, self._groups_parameters())
-        last.forget()
-        for name, p in trained.items():
-            if keep:
-                last.keep(p)
-            p.copy_(move.values[name])
-            if name in move.momentum:
-                self.state[p]["momentum"] = move.momentum[name]
-        first = self.param_groups[0]["params"][0]
-        if move.psi is not None:
-            self.state[first]["psi"] = move.psi.to(first.dtype)  # loading a state casts it to that
-        remembered = dict(move.remembered)
-        if keep:
-            last.left(underlying(self._model))
-        if (damping := remembered.pop("damping", None)) is not None:
-            for group in self.param_groups:
-                group["damping"] = damping
-        if remembered:
-            self.state[first].update(remembered)
-
-    def _looked_back(self, total: TotalLoss) -> tuple[dict[str, float], bool]:
-        """What the policy remembers, once the loss has told what the last step did; and whether that is to be undone."""
-        kept = {**self._kept, "damping": options.shared_option(self.param_groups, "damping")}
-        policy = self._policy or LevenbergMarquardt()
-        if not isinstance(policy, LevenbergMarquardt):
-            return kept, False
-        return LastStep(self.state, self._groups_parameters()).look_back(policy, kept, total, underlying(self._model))
-
-    def _undo(self, kept: dict[str, float]) -> None:
+    def _undo(self, kept: Kept, state: State) -> None:
         """Take the last step back."""
-        LastStep(self.state, self._groups_parameters()).undo(kept)
-        for group in self.param_groups:
-            group["damping"] = kept["damping"]
+        kept.undo(state)
         num_calls = len(self._recorder.terms)
-        self.last_step = StepReport(status="rejected", fraction=0.0, num_calls=num_calls, relative_damping=kept["damping"])
+        self.last_step = StepReport(status="rejected", fraction=0.0, num_calls=num_calls, relative_damping=state["damping"])
         self._recorder.drop("step", spent=True)
 
-    def _kept_psi(self) -> Tensor | None:
-        """ψ of the last step, for conjugate gradients to begin with."""
-        kept = self.state.get(self.param_groups[0]["params"][0], {}).get("psi")
-        return None if kept is None else kept.double()
-
-    def _warn(
-        self, linearization: Linearization, trained: dict[str, nn.Parameter], arrived: dict[str, Tensor], scale: float
-    ) -> None:
+    def _warn(self, linearization: Linearization, recorded: Recorded) -> None:
         for about, text in linearization.remarks():
             self._warn_once(about, text)
         # DistributedDataParallel averages `.grad`.
-        for name, p in trained.items() if self._world().size == 1 else ():
-            if p.grad is None or torch.equal(p.grad.to_dense(), arrived[name]):
+        for name, p in recorded.trained.items() if self._world().size == 1 else ():
+            arrived, scale = recorded.gradients[name], recorded.scale
+            if p.grad is None or torch.equal(p.grad.to_dense(), arrived):
                 continue
-            if scale == 1 or not torch.equal(p.grad.to_dense(), arrived[name] / scale):  # which a GradScaler does
+            if scale == 1 or not torch.equal(p.grad.to_dense(), arrived / scale):  # which a GradScaler does
                 self._warn_once(
                     "edited",
                     f"`.grad` of '{name}' is not what backward delivered since the last step: it was clipped or edited, or not "

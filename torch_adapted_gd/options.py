@@ -14,6 +14,30 @@ from .tracking.calls import underlying
 SHARED = ("damping", "momentum")  # of the one system that all parameter groups share
 
 
+def check_model(model: Any) -> None:
+    """Check that it is a model, on one device."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` should be a torch.nn.Module, but got {type(model).__name__}. Pass the model itself, not "
+            "model.parameters(); to step only some of them use `params`."
+        )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            f"`model` should be on one device for AdaptedGD, but is an nn.DataParallel over {len(model.device_ids)}. Pass "
+            "model.module, and call that."
+        )
+
+
+def check_normalization(model: nn.Module) -> None:
+    """Check that no layer normalizes over several processes."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ValueError(
+                f"`model` should have no SyncBatchNorm in training mode for AdaptedGD, but '{name}' is one: outputs of "
+                "one process would depend on the samples of others. Call eval() on it, or use GroupNorm or LayerNorm."
+            )
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Check the options of a parameter group."""
     real_number("lr", options["lr"], low=0.0)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from .checks import one_of, positive_integer, real_number, true_or_false
 from .step.decision import FIRST_RAISED, RAISE, Outcome, Step
-from .step.remembered import CarryOver, State
+from .step.remembered import CarryOver, State, read
 
 JUDGES = ("auto", "outputs", "closure", "next")
 
 _DECREASE = 1e-4  # of what the slope promises, for a step to be long enough (Armijo)
 _LONGER_AGAIN = 8.0  # times the last step's fraction is what the next one begins with
+_RESERVE = 0.8  # of the length that an error growing like the square would allow
+_LONGER, _SHORTER = 5.0, 0.1  # most that a step is made longer or shorter by
 _BY_CHANCE = 10.0  # most that λ is raised to by losses on other inputs than those of the step
 _LOSING = -1.0  # share of the gain below which damping is raised: more than twice the gain is missing on the next batch
 
@@ -41,14 +43,13 @@ class Backtracking:
     A step begins with eight times the fraction of ``lr`` that the last one went, at most with all of it. Each trial gets
     second-order parts, as in `LevenbergMarquardt`. If such a part is too long, a larger λ makes it shorter.
 
-    If all lengths down to ``smallest`` are in vain, λ is raised a thousandfold, from 1e-18 on, for this step and the next ones,
-    and lowered as much again after each step of full length. Where the solver is ``Dense(factorization="svd")`` this costs
-    trials and no other solution.
+    If all lengths down to ``smallest`` fail, λ is raised a thousandfold, from 1e-18 on, for this step and the next ones, and
+    lowered as much again after each step of full length. With the solver ``Dense(factorization="svd")`` this needs more trials
+    and no other solution.
 
-    With ``damping=0`` this is the damped Gauss–Newton method (Deuflhard, Newton Methods for Nonlinear Problems, 2004). Its
-    first steps move the parameters far and the loss little, the more so the smaller the singular values of D that count
-    (``rtol`` of `Dense`); on residuals of differential equations what follows is much faster than LevenbergMarquardt, on
-    regression it may not follow at all. docs/pinns.md has figures.
+    With ``damping=0`` this is the damped Gauss–Newton method (Deuflhard, Newton Methods for Nonlinear Problems, 2004). On
+    residuals of differential equations it is much faster than LevenbergMarquardt after its first steps, which lower the loss
+    little; on regression it may not get that far. docs/pinns.md has figures.
 
     Args:
         damping: λ, relative to the mean of diag Θ, at least 0.
@@ -117,17 +118,13 @@ class StraightLine:
         |Δx − Dδ| ≤ tolerance · |x₀ − y|,
 
     with the distance |x₀ − y| that the first step's prediction had to go at η = 1 (as a root mean square over outputs, so that
-    batches of other sizes compare). Else η is shortened to what that error, growing like η², suggests, down to a tenth at a
-    time, and the next step begins with what the last error suggests, up to five times as long; never longer than ``lr``. Each
-    trial costs a forward pass and no new solution. So steps are short at the start, where small eigenvalues of Θ ask for long
-    motions of the parameters, and grow until the last ones are full Gauss–Newton steps, which end on the targets.
+    batches of other sizes compare). Otherwise η is shortened to what that error, growing like η², suggests, at most tenfold at
+    a time. The next step begins with what the last error suggests, at most five times as long, and never longer than ``lr``.
+    Each trial costs a forward pass and no new solution. The last steps are full Gauss–Newton steps, which end on the targets.
 
-    Each step aims at the targets from where the outputs are, which mends what they were off by as it goes. What damping leaves
-    out of the motion is not seen as an error: choose λ small. How near to the line from their start to the targets that keeps
-    all outputs is in docs/fullbatch.md: with the default, within 5 %.
-
-    The time t = 1 − Π(1 − η) advances with ``lr · last_step.fraction`` for η. No criterion is needed, but without one η
-    multiplies the gradient of the loss as it is.
+    Each step aims at the targets from the current outputs, so earlier deviations are corrected. What damping leaves out of the
+    motion is not seen as an error: choose λ small. By default outputs stay within 5 % of the line (docs/fullbatch.md). The time
+    t = 1 − Π(1 − η) advances with ``lr · last_step.fraction`` for η. Without a criterion η multiplies the loss's gradient.
 
     Args:
         tolerance: Largest error of a step, relative to the distance at the start.
@@ -198,42 +195,26 @@ class StraightLine:
         return Outcome(direction, None, trials, None)
 
 
-_RESERVE = 0.8  # of the length that an error growing like the square would allow
-_LONGER, _SHORTER = 5.0, 0.1  # most that a step is made longer or shorter by
-
-
 @dataclass(frozen=True)
 class LevenbergMarquardt:
     """Raise and lower the damping λ of (DᵀD + λ1)⁻¹∇_θC by how well the last trial was predicted.
 
-    Each step of `AdaptedGD` tries parameters θ + δ and compares the decrease of the loss there with the one that would come
-    about if the outputs moved by Dδ, as their linearization has it. A trial that is not finite, or gives less than ``accept``
-    of that, is rejected: nothing of it stays, and λ is raised, faster each time. One that is accepted lowers λ if it gave more
-    than ``good`` of it and raises λ if it gave less than ``poor``. If every attempt of a step is rejected, parameters, momentum
-    and λ are as they were, and the report's status is ``"rejected"``. Where plain gradients are a part of the step, which no
-    damping shortens (α < 1, terms of the loss that do not come through the outputs), a rejection shortens all of it too.
+    Each step of `AdaptedGD` tries parameters θ + δ and compares the decrease of the loss there with the one predicted if
+    the outputs move by Dδ. A trial that is not finite, or gives less than ``accept`` of that, is rejected, and λ is raised,
+    faster each time. One that is accepted lowers λ if it gave more than ``good`` of it, and raises λ if it gave less than
+    ``poor``. If every trial of a step is rejected, nothing changes, and the report's status is ``"rejected"``. Where plain
+    gradients are a part of the step, which no damping shortens (α < 1, terms of the loss that do not come through the outputs),
+    a rejection shortens all of it too.
 
-    Who tells the loss at a trial is the ``judge``:
-
-    - ``"outputs"``: the forward pass repeated at θ + δ, without a graph, and the ``criterion``. It needs a criterion whose
-      arguments are the model's outputs, or entries of them.
-    - ``"closure"``: that of ``step(closure)`` at θ + δ: a forward and a backward pass.
-    - ``"next"``: the loss of the next step, if that is on the same inputs: it costs nothing. A step that turns out to be bad is
-      taken back then, exactly, and one step has gone into finding out.
-    - ``"auto"``: the first of these that can.
-
-    So each batch judges its own step. A small batch of a large network can be fitted however large the step, which undoes
-    what others have learned; what gives this away is that the next batch sees nothing of the gain. Therefore λ is lowered
-    only while at least ``carry_over`` of the gain on one batch is found again when the next one arrives, on average over ten
-    steps or so; where steps gain less than a tenth of the loss, batches differ by more than that and it is not asked. And λ is
-    raised while the next batch is missing more than twice the gain. For a batch that is the whole data nothing is missing.
-    This costs nothing.
+    A small batch of a large network can be fitted however large the step, which undoes what others have learned; the next batch
+    then sees nothing of the gain. Therefore λ is lowered only while at least ``carry_over`` of the gain on one batch is found
+    again when the next one arrives, on average over about ten steps, and raised while the next batch is missing more than twice
+    the gain. This does not apply where steps gain less than a tenth of the loss, because batches differ by more than that.
 
     ``second_order`` adds a part c = −D⁺(x(θ + δ) − x(θ) − Dδ) with the same λ to each trial, which corrects the bending of the
-    outputs, if c is at most ⅜ of δ in length and lowers the loss further. This is known as geodesic acceleration (Transtrum &
-    Sethna, arXiv:1201.5885, there from a finite difference). While each c halves the loss, the same D⁺ corrects what is left
-    (a chord method). Each c costs a forward pass and a solve with the factors at hand. It pays in narrow, curved valleys and
-    near a solution: docs/choosing.md has figures.
+    outputs, if c is at most ⅜ of δ in length and lowers the loss further: geodesic acceleration (Transtrum & Sethna,
+    arXiv:1201.5885). While each c halves the loss, the same D⁺ corrects what is left (a chord method). Each c costs a forward
+    pass and a solve with the factors at hand.
 
     Args:
         initial: λ to begin with, relative to the mean of diag Θ, like every damping.
@@ -246,7 +227,9 @@ class LevenbergMarquardt:
         smallest: Lower bound of λ.
         num_trials: The most trials of one step.
         second_order: Whether to add the second-order part, where the judge is not ``"next"``.
-        judge: See above.
+        judge: What tells the loss at a trial (docs/losses.md): ``"outputs"``, the forward pass repeated and the ``criterion``;
+            ``"closure"``, that of ``step(closure)``; ``"next"``, the loss of the next step, and a bad step is taken back then;
+            ``"auto"``, the first of these that can.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -309,8 +292,8 @@ class LevenbergMarquardt:
         Args:
             state: What is remembered, with what the step was expected to do.
             loss: The loss now.
-            same: Whether it is on the same inputs. If not, its difference has chance in it: the step stays, and λ is raised or
-                lowered as if it had none, which on average it has not.
+            same: Whether it is on the same inputs. If not, chance is a part of the difference: the step stays, and λ is
+                raised or lowered.
             lost: Whether outputs are not finite any more.
         """
         change, predicted = loss - state["before"], state["predicted"]
@@ -331,7 +314,7 @@ class LevenbergMarquardt:
         """Trials with more and more damping until one gives enough of the decrease that was predicted for it."""
         judge, linear = step.known(), step.linear
         damping = step.state.get("damping", self.initial)
-        carry = CarryOver.read(step.state).met(judge.before / linear.loss_unit)
+        carry = read(CarryOver, step.state).met(judge.before / linear.loss_unit)
 
         def remembered(damping: float, change: float | None) -> State:
             after = carry.stepped(judge.before / linear.loss_unit, None if change is None else change / linear.loss_unit)

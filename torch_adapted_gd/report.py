@@ -100,5 +100,5 @@ class StepReport:
             fraction=outcome.trial.fraction if outcome.trial else 0.0,
             iterations=iterative.iterations if iterative else 0,
             residual=iterative.last.residual if iterative and iterative.last else None,
-            seconds=dict(system.seconds),
+            seconds=dict(iterative.seconds) if iterative else {},
         )

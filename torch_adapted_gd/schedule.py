@@ -16,9 +16,9 @@ class LinearInterpolationLR(LRScheduler):
 
         lr_k = lr / (T − k)
 
-    of a full Gauss–Newton step (``lr=1`` for an `AdaptedGD` with a ``criterion``); the last step is a full one. The outputs
-    stay within O(1/T) of the line while the Jacobian has full rank. Call `step` after each step of the optimizer. After T steps
-    the learning rate stays at ``lr``: full steps hold the outputs at the targets.
+    of a full Gauss–Newton step; the last step is a full one. The outputs stay within O(1/T) of the line while the Jacobian has
+    full rank. Call `step` after each step of the optimizer. After T steps the learning rate stays at ``lr``, and full steps
+    hold the outputs at the targets.
 
     Args:
         optimizer: Usually `AdaptedGD` with ``lr=1.0``, ``criterion=`` and ``damping=0.0``. A damped step is shorter than the

@@ -12,6 +12,7 @@ import os
 import pickle
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -118,19 +119,14 @@ class Processes(World):
         return self.from_rank(value, 0)
 
     def objects(self, value: T) -> list[T]:
-        self.agree()
         tensors, found = self._described(value)
         return [self._broadcast(described, tensors, rank) for rank, described in enumerate(found)]
 
     def from_rank(self, value: T | None, rank: int) -> T:
-        self.agree()
-        mine, tensors = _Described.of(value if rank == self.rank else None)
-        found = [mine]
-        dist.broadcast_object_list(found, self._ranks[rank], group=self._control)
-        return self._broadcast(found[0], tensors, rank)  # type: ignore[no-any-return]
+        tensors, found = self._described(value if rank == self.rank else None)
+        return self._broadcast(found[rank], tensors, rank)  # type: ignore[no-any-return]
 
     def collected(self, value: T, rank: int) -> list[T]:
-        self.agree()
         tensors, found = self._described(value)
         if rank != self.rank:
             for tensor in tensors:
@@ -182,10 +178,13 @@ class Processes(World):
 
     def _described(self, value: Any) -> tuple[list[Tensor], list[_Described]]:
         """The tensors of a value, and the description of each process's value."""
-        mine, tensors = _Described.of(value)
+        self.agree()
+        pickler = _Pickler(io.BytesIO())
+        pickler.dump(value)
+        shapes = [(t.shape, t.dtype) for t in pickler.tensors]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, mine, group=self._control)
-        return tensors, found
+        dist.all_gather_object(found, _Described(pickler.file.getvalue(), shapes), group=self._control)
+        return pickler.tensors, found
 
     def _broadcast(self, described: _Described, tensors: list[Tensor], rank: int) -> Any:
         """The value of one process, known by its description; ``tensors`` are those of this process."""
@@ -243,7 +242,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.tensors: list[Tensor] = []
+        self.file, self.tensors = file, list[Tensor]()
         self._places: dict[Any, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
@@ -266,25 +265,17 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[pid]
 
 
+@dataclass(frozen=True)
 class _Described:
     """A value without its tensors, and the shapes and dtypes of these: small enough to be sent as an object."""
 
-    def __init__(self, packed: bytes, tensors: list[Tensor]) -> None:
-        self._packed = packed
-        self._shapes = [(t.shape, t.dtype) for t in tensors]
-
-    @classmethod
-    def of(cls, value: Any) -> tuple[_Described, list[Tensor]]:
-        """The description of a value, and its tensors."""
-        file = io.BytesIO()
-        pickler = _Pickler(file)
-        pickler.dump(value)
-        return cls(file.getvalue(), pickler.tensors), pickler.tensors
+    packed: bytes
+    shapes: list[tuple[torch.Size, torch.dtype]]
 
     def empty(self, device: torch.device) -> list[Tensor]:
         """Memory for the tensors."""
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._shapes]
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.shapes]
 
     def filled(self, tensors: list[Tensor]) -> Any:
         """The value with its tensors."""
-        return _Unpickler(io.BytesIO(self._packed), tensors).load()
+        return _Unpickler(io.BytesIO(self.packed), tensors).load()

@@ -101,7 +101,9 @@ class Hessian:
 
     @functools.cached_property
     def blocks(self) -> Blocks | None:
-        """The blocks, of rows of samples or of all rows, if it is no diagonal; None if they are too large."""
+        """The blocks, of single rows if it is a diagonal, else of samples or of all rows; None if they are too large."""
+        if self.diagonal is not None:
+            return Blocks(self._rows[:, None], self.diagonal[self._rows, None, None], by_sample=True)
         rows, number, counts, x = self._ordered, self._number, self._counts, self._x.detach()
         most = int(counts.max())
         if most > _COLUMNS * (1 if self._by_sample else 16) or len(counts) * most**2 > _ENTRIES:

@@ -25,48 +25,29 @@ _LEGIBLE = 32.0  # rounding errors of the loss that its curvature has to stand o
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy came to.
+    """What a policy came to."""
 
-    Attributes:
-        direction: The last direction.
-        trial: The trial to take; None if all were rejected.
-        num_trials: How many were made.
-        gain_ratio: Actual over predicted decrease of the loss at it; None if nobody looked.
-        state: What the policy is to remember if the trial is taken.
-        hidden: Whether no trial could be told from where the parameters are, so that a rejection says nothing.
-    """
-
-    direction: Direction
-    trial: Trial | None
-    num_trials: int
-    gain_ratio: float | None
-    state: State = dataclasses.field(default_factory=dict)
-    hidden: bool = False
+    direction: Direction  # the last one
+    trial: Trial | None  # the trial to take; None if all were rejected
+    num_trials: int  # how many were made
+    gain_ratio: float | None  # actual over predicted decrease of the loss at it; None if nobody looked
+    state: State = dataclasses.field(default_factory=dict)  # what the policy is to remember if the trial is taken
+    hidden: bool = False  # whether no trial could be told from where the parameters are, so that a rejection says nothing
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a policy decides on.
+    """What a policy decides on."""
 
-    Attributes:
-        linear: The loss around the present parameters.
-        propose: Makes trials.
-        judge: Tells what they do to the loss; None if nobody can.
-        momentum: φ of the last step, or None.
-        decay: μ.
-        state: What the policy remembers.
-    """
-
-    linear: Linearization
-    propose: TrialMaker
-    judge: Judge | None
-    momentum: Parts | None
-    decay: float
-    state: State
+    linear: Linearization  # the loss around the present parameters
+    propose: TrialMaker  # makes trials
+    judge: Judge | None  # tells what they do to the loss; None if the policy does not ask
+    momentum: Parts | None  # μφ₋ of the last step
+    state: State  # what the policy remembers
 
     def direction(self, damping: float, *, with_momentum: bool = True) -> Direction:
         """Where to go."""
-        return self.linear.direction(damping, self.momentum if with_momentum else None, self.decay)
+        return self.linear.direction(damping, self.momentum if with_momentum else None)
 
     def known(self) -> Judge:
         """Who tells the loss."""
@@ -125,7 +106,8 @@ class Step:
             if part is not None:
                 mended = {name: each + mended[name] for name, each in part.items()}
             bent = self.propose(plain.direction, plain.fraction, mended)
-            if self.linear.agreed(_distance(bent.change, plain.change)) <= _BENDING * norm(plain.change):
+            apart = norm({name: change - plain.change[name] for name, change in bent.change.items()})
+            if self.linear.agreed(apart) <= _BENDING * norm(plain.change):
                 return bent, direction
             scale = self.linear.system.scale
             if not raising or not direction.damping < scale:
@@ -150,7 +132,3 @@ class Step:
         if shown is None:
             return {"curvature": curvature}
         return {"curvature": min(_LEARNING * curvature, max(curvature / _LEARNING, shown))}
-
-
-def _distance(first: Parts, second: Parts) -> float:
-    return norm({name: part - second[name] for name, part in first.items()})

@@ -2,20 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import all_finite
 from ..jacobian import Parts, norm
 from ..solve import ConjugateGradients
-from ..tracking.calls import Call, Outputs, stacked, underlying, without_autocast
+from ..tracking.calls import Call, underlying, without_autocast
 from ..tracking.closure import Given
-from ..tracking.replay import Replay, batch_and_outputs, precision
+from ..tracking.replay import Replay, precision
 from .objective import Objective
 from .output_metric import DiagonalMetric, Metric
-from .shares import UNSHARED, Shares
+from .recorded import Recorded
 from .system import Dense, Direction, Problem
 
 METRICS = ("euclidean", "ggn")
@@ -25,26 +25,21 @@ class Linearization:
     """C(θ + δ) ≈ C + ∇_θC·δ + ½ (Dδ)ᵀH(Dδ), and the steps that minimize it, damped or not.
 
     Args:
-        model: The network.
-        stacked_from: The calls, and other outputs that criteria were given, that x is stacked from in this process.
-        trained: The parameters θ by name.
-        arrived: ∇_θC by parameter, as backward computed it, multiplied by ``loss_scale``.
-        loss_scale: The factor of a GradScaler.
+        recorded: What the training step left.
         objective: The loss as a function of x; None without criteria.
         metric: One of `METRICS`.
         solver: How to solve; None for a choice by size.
         unit: The output curvature that ``lr`` is measured in without criteria.
         start: A ψ̃ to start iterations with, or None.
         damping: The smallest λ that `direction` will be asked for.
-        shares: The part of each process.
 
     Attributes:
+        loss: C, by the criteria; 0 where there are none.
         gradient: ∇_θC by parameter, in the parameters' dtype.
         off_output: r = ∇_θC − Dᵀg, flat in float64; None if it is rounding error.
         off_output_fraction: |r|/|∇_θC|.
         curvature: The divisor c of η = lr/c: the largest of `Objective.curvatures`, or 1 in the GGN metric.
         system: The linear system.
-        warm_start: Whether the next step should start with this ψ̃.
         eps: Machine epsilon of the arithmetic of x.
         repeatable: Whether repeated calls give x for other parameters.
         num_calls, num_outputs, num_params: The number of calls, QN and K.
@@ -57,56 +52,47 @@ class Linearization:
 
     def __init__(
         self,
-        model: nn.Module,
-        stacked_from: list[Outputs],
-        trained: dict[str, nn.Parameter],
-        arrived: dict[str, Tensor],
-        *,
-        loss_scale: float,
+        recorded: Recorded,
         objective: Objective | None,
+        *,
         metric: str,
         solver: Dense | ConjugateGradients | None,
-        unit: float = 1.0,
-        start: Tensor | None = None,
-        damping: float = 0.0,
-        shares: Shares = UNSHARED,
+        unit: float,
+        start: Tensor | None,
+        damping: float,
     ) -> None:
-        self._shares, self._world = shares, shares.world
-        self._model, self._stacked = model, stacked_from
-        self._calls = calls = [each for each in stacked_from if isinstance(each, Call)]
-        self.trained, self.objective, self._rounding_of_g = trained, objective, 0.0
-        for each in stacked_from:
-            each.check_unchanged(model)
-        for call in calls if objective is None else ():
+        self._recorded, self._shares = recorded, (shares := recorded.shares)
+        self._world, self.trained = shares.world, recorded.trained
+        self.objective, self._rounding_of_g = objective, 0.0
+        for each in recorded.stacked_from:
+            each.check_unchanged(recorded.model)
+        for call in recorded.calls if objective is None else ():
             call.check_alone()
-        self._lengths = [n * q for n, q in map(batch_and_outputs, stacked_from)]
-        if sum(shares.lengths or self._lengths) == 0:
+        if sum(shares.lengths or [recorded.rows]) == 0:
             raise RuntimeError("The outputs that reached the loss are empty. Leave out empty batches.")
-        self.num_params = sum(p.numel() for p in trained.values())
-        dtype, device = (first := next(iter(trained.values()))).dtype, first.device
-        coarsest = max([0.0 if objective is None else objective.eps, *(precision(each, dtype) for each in stacked_from)])
-        repeatable = len(calls) == len(stacked_from) and not any(call.nested for call in calls)
-        told = self._world.objects((coarsest, repeatable, len(stacked_from)))
+        self.num_params = recorded.num_params
+        dtype = next(iter(self.trained.values())).dtype
+        precisions = [precision(each, dtype) for each in recorded.stacked_from]
+        coarsest = max([0.0 if objective is None else objective.eps, *precisions])
+        told = self._world.objects((coarsest, recorded.repeatable, len(recorded.stacked_from)))
         self.eps = max(each[0] for each in told)
         self.repeatable = all(each[1] for each in told)
         self.num_calls = sum(each[2] for each in told)
-        self._own_outputs = _stack(stacked_from, lambda each: each.outputs, device)  # of this process
+        self._own_outputs = recorded.vector(lambda each: each.outputs)  # of this process
         self._outputs = shares.gathered(self._own_outputs)  # x, [R]
-        own_g = arrived_g = _stack(stacked_from, lambda each: each.gradients, device) / loss_scale
+        own_g = arrived_g = recorded.vector(lambda each: each.gradients) / recorded.scale
         if objective is None:
-            self._g = shares.gathered(own_g * shares.mean)
+            self.loss, self._g = 0.0, shares.gathered(own_g * shares.mean)
         else:
-            self._g = objective.gradient(self._outputs)
+            self.loss, self._g = objective.value_and_gradient(self._outputs)
             own_g = self._g if self._world.size == 1 else objective.own_gradient(self._own_outputs)
             self._check_explained(arrived_g, own_g)
         self._check_finite()
         root, self.curvature = self._chosen_metric(metric, unit)
-        problem = Problem(model, stacked_from, trained, self._g, root, solver, self.eps, start, damping, self._world)
-        self.system = problem.system()
-        self.warm_start = self.system.iterative is not None and self.system.iterative.warm_start
+        self.system = Problem(recorded, self._g, root, solver, self.eps, start, damping).system()
         self.num_outputs = self.system.rows
         self.system.check_solved()
-        self.gradient = arrived if loss_scale == 1 else {name: tensor / loss_scale for name, tensor in arrived.items()}
+        self.gradient = {name: g if recorded.scale == 1 else g / recorded.scale for name, g in recorded.gradients.items()}
         self._find_off_output(own_g, dtype)
 
     def _chosen_metric(self, metric: str, unit: float) -> tuple[Metric | None, float]:
@@ -121,8 +107,7 @@ class Linearization:
         largest = float(c.max())
         if not largest > 0:
             return None, 1.0  # the loss depends on no output
-        rounding = 1e-14 if self._world.size > 1 else 0.0  # of the weights of processes
-        if float(c.min()) >= (1 - rounding) * largest:
+        if float(c.min()) >= (1 - 1e-14) * largest:  # the same, but for rounding of the weights of processes
             return None, largest
         return DiagonalMetric((c / largest).sqrt(), c > 0), largest
 
@@ -143,7 +128,7 @@ class Linearization:
         if apart <= 64 * self.eps * float(torch.linalg.vector_norm(self.objective.own_curvatures(self._own_outputs) * x)):
             self._rounding_of_g = apart
             return
-        if len(self._calls) < len(self._stacked) or any(call.nested for call in self._calls):
+        if not self._recorded.repeatable:
             return  # a part of the gradient may have come through something that was computed from a call's output
         raise RuntimeError(
             f"The loss's gradient in the model's outputs has norm {size:.6g}, of which `criterion` explains {explained:.6g}, "
@@ -159,27 +144,15 @@ class Linearization:
             if not bool(bad.any()):
                 continue
             advice = "Look at its inputs and the parameters" if what == "output" else "Look at the loss and its targets"
-            for number, (each, marks) in enumerate(zip(self._stacked, bad.split(self._lengths), strict=True), 1):
-                shapes = [each.outputs[place].shape for place in each.places]
-                by_place = marks.view(shapes[0][0], -1).split([shape[1:].numel() for shape in shapes], 1)
-                for place, shape, part in zip(each.places, shapes, by_place, strict=True):
-                    if not bool(part.any()):
-                        continue
-                    whose = "of the model" if isinstance(each, Call) else "that a criterion was given"
-                    raise RuntimeError(
-                        f"In call {number} of {len(self._stacked)} {whose}, the {what} {place} of shape {list(shape)} has "
-                        f"{int(part.sum())} entries that are not finite, so nothing was changed. {advice}; a smaller `lr` or "
-                        "more `damping` keeps outputs bounded. zero_grad drops the call."
-                    )
-
-    @functools.cached_property
-    def loss(self) -> float:
-        """C, by the criteria; 0 where there are none."""
-        return 0.0 if self.objective is None else self.objective.value(self._outputs)
-
-    @functools.cached_property
-    def _replays(self) -> list[Replay]:
-        return [Replay(underlying(self._model), call, list(self.trained)) for call in self._calls]
+            number, place, part = next(each for each in self._recorded.split(bad) if bool(each[2].any()))
+            stacked_from = self._recorded.stacked_from
+            whose = "of the model" if isinstance(stacked_from[number], Call) else "that a criterion was given"
+            shape = list(stacked_from[number].outputs[place].shape)
+            raise RuntimeError(
+                f"In call {number + 1} of {len(stacked_from)} {whose}, the {what} {place} of shape {shape} has "
+                f"{int(part.sum())} entries that are not finite, so nothing was changed. {advice}; a smaller `lr` or more "
+                "`damping` keeps outputs bounded. zero_grad drops the call."
+            )
 
     @functools.cached_property
     def rounding(self) -> float:
@@ -197,37 +170,28 @@ class Linearization:
         """The divisor that makes losses of batches of different sizes comparable."""
         return self.num_outputs if self.objective is not None and self.objective.is_sum else 1
 
-    def direction(self, damping: float, momentum: Parts | None = None, decay: float = 0.0) -> Direction:
+    def direction(self, damping: float, momentum: Parts | None = None) -> Direction:
         """φ = D⁺g, damped: φ = Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹Dᵀg; with S where a metric asks for it.
 
-        With a momentum φ₋ it is that of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190). The momentum counts as a part
-        of the step, and the solve corrects what it leaves on this batch: φ = D⁺(g − μ c Dφ₋) + μ c φ₋.
+        With a momentum it is that of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190). The momentum counts as a part of
+        the step, and the solve corrects what it leaves on this batch: φ = D⁺(g − c D(μφ₋)) + c μφ₋.
 
         Args:
             damping: λ relative to the mean of diag Θ.
-            momentum: φ₋, divided by the curvature c of its step, or None.
-            decay: μ.
+            momentum: μφ₋, divided by the curvature c of its step, or None.
         """
-        shift = damping * self.system.scale
-        right = self.system.right
-        if momentum is not None and decay:
-            momentum = {name: decay * part for name, part in momentum.items()}
-            if self.system.space == "sample":
-                right = right - self.system.weigh(self.curvature * self.system.jacobian.mv(momentum))
-            else:
-                right = right - self.curvature * (self.system.matrix @ self.system.jacobian.flat(momentum))
+        shift, right = damping * self.system.scale, self.system.right
+        if momentum is not None:
+            right = right - self.system.right_of(self.curvature * self.system.jacobian.mv(momentum))
         adapted, weights = self.system.solve(right, shift)
         size = norm(adapted)
-        if momentum is not None and decay:
+        if momentum is not None:
             adapted = {name: part + self.curvature * momentum[name] for name, part in adapted.items()}
         return Direction(adapted, weights, size, shift)
 
     def correction(self, bend: Tensor, direction: Direction) -> Parts:
         """−D⁺(x(θ + δ) − x(θ) − Dδ), with the damping of a direction: the second-order part of a step; ``bend`` is ``[R]``."""
-        right = self.system.weigh(bend)
-        if self.system.space == "parameter":
-            right = self.system.jacobian.flat(self.system.jacobian.rmv(self.system.unweigh(right)))
-        parts, _ = self.system.solve(right, direction.damping, beside=True)
+        parts, _ = self.system.solve(self.system.right_of(bend), direction.damping, beside=True)
         return {name: -part for name, part in parts.items()}
 
     def linear(self, change: Parts) -> Tensor:
@@ -242,10 +206,10 @@ class Linearization:
         """x(θ') − x(θ), ``[R]``, from repeated calls with values θ' by name; None if it is unknown or not finite."""
         if not self.repeatable:
             return None
-        there: Tensor | None = None
+        model, names, there = underlying(self._recorded.model), list(self.trained), None
         try:
-            with torch.no_grad():
-                there = torch.cat([self._outputs.new_zeros(0), *(each.outputs_with(values).double() for each in self._replays)])
+            parts = [Replay(model, call, names).outputs_with(values).double() for call in self._recorded.calls]
+            there = torch.cat([self._outputs.new_zeros(0), *parts])
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # from a model that checks its values
@@ -270,14 +234,10 @@ class Linearization:
     def loss_change(self, moved: Tensor, change: Parts) -> float:
         """C(θ + δ) − C(θ) for outputs that moved by Δx; terms that do not depend on x count to first order in δ."""
         beside = sum(float(part @ change[name]) for name, part in (self.off_output or {}).items())
-        return self._criteria_change(moved) + beside
+        return self.criteria_change(moved) + beside
 
-    def expected(self, change: Parts) -> float:
-        """C(x + Dδ) − C(x), of the criteria alone, for δ in the shapes of the parameters."""
-        return self._criteria_change(self.linear({name: part.double().reshape(-1) for name, part in change.items()}))
-
-    def _criteria_change(self, moved: Tensor) -> float:
-        """C(x + Δx) − C(x)."""
+    def criteria_change(self, moved: Tensor) -> float:
+        """C(x + Δx) − C(x), of the criteria alone."""
         assert self.objective is not None
         return self.objective.value(self._outputs + moved) - self.loss
 
@@ -350,9 +310,8 @@ class Linearization:
         """The loss of all processes, from that of this one: C, plus the mean over processes of other terms, as penalties."""
         if self._world.size == 1:
             return loss
-        if self.objective is None:
-            return self._mean_of(loss)
-        return self.loss + self._mean_of(loss - self._own_loss(self._own_outputs))
+        own = 0.0 if self.objective is None else float(self.objective.own(self._own_outputs))
+        return self.loss + self._mean_of(loss - own)
 
     def total_change(self, change: float, moved: Tensor | None) -> float:
         """The same for a change of the loss; ``moved`` is the change of x, None if unknown."""
@@ -361,25 +320,8 @@ class Linearization:
         if self.objective is None or moved is None:
             return self._mean_of(change)
         there = self._own_outputs + moved[self._shares.here]
-        beside = change - (self._own_loss(there) - self._own_loss(self._own_outputs))
-        return self._criteria_change(moved) + self._mean_of(beside)
-
-    def _own_loss(self, x: Tensor) -> float:
-        """The loss of this process by its criteria."""
-        assert self.objective is not None
-        with torch.no_grad():
-            return float(self.objective.own(x))
+        own = float(self.objective.own(there)) - float(self.objective.own(self._own_outputs))
+        return self.criteria_change(moved) + self._mean_of(change - own)
 
     def _mean_of(self, number: float) -> float:
         return self._shares.mean * math.fsum(self._world.objects(number))
-
-
-def _stack(outputs: list[Outputs], values: Callable[[Outputs], dict[int, Tensor]], device: torch.device) -> Tensor:
-    """One vector ``[R]`` in float64 of values of all outputs; zero where there is none."""
-    if not outputs:
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    parts = []
-    for each in outputs:
-        found = values(each)
-        parts.append(stacked([found.get(place, torch.zeros_like(each.outputs[place])).double() for place in each.places]))
-    return torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -10,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tracking.calls import Outputs
 from ..tracking.closure import Given
-from ..tracking.replay import batch_and_outputs
-from ..tracking.terms import Entries, RefusedError, Term
+from ..tracking.terms import Entries, RefusedError
+from ..world import ALONE, World
 from .curvature import Blocks, Hessian, OwnCurvature, closed_form, value_and_gradient
 from .output_metric import LEAST, BlockMetric, DiagonalMetric, Metric
-from .shares import UNSHARED, Shares
+from .recorded import Recorded
 
 
 class Objective:
@@ -25,31 +25,18 @@ class Objective:
     "Own" is what belongs to this process: its part of x, and the loss of its terms without the weights of `Shares`.
 
     Args:
-        terms: The calls of the criteria in this process, with the factors f of their values in the loss.
-        stacked: What its part of x is stacked from, in this order.
-        loss_scale: The factor of a GradScaler in the loss.
-        shares: The part of each process.
+        recorded: What the training step left in this process.
     """
 
-    def __init__(self, terms: list[Term], stacked: list[Outputs], loss_scale: float, shares: Shares = UNSHARED) -> None:
-        self._terms, self._loss_scale, self._shares, self._world = terms, loss_scale, shares, shares.world
-        self._weights = shares.weights or [1.0] * len(terms)
+    def __init__(self, recorded: Recorded) -> None:
+        self._terms, self._loss_scale, self._shares = recorded.terms, recorded.scale, recorded.shares
+        self._world = self._shares.world
+        self._weights = self._shares.weights or [1.0] * len(self._terms)
         self._rows: dict[tuple[int, int], Tensor] = {}
-        self._known: tuple[Tensor, Tensor] | None = None  # an x and what the own part of it contributes to C
-        start = 0
-        self.sizes = [batch_and_outputs(outputs) for outputs in stacked]
-        for outputs, (n, q) in zip(stacked, self.sizes, strict=True):
-            device = outputs.outputs[outputs.places[0]].device
-            numbers = torch.arange(start, start + n * q, device=device).view(n, q)
-            column = 0
-            for place in outputs.places:
-                width = outputs.outputs[place].shape[1:].numel()
-                self._rows[id(outputs), place] = numbers[:, column : column + width].reshape(-1)
-                column += width
-            start += n * q
-        self.size = start  # of the own part
-        one_output = len(stacked) == 1 and len(stacked[0].places) == 1
-        self._in_order = [one_output and len(term.parts) == 1 and term.parts[0].index is None for term in terms]
+        self.sizes, self.size = recorded.sizes, recorded.rows  # of the own part
+        for number, place, rows in recorded.split(torch.arange(self.size)):
+            given = recorded.stacked_from[number]
+            self._rows[id(given), place] = rows.reshape(-1).to(given.outputs[place].device)
 
     def rows(self, part: Entries) -> Tensor:
         """Where in x some entries are, ``[S]``."""
@@ -77,9 +64,7 @@ class Objective:
         arguments: dict[int, Tensor] = {}
         for leaf, parts in term.entries.items():
             own = term.arguments[leaf]
-            if self._in_order[number]:
-                whole = x
-            elif len(parts) == 1 and parts[0].at is None:
+            if len(parts) == 1 and parts[0].at is None:
                 whole = x[self.rows(parts[0])]
             else:
                 flat = own.double().reshape(-1)
@@ -113,24 +98,18 @@ class Objective:
         """The criteria, each once."""
         return list(dict.fromkeys(term.criterion for term in self._terms))
 
-    @torch.no_grad()
     def value(self, x: Tensor) -> float:
         """C(x) for x ``[R]`` in float64; inf where a criterion refuses that x."""
-        if self._known is not None and self._known[0] is x:
-            total = self._known[1]
-        else:
-            part = x[self._shares.here]
-            try:
-                total = self._part(part)
-            except RefusedError:
-                total = part.new_tensor(math.inf)
+        try:
+            total = self._part(x[self._shares.here])
+        except RefusedError:
+            total = x.new_tensor(math.inf)
         return float(self._world.sum(total))
 
-    def gradient(self, x: Tensor) -> Tensor:
-        """∇ₓC, ``[R]``. The value of this very tensor need not be computed again."""
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        """C and ∇ₓC, ``[R]``."""
         total, found = value_and_gradient(self._part, x[self._shares.here])
-        self._known = x, total
-        return self._shares.gathered(found)
+        return float(self._world.sum(total)), self._shares.gathered(found)
 
     def own_gradient(self, x: Tensor) -> Tensor:
         """The gradient of `own`."""
@@ -165,10 +144,7 @@ class Objective:
             RuntimeError: The loss has negative curvature in all directions, as when it is multiplied by −1.
         """
         part, own = x[self._shares.here], g[self._shares.here]
-        total, others = self._known_curvatures(part)
-        everywhere = self._world.objects({key: each.told for key, each in others.items()})
-        for key, each in others.items():
-            total += each.shared([told[key] for told in everywhere if key in told])
+        total = self._curvatures(part, self._world)
         total = torch.where((own == 0) & ~torch.isfinite(part), 0.0, total)  # dead
         if total.numel() and float(total.min()) < 0:
             raise RuntimeError(
@@ -179,13 +155,10 @@ class Objective:
 
     def own_curvatures(self, x: Tensor) -> Tensor:
         """The curvatures of the own part x, without what other processes know."""
-        total, others = self._known_curvatures(x)
-        for each in others.values():
-            total += each.shared([each.told])
-        return total
+        return self._curvatures(x, ALONE)
 
-    def _known_curvatures(self, x: Tensor) -> tuple[Tensor, dict[Any, OwnCurvature]]:
-        """The curvatures of the own part by closed forms, and what is known of the other terms, by their key."""
+    def _curvatures(self, x: Tensor, world: World) -> Tensor:
+        """The curvatures of the own part x: closed forms, and for other terms what these processes know together."""
         total = torch.zeros_like(x)
         others: dict[Any, OwnCurvature] = {}
         for number, (term, weight) in enumerate(zip(self._terms, self._weights, strict=True)):
@@ -195,10 +168,13 @@ class Objective:
             if closed is None:
                 others[self._shares.key(number)] = self._curvature_of_any(number, x)
                 continue
+            c = closed.reshape(-1)
             for part in term.entries[0]:
-                c = closed.reshape(-1)
                 total.index_add_(0, self.rows(part), (c if part.at is None else c[part.at]) * (weight / self._loss_scale))
-        return total, others
+        everywhere = world.objects({key: each.told for key, each in others.items()})
+        for key, each in others.items():
+            total += each.shared([told[key] for told in everywhere if key in told])
+        return total
 
     def _curvature_of_any(self, number: int, x: Tensor) -> OwnCurvature:
         """The curvature of a term by its Hessian. It is a square if its Hessian is a diagonal ≥ 0 and the same elsewhere."""
@@ -214,21 +190,14 @@ class Objective:
         squares: Tensor | None = None
         if (h := hessian.diagonal) is not None and h.numel() and float(h.max()) > 0 and float(h.min()) >= 0:
             other = torch.where(used & torch.isfinite(x), x - g / float(h.max()), x)
-            if bool(((h > 0) | (g == 0)).all()) and self._is_finite_at(other):
-                again = Hessian(function, other, touched, self.owners).diagonal
-                if again is not None and float((again - h).norm()) <= 1e-10 * float(h.norm()):
-                    squares = h
+            if bool(((h > 0) | (g == 0)).all()):
+                with contextlib.suppress(RefusedError):
+                    again = Hessian(function, other, touched, self.owners).diagonal
+                    if again is not None and float((again - h).norm()) <= 1e-10 * float(h.norm()):
+                        squares = h
         largest = math.nan if squares is not None and self._world.size == 1 else hessian.largest
         told = (squares is not None, largest, float(g.square().sum()), float(function(x).detach()))
         return OwnCurvature(squares, used & ((g != 0) | hessian.touches), told)
-
-    def _is_finite_at(self, x: Tensor) -> bool:
-        """Whether the own loss is finite at x."""
-        try:
-            with torch.no_grad():
-                return math.isfinite(float(self._part(x)))
-        except RefusedError:
-            return False
 
     @functools.cached_property
     def owners(self) -> Tensor:
@@ -265,17 +234,12 @@ class Objective:
     def _curved(self, x: Tensor, g: Tensor) -> tuple[Tensor, Blocks]:
         """Which rows of the own part the loss depends on, and its Hessian in blocks; blocks of one row if it is a diagonal."""
         rows = torch.arange(self.size, device=x.device)
-        diagonal, keep = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
-        if self.size:
-            hessian = Hessian(self._part, x, rows, self.owners)
-            keep = ((g != 0) | hessian.touches) & torch.isfinite(x)
-            if hessian.diagonal is not None:
-                diagonal = hessian.diagonal
-            elif bool(keep.any()):
-                if hessian.blocks is None:
-                    raise RuntimeError(
-                        f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, "
-                        'and nothing was changed. Use metric="euclidean", or fewer samples at a time.'
-                    )
-                return keep, hessian.blocks
-        return keep, Blocks(rows[:, None], diagonal[:, None, None], by_sample=True)
+        if not self.size:
+            return torch.zeros_like(x, dtype=torch.bool), Blocks(rows[:, None], x[:, None, None], by_sample=True)
+        hessian = Hessian(self._part, x, rows, self.owners)
+        if hessian.blocks is None:
+            raise RuntimeError(
+                f"The loss couples all of its {self.size} outputs, so that its Hessian would have to be held as one, and "
+                'nothing was changed. Use metric="euclidean", or fewer samples at a time.'
+            )
+        return ((g != 0) | hessian.touches) & torch.isfinite(x), hessian.blocks

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 LEAST = 1e-12  # curvature where there is a gradient, relative to the largest: damping decides how far to go there
-_M = TypeVar("_M", bound="Metric")
 
 
 class Metric(ABC):
@@ -22,12 +20,14 @@ class Metric(ABC):
 
     Attributes:
         kept: Their numbers ``[R']``; None for all.
+        rows: R'.
         local: As given.
     """
 
     def __init__(self, keep: Tensor, *, local: bool) -> None:
         self._keep, self.local = keep, local
         self.kept: Tensor | None = None if bool(keep.all()) else keep.nonzero()[:, 0]
+        self.rows = len(keep) if self.kept is None else len(self.kept)
 
     def root(self, v: Tensor) -> Tensor:
         """Sv, ``[R]`` or ``[R, k]``."""
@@ -45,8 +45,8 @@ class Metric(ABC):
         image = self._inverse_times(v)
         return image if self.kept is None else image[self.kept]
 
-    def padded(self: _M) -> _M:
-        """The same with columns of zeros for all other rows, so that there are R."""
+    def padded(self) -> Metric:
+        """The same with columns of zeros for all other rows, so that there are R; ``rows`` stays R'."""
         same = copy.copy(self)
         same.kept = None
         return same
@@ -80,8 +80,9 @@ class BlockMetric(Metric):
 
     Args:
         index: The rows of each block ``[G, m]``, −1 for none.
-        blocks: ``[G, m, m]``, symmetric; negative eigenvalues count as zero.
-        g: The gradient, ``[R]``: where it is more than rounding, eigenvalues are at least `LEAST` of the largest.
+        blocks: ``[G, m, m]``, symmetric. Eigenvalues below `LEAST` of the largest count as zero, or as that where g is more
+            than rounding.
+        g: The gradient, ``[R]``.
         noise: The rounding of g, ``[R]``.
         keep: See `Metric`.
         local: See `Metric`.
@@ -93,9 +94,8 @@ class BlockMetric(Metric):
         own, allowed = (torch.where(index >= 0, v[index.clamp(min=0)], 0.0) for v in (g, noise))  # [G, m]
         along = (vectors.mT @ own[..., None])[..., 0].abs()
         asked = along > allowed.norm(dim=1, keepdim=True)
-        there = values > 1e-14 * values[:, -1:]
-        least = LEAST * float(values.max())
-        values = torch.where(asked, values.clamp(min=least), torch.where(there, values.clamp(min=0.0), 0.0))
+        least = LEAST * float(values.max().clamp(min=0.0))
+        values = torch.where(values > least, values, least * asked)
         inverses = torch.where(values > 0, values.rsqrt(), 0.0)
         self._index = index
         self._root = (vectors * values.sqrt()[:, None]) @ vectors.mT

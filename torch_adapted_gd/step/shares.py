@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import all_finite, checksum
-from ..tracking.calls import Call
-from ..tracking.private import bottom
 from ..tracking.terms import RefusedError, Term
 from ..world import ALONE, World
-
-if TYPE_CHECKING:
-    from ..tracking.recorder import CallRecorder
 
 Key = tuple[int, int]  # of a term: its criterion's number, and which of that criterion's calls
 # Where a mean is compared with its sum: (a, b) stands for a times the arguments plus b times random numbers. At the arguments
@@ -33,17 +27,12 @@ class Shares:
     by; for a sum, w_r = 1. So C is the criterion of all outputs together, whatever the shares. Without a criterion w_r = 1/W,
     as DistributedDataParallel averages gradients.
 
-    Attributes:
-        world: The processes.
-        lengths: The rows of each; empty for one process.
-        keys: The key of each term of this process.
-        weights: w of each of these; empty for one process.
     """
 
     world: World = ALONE
-    lengths: list[int] = field(default_factory=list)
-    keys: list[Key] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # the rows of each process; empty for one process
+    keys: list[Key] = field(default_factory=list)  # of the terms of this process
+    weights: list[float] = field(default_factory=list)  # w of each of these; empty for one process
 
     @property
     def here(self) -> slice:
@@ -72,19 +61,12 @@ UNSHARED = Shares()  # of a single process
 
 @dataclass(frozen=True)
 class Told:
-    """What each process tells the others of its step.
+    """What each process tells the others of its step."""
 
-    Attributes:
-        rows: The rows of its part of x.
-        trained: The parameters that received a gradient.
-        alike: What has to be the same in all, by its name in an error.
-        with_closure: Whether `step` got a closure.
-    """
-
-    rows: int
-    trained: set[str]
-    alike: dict[str, Any]
-    with_closure: bool
+    rows: int  # of its part of x
+    trained: set[str]  # the parameters that received a gradient
+    alike: dict[str, Any]  # what has to be the same in all, by its name in an error
+    with_closure: bool  # whether `step` got a closure
 
 
 def shared_out(world: World, mine: Told, terms: Sequence[Term], criteria: Sequence[nn.Module]) -> tuple[Shares, list[Told]]:
@@ -171,50 +153,3 @@ def mean_or_sum(world: World, term: Term, loss: float) -> float:
         return math.fsum(loss for _, loss in told)
     total = math.fsum(d for d, _ in told if d is not None)
     return math.fsum(d * loss for d, loss in told if d) / total if total else math.nan
-
-
-class TotalLoss:
-    """The loss of this step by the values of criteria, of all processes together. It judges the last step.
-
-    Attributes:
-        job: A checksum of all that the loss is computed from except the parameters; NaN if random numbers were drawn.
-        factors: The factors f of terms that are numbers, those of one process after those of another.
-        lost: Whether an argument of a criterion is not finite.
-    """
-
-    def __init__(self, recorder: CallRecorder, shares: Shares, loss_scale: float) -> None:
-        self._terms, self._shares, self._loss_scale = recorder.terms, shares, loss_scale
-        found = (factor for term in self._terms for factor in term.factors.values())
-        own = [float(factor) / loss_scale for factor in found if factor.numel() == 1]
-        lost = any(not all_finite(part.of.outputs[part.place]) for term in self._terms for part in term.parts)
-        told = shares.world.objects((self._own_job(), own, lost))
-        jobs = [job for job, *_ in told]
-        self.job = jobs[0] if len(jobs) == 1 else math.nan if any(map(math.isnan, jobs)) else checksum(jobs)
-        self.factors = [factor for _, factors, _ in told for factor in factors]
-        self.lost = any(each for *_, each in told)
-        start = sum(len(factors) for _, factors, _ in told[: shares.world.rank])
-        self._own = slice(start, start + len(own))
-
-    def value(self, factors: Sequence[float] | None = None) -> float:
-        """The loss, for its own factors or for others."""
-        chosen = self.factors if factors is None else factors
-        total, given = 0.0, iter(chosen[self._own])
-        for term, weight in zip(self._terms, self._shares.weights or [1.0] * len(self._terms), strict=True):
-            for number, factor in term.factors.items():
-                value = term.values[number].double()
-                part = next(given) * float(value) if factor.numel() == 1 else float((factor * value).sum()) / self._loss_scale
-                total += weight * part if weight else 0.0  # the mean of no labels is NaN
-        return math.fsum(self._shares.world.objects(total))
-
-    def _own_job(self) -> float:
-        """The `job` of this process: the same for the same inputs, targets and weights."""
-        sources = [part.of for term in self._terms for part in term.parts]
-        calls = dict.fromkeys(call for of in sources for call in ([of] if isinstance(of, Call) else of.calls))
-        if any(call.random for call in calls):
-            return math.nan
-        leaves = [leaf for call in calls for leaf in call.inputs.as_given]
-        given = [bottom(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        for term in self._terms:
-            given += [leaf for number, leaf in enumerate(term.arguments) if number not in term.entries]
-            given += [factor / self._loss_scale for factor in term.factors.values() if factor.numel() > 1]
-        return checksum(given)

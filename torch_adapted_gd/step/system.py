@@ -2,16 +2,15 @@
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import all_finite, one_of, positive_integer, real_number
 from ..jacobian import METHODS, Jacobian, Parts, tangent_jacobian, written, written_if_small
-from ..memory import available_bytes, require_memory
+from ..memory import fits, require_memory
 from ..solve import (
     ConjugateGradients,
     Factorization,
@@ -22,18 +21,14 @@ from ..solve import (
     equilibrated,
     factorize,
 )
-from ..tracking.calls import Outputs
 from ..world import ALONE, World
 from .iterative import KernelOperator
 from .output_metric import Metric
+from .recorded import Recorded
 
-SPACES = ("auto", "sample", "parameter")
-FACTORIZATIONS = ("auto", "eigh", "svd")
-_DENSE = 8192  # largest matrix that "auto" forms and factors: 8,192 rows take 0.5 GB, and Cholesky some seconds
+DENSE = 8192  # largest matrix that "auto" forms and factors: 8,192 rows take 0.5 GB, and Cholesky some seconds
 _SMALL = 2**18  # D with at most so many entries is written out, because calls would take longer than the arithmetic
-_LARGE = 2**21  # a step by the singular values of a larger D takes half a second or more
-_REFINING = 10.0  # the cut of these singular values is divided by it where steps have come to its end
-_COPIES = 4  # memory for the singular values of D, in multiples of D
+COPIES = 4  # memory for the singular values of D, in multiples of D
 _MATRICES = 5  # memory for a solution with Θ, in multiples of Θ: eigenvectors and LAPACK's workspace
 
 
@@ -71,8 +66,8 @@ class Dense:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("space", self.space, SPACES)
-        one_of("factorization", self.factorization, FACTORIZATIONS)
+        one_of("space", self.space, ("auto", "sample", "parameter"))
+        one_of("factorization", self.factorization, ("auto", "eigh", "svd"))
         one_of("kernel", self.kernel, METHODS)
         if self.rtol is not None:
             real_number("rtol", self.rtol, low=0.0, below=1.0)
@@ -82,54 +77,56 @@ class Dense:
 
 @dataclass(frozen=True)
 class Direction:
-    """The direction of a step for one damping.
+    """The direction of a step for one damping."""
 
-    Attributes:
-        adapted: φ = D⁺g, damped and with momentum. The step is −η φ at α = 1.
-        weights: ψ̃ in sample space, None in parameter space.
-        size: |Dᵀψ|, without momentum.
-        damping: λ in the units of the kernel.
-    """
-
-    adapted: Parts
-    weights: Tensor | None
-    size: float
-    damping: float
+    adapted: Parts  # φ = D⁺g, damped and with momentum: the step is −η φ at α = 1
+    weights: Tensor | None  # ψ̃ in sample space, None in parameter space
+    size: float  # |Dᵀψ|, without momentum
+    damping: float  # λ in the units of the kernel
 
 
-@dataclass(frozen=True)
 class System:
     """The linear system of a step: Θ̃ψ̃ = Pg̃ in sample space, M δ = Dᵀg in parameter space.
 
     With the metric H = SSᵀ of the outputs, Θ̃ = SᵀΘS, g̃ = S⁺g and M = DᵀHD; S = 1 in the Euclidean metric.
 
-    Attributes:
-        space: ``"sample"`` or ``"parameter"``.
+    Args:
+        jacobian: D.
         matrix: Θ̃ ``[R', R']`` or M ``[K, K]``; or an operator that multiplies like Θ̃, or by ``"svd"`` like M.
         factorization: The factorization of the matrix; an operator is its own.
-        right: g̃ ``[R']`` or Dᵀg ``[K]``.
-        size: |g̃|.
+        g: ∇ₓC, ``[R]``.
+        metric: S, None for 1.
         scale: The mean of diag Θ̃.
         square: |D|².
-        rows: R', the rows of x that the loss depends on.
-        jacobian: D.
-        metric: S, None for 1.
-        seconds: Time spent on parts of the solution, where it was measured.
+        products: Dᵀg in parameter space, else None.
         least: How small a damping still makes a difference, relative to one that does where parameters have the same units.
+
+    Attributes:
+        space: ``"sample"`` or ``"parameter"``.
+        right: The right-hand side, g̃ ``[R']`` or Dᵀg ``[K]``.
+        size: |g̃|.
+        rows: R', the rows of x that the loss depends on.
     """
 
-    space: Literal["sample", "parameter"]
-    matrix: Tensor | KernelOperator | SingularValueFactorization
-    factorization: Factorization | KernelOperator
-    right: Tensor
-    size: float
-    scale: float
-    square: float
-    rows: int
-    jacobian: Jacobian
-    metric: Metric | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    least: float = 1.0
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        matrix: Tensor | KernelOperator | SingularValueFactorization,
+        factorization: Factorization | KernelOperator,
+        g: Tensor,
+        metric: Metric | None,
+        *,
+        scale: float,
+        square: float,
+        products: Tensor | None = None,
+        least: float = 1.0,
+    ) -> None:
+        self.jacobian, self.matrix, self.factorization, self.metric = jacobian, matrix, factorization, metric
+        self.scale, self.square, self.least = scale, square, least
+        weighed = g if metric is None else metric.root_inverse(g)
+        self.space = "sample" if products is None else "parameter"
+        self.right, self.size = weighed if products is None else products, float(torch.linalg.vector_norm(weighed))
+        self.rows = len(g) if metric is None else metric.rows
 
     @property
     def projected_fraction(self) -> float:
@@ -196,6 +193,13 @@ class System:
         """Sv."""
         return v if self.metric is None else self.metric.root(v)
 
+    def right_of(self, v: Tensor) -> Tensor:
+        """The right-hand side for a motion v ``[R]`` of the outputs: Sᵀv in sample space, DᵀHv in parameter space."""
+        weighed = self.weigh(v)
+        if self.space == "sample":
+            return weighed
+        return self.jacobian.flat(self.jacobian.rmv(self.unweigh(weighed)))
+
     def identity_gap(self, direction: Direction) -> float:
         """|ψᵀΘψ − |Dᵀψ|²| / |Dᵀψ|², or |δᵀDᵀDδ − |Dδ|²| / |Dδ|²: zero if the matrix and the products agree."""
         if (psi := direction.weights) is not None:
@@ -209,32 +213,17 @@ class System:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a system is built from.
+    """What a system is built from."""
 
-    Attributes:
-        model: The network.
-        stacked_from: The calls and other outputs that x is stacked from; their rows of D are stacked.
-        trained: The parameters θ by name.
-        g: ∇ₓC, ``[R]``.
-        metric: S, None for 1.
-        solver: How to solve, None for a choice by size.
-        eps: Machine epsilon of the arithmetic of x.
-        start: A ψ̃ to start iterations with, or None.
-        damping: The smallest λ that will be used, relative to the mean of diag Θ. If it is large enough, the Cholesky factor
-            of Θ + λ1 serves, and the rank is an estimate.
-        world: The processes that have other rows.
-    """
-
-    model: nn.Module
-    stacked_from: list[Outputs]
-    trained: Mapping[str, Tensor]
-    g: Tensor
-    metric: Metric | None
-    solver: Dense | ConjugateGradients | None
-    eps: float
-    start: Tensor | None = None
-    damping: float = 0.0
-    world: World = ALONE
+    recorded: Recorded
+    g: Tensor  # ∇ₓC, [R]
+    metric: Metric | None  # S, None for 1
+    solver: Dense | ConjugateGradients | None  # None for a choice by size
+    eps: float  # machine epsilon of the arithmetic of x
+    start: Tensor | None  # a ψ̃ to start iterations with
+    # The smallest λ that will be used, relative to the mean of diag Θ. If it is large enough, the Cholesky factor of Θ + λ1
+    # serves, and the rank is an estimate.
+    damping: float
 
     def system(self) -> System:
         """The system, factored.
@@ -243,8 +232,8 @@ class Problem:
             ValueError: The solver does not suit the metric.
             MemoryError: The Jacobian or the kernel would not fit.
         """
-        params, local = sum(p.numel() for p in self.trained.values()), self.metric is None or self.metric.local
-        space, solver = choose_solver(self.solver, params, self._rows, self.g.device, self.world, local=local)
+        params, local = self.recorded.num_params, self.metric is None or self.metric.local
+        space, solver = choose_solver(self.solver, params, self._rows, self.g.device, self._world, local=local)
         if isinstance(solver, ConjugateGradients):
             return self._without_matrix(solver)
         if solver.factorization == "svd":
@@ -271,25 +260,26 @@ class Problem:
         if self.metric is not None:  # SᵀΘS, Θ symmetric
             theta = self.metric.root_transpose(self.metric.root_transpose(theta).T.contiguous())
         scale = float(theta.diagonal().mean())
-        factorization = factorize(theta, **solving, least_shift=self.damping * scale)
-        return self._made(jacobian, theta, factorization, scale, square)
+        found = factorize(theta, **solving, least_shift=self.damping * scale)
+        return System(jacobian, theta, found, self.g, self.metric, scale=scale, square=square)
 
     def _in_parameter_space(self, solving: dict[str, Any]) -> System:
         """The system with M."""
         jacobian = written_if_small(self._jacobian())
         weigh = self.metric.root_transpose if self.metric else None
-        gram, products, square = jacobian.parameter_gram(self.g[:, None], weigh)
-        scale = float(gram.diagonal().sum()) / max(1, self._rows)
-        found = equilibrated(gram, factorize(gram, **solving, least_shift=self.damping * scale), **solving)
-        least = float(gram.diagonal().min() / gram.diagonal().mean()) if len(gram) else 1.0
-        return self._made(jacobian, gram, found, scale, square, space="parameter", right=products[:, 0], least=least)
+        m, products, square = jacobian.parameter_gram(self.g[:, None], weigh)
+        scale = float(m.diagonal().sum()) / max(1, self._rows)
+        found = equilibrated(m, factorize(m, **solving, least_shift=self.damping * scale), **solving)
+        least = float(m.diagonal().min() / m.diagonal().mean()) if len(m) else 1.0
+        right = products[:, 0]
+        return System(jacobian, m, found, self.g, self.metric, scale=scale, square=square, products=right, least=least)
 
     def _on_jacobian(self, rtol: float) -> System:
         """The system with the singular values of SᵀD."""
         factored = self._jacobian()
         rows, params = factored.shape
         require_memory(
-            _COPIES * 8 * rows * params,
+            COPIES * 8 * rows * params,
             self.g.device,
             f"The Jacobian of {rows:,} outputs by {params:,} parameters, and its singular vectors",
             'Use factorization="auto", or a smaller batch.',
@@ -300,8 +290,8 @@ class Problem:
         if self.metric is not None:
             d = self.metric.root_transpose(d)
         scale = float(torch.linalg.vector_norm(d)) ** 2 / max(1, len(d))
-        factorization = by_singular_values(d, rtol)
-        return self._made(jacobian, factorization, factorization, scale, square)
+        found = by_singular_values(d, rtol)
+        return System(jacobian, found, found, self.g, self.metric, scale=scale, square=square)
 
     def _without_matrix(self, options: ConjugateGradients) -> System:
         """The system with an operator that applies Θ̃."""
@@ -309,65 +299,30 @@ class Problem:
         jacobian = self._jacobian()
         jacobian.check_products()
         elapsed = time.perf_counter() - started
-        padded = None if self.metric is None else self.metric.padded()
-        start = self.start if options.warm_start else None
-        operator = KernelOperator(jacobian, padded, options, start, self.world, rows=self._rows)
-        operator.seconds["factors"] = elapsed
-        seconds = operator.seconds
-        return self._made(jacobian, operator, operator, operator.scale, operator.square, metric=padded, seconds=seconds)
-
-    def _made(
-        self,
-        jacobian: Jacobian,
-        matrix: Tensor | KernelOperator | SingularValueFactorization,
-        factorization: Factorization | KernelOperator,
-        scale: float,
-        square: float,
-        *,
-        space: Literal["sample", "parameter"] = "sample",
-        right: Tensor | None = None,
-        metric: Metric | None = None,
-        **more: Any,
-    ) -> System:
-        """A system. ``right`` and ``metric`` are by default g̃ and the metric of the problem."""
-        metric = metric or self.metric
-        g = self.g if metric is None else metric.root_inverse(self.g)
-        right, size = g if right is None else right, float(torch.linalg.vector_norm(g))
-        return System(space, matrix, factorization, right, size, scale, square, self._rows, jacobian, metric, **more)
+        metric = None if self.metric is None else self.metric.padded()
+        found = KernelOperator(jacobian, metric, options, self.start if options.warm_start else None, self._world)
+        found.seconds["factors"] = elapsed
+        return System(jacobian, found, found, self.g, metric, scale=found.scale, square=found.square)
 
     @property
     def _rows(self) -> int:
         """R'."""
-        return len(self.g) if self.metric is None or self.metric.kept is None else len(self.metric.kept)
+        return len(self.g) if self.metric is None else self.metric.rows
+
+    @property
+    def _world(self) -> World:
+        return self.recorded.shares.world
 
     def _jacobian(self) -> Jacobian:
         given = self.solver if isinstance(self.solver, Dense) else Dense()
         return tangent_jacobian(
-            self.model,
-            self.stacked_from,
-            list(self.trained),
+            self.recorded.model,
+            self.recorded.stacked_from,
+            list(self.recorded.trained),
             method=given.kernel,
             chunk_size=given.chunk_size,
-            world=self.world,
+            world=self._world,
         )
-
-
-def for_undamped(rows: int, trained: list[nn.Parameter], world: World = ALONE, refined: int = 0) -> Dense | None:
-    """The solver for undamped steps if the spectrum of D has no gap; None if D, of so many rows, is too large for it.
-
-    By all singular values above rounding, the first steps move the parameters far and the loss little. If D is so large that
-    a step takes long, only those that Θ would show count at first, down to √(R·ε) of the largest, and tenfold smaller ones
-    each time that the cut is ``refined``. The first digits then come in fewer steps, the last ones in more. docs/pinns.md has
-    figures.
-    """
-    params = sum(p.numel() for p in trained)
-    size = _COPIES * 8 * rows * params
-    too_large = size > 2**26 and size > (available_bytes(trained[0].device) or size) // 2
-    if min(rows, params) > _DENSE or world.any(too_large):
-        return None
-    rtol = default_rtol(rows) / _REFINING**refined
-    coarse = rows * params > _LARGE and trained[0].dtype == torch.float64 and rtol > default_svd_rtol((rows, params))
-    return Dense(factorization="svd", rtol=rtol if coarse else None)
 
 
 def choose_solver(
@@ -400,7 +355,6 @@ def choose_solver(
     space = ("parameter" if params < rows and local else "sample") if given.space == "auto" else given.space
     if solver is None:
         size = params if space == "parameter" else rows
-        free = available_bytes(device) if _MATRICES * 8 * size**2 > 2**26 else None
-        if size > _DENSE or world.any(free is not None and _MATRICES * 8 * size**2 > free):
+        if size > DENSE or world.any(not fits(_MATRICES * 8 * size**2, device)):
             return "sample", ConjugateGradients()
     return space, given

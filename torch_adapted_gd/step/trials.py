@@ -1,38 +1,31 @@
 """Trial parameters, and what tells the loss there."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..checks import all_finite
 from ..jacobian import Parts
-from ..tracking.calls import Outputs
+from ..policies import Backtracking, LevenbergMarquardt, Policy
 from ..tracking.closure import Closure
-from ..world import ALONE, World
 from .linearization import Linearization
+from .recorded import Recorded
 from .system import Direction
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Parameters that a step might lead to.
+    """Parameters that a step might lead to."""
 
-    Attributes:
-        direction: Where it goes.
-        fraction: How much of the step it is.
-        part: What was added to that, or None.
-        values: θ + δ, by name, without weight decay, which is no part of what lowers the loss.
-        change: δ before rounding.
-    """
-
-    direction: Direction
-    fraction: float
-    part: Parts | None
-    values: dict[str, Tensor]
-    change: Parts
+    direction: Direction  # where it goes
+    fraction: float  # how much of the step it is
+    part: Parts | None  # what was added to that
+    values: dict[str, Tensor]  # θ + δ, by name, without weight decay, which is no part of what lowers the loss
+    change: Parts  # δ before rounding
 
 
 class TrialMaker:
@@ -89,47 +82,36 @@ class TrialMaker:
         return Trial(direction, fraction, part, values, changes)
 
     def finished(self, trial: Trial) -> dict[str, Tensor]:
-        """The parameters that a trial leads to, weight decay included."""
+        """The parameters that a trial leads to, weight decay included; a RuntimeError if they are not finite."""
         values = dict(trial.values)
         for name, p in self._linear.trained.items():
             group = self._groups[id(p)]
             if decay := trial.fraction * float(group["lr"]) * group["weight_decay"]:
                 values[name] = values[name] - decay * p.detach()
+            if not all_finite(values[name]):
+                raise RuntimeError(
+                    f"The step would make parameter '{name}' not finite, so nothing was changed. Lower `lr` or raise `damping`."
+                )
         return values
 
 
-def kept_momentum(state: Mapping[Tensor, dict[str, Tensor]], trained: Mapping[str, nn.Parameter]) -> Parts | None:
-    """φ of the last step from an optimizer's state, zero where a parameter has none; None if none has any."""
-    kept = {name: state[p]["momentum"].double().reshape(-1) for name, p in trained.items() if "momentum" in state.get(p, {})}
-    if not kept:
-        return None
-    return {name: kept[name] if name in kept else p.new_zeros(p.numel(), dtype=torch.float64) for name, p in trained.items()}
+class Judge(ABC):
+    """Tells what trials do to the loss."""
 
+    before: float  # the loss at the present parameters
+    by_outputs = False  # whether it is told by the outputs there, whose rounding is known
+    later = False  # whether only the next step tells
+    curvature: float | None = None  # the loss's curvature to assume in predictions; None where the criterion tells
 
-class Judge(Protocol):
-    """Tells what trials do to the loss.
-
-    Attributes:
-        before: The loss at the present parameters.
-        by_outputs: Whether it is told by the outputs there, whose rounding is known.
-        later: Whether only the next step tells.
-        curvature: The loss's curvature to assume in predictions; None where the criterion tells.
-    """
-
-    before: float
-    by_outputs: bool
-    later: bool
-    curvature: float | None
-
+    @abstractmethod
     def look(self, trial: Trial) -> tuple[float, Tensor | None]:
         """C(θ + δ) − C(θ), and x(θ + δ) − x(θ) if that is known and finite."""
 
 
-class ByOutputs:
+class ByOutputs(Judge):
     """By the outputs there and the criterion."""
 
-    by_outputs, later = True, False
-    curvature: float | None = None
+    by_outputs = True
 
     def __init__(self, linearization: Linearization) -> None:
         self._linear = linearization
@@ -141,7 +123,7 @@ class ByOutputs:
         return math.inf if moved is None else self._linear.loss_change(moved, trial.change), moved
 
 
-class ByClosure:
+class ByClosure(Judge):
     """By the user's closure.
 
     Args:
@@ -152,8 +134,6 @@ class ByClosure:
         RuntimeError: It returned a loss that is not finite.
         TypeError: It did not return a number.
     """
-
-    by_outputs, later = False, False
 
     def __init__(self, closure: Closure, linearization: Linearization) -> None:
         self._closure, self._linear = closure, linearization
@@ -171,11 +151,10 @@ class ByClosure:
         return self._linear.total_change(loss - self._before, moved), moved
 
 
-class ByNext:
+class ByNext(Judge):
     """By the loss of the next step: until then what was predicted is believed."""
 
-    by_outputs, later = False, True
-    curvature: float | None = None
+    later = True
 
     def __init__(self, linearization: Linearization) -> None:
         self._linear = linearization
@@ -186,29 +165,35 @@ class ByNext:
         return self._linear.loss_change(self._linear.linear(trial.change), trial.change), None
 
 
-def choose_judge(wanted: str, linearization: Linearization, closure: Closure | None) -> Judge | None:
-    """The judge of a step's trials; None if nobody knows the loss.
+def choose_judge(policy: Policy, linearization: Linearization, closure: Closure | None) -> Judge | None:
+    """Who tells a policy the loss at trial parameters; None if it does not ask.
+
+    With ``judge="auto"`` the closure, which costs more and may have effects of its own, is asked only where the criterion does
+    not know the whole loss.
 
     Args:
-        wanted: One of `JUDGES`; ``"auto"`` asks the closure, which costs more and may have effects of its own, only where the
-            criterion does not know the whole loss.
+        policy: The policy.
         linearization: The loss around the present parameters.
         closure: The user's closure, if there is one.
 
     Raises:
-        RuntimeError: Who was asked for cannot tell.
+        RuntimeError: Nobody can tell, or who was asked for cannot.
     """
-    known = linearization.objective is not None
+    if not isinstance(policy, LevenbergMarquardt | Backtracking):
+        return None
+    known, wanted = linearization.objective is not None, policy.judge
     if wanted == "auto":
-        whole = linearization.off_output is None or closure is None
-        if known and linearization.repeatable and whole:
+        if known and linearization.repeatable and (linearization.off_output is None or closure is None):
             wanted = "outputs"
         elif closure is not None:
             wanted = "closure"
-        elif known:
+        elif known and isinstance(policy, LevenbergMarquardt):
             wanted = "next"
         else:
-            return None
+            raise RuntimeError(
+                f"{type(policy).__name__}() needs the loss at trial parameters, so nothing was changed. Pass the loss as "
+                "`criterion` to AdaptedGD, or a closure to `step` that returns it; or give `damping` a number."
+            )
     if wanted == "closure":
         if closure is None:
             raise RuntimeError(
@@ -229,12 +214,10 @@ def choose_judge(wanted: str, linearization: Linearization, closure: Closure | N
     return ByOutputs(linearization) if wanted == "outputs" else ByNext(linearization)
 
 
-def learned_curvature(stacked_from: list[Outputs], loss_scale: float, loss: float, world: World = ALONE) -> float:
+def learned_curvature(recorded: Recorded, loss: float) -> float:
     """The output curvature to begin with where no criterion tells: |g|²/2C, that of a square with minimum 0."""
-    places = [(each, place) for each in stacked_from for place in each.places]
-    none = [] if places else [torch.zeros(0, dtype=torch.float64)]
-    g = torch.cat([*none, *((each.gradients[place] / loss_scale).reshape(-1) for each, place in places)])
-    x = torch.cat([*none, *(each.outputs[place].double().reshape(-1) for each, place in places)])
+    world = recorded.shares.world
+    g, x = recorded.vector(lambda each: each.gradients) / recorded.scale, recorded.vector(lambda each: each.outputs)
     told = world.objects((float(g.square().sum()), float(x.norm()), loss))
     squares, sizes, losses = zip(*told, strict=True)
     # As DistributedDataParallel averages: C is the mean of the processes' losses.
