@@ -112,8 +112,7 @@ def _by_rows(replay: Replay, matrix: Tensor, rows: int) -> None:
     with replay.conditions():
         with torch.enable_grad():
             x = stacked(outputs)
-        for start, parts in BackwardPasses(x, vectorized=allows_vmap(replay.model)).rows(list(given.values()), rows):
-            _fill(matrix, start, parts)
+        BackwardPasses(x, vectorized=allows_vmap(replay.model)).rows(list(given.values()), rows, out=matrix)
 
 
 def _by_jacrev(replay: Replay, matrix: Tensor, rows: int) -> None:
@@ -127,16 +126,7 @@ def _by_jacrev(replay: Replay, matrix: Tensor, rows: int) -> None:
     with replay.conditions():
         blocks, x = jacrev(batch, has_aux=True, chunk_size=rows)(*replay.copies(), replay.call.inputs.leaves)
     replay.check_outputs(x)
-    _fill(matrix, 0, list(blocks.values()))
-
-
-def _fill(matrix: Tensor, start: int, blocks: list[Tensor]) -> None:
-    """Write blocks ``[rows, *parameter]`` side by side into D."""
-    column = 0
-    for block in blocks:
-        flat = block.to_dense().reshape(len(block), -1)
-        matrix[start : start + len(flat), column : column + flat.shape[1]] = flat
-        column += flat.shape[1]
+    matrix.copy_(torch.cat([block.reshape(len(matrix), -1) for block in blocks.values()], 1))
 
 
 def dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:

@@ -383,15 +383,11 @@ class Linearized:
                 self.remarks = [why for name, why in self.unserved.items() if name not in self._hidden]  # columns are fast
                 return {name: part.to(self._dtype) for name, part in zip(names, columns, strict=True)}
         step = max(1, min(total, 64, _ROW_BYTES // max(1, self._dtype.itemsize * width)))
-        rows = {
-            name: torch.empty(total, t.numel(), dtype=self._dtype, device=self.device)
-            for name, t in zip(names, tensors, strict=True)
-        }
+        rows = torch.empty(total, width, dtype=self._dtype, device=self.device)
         with self._running():
-            for start, parts in self._passes.rows(tensors, step):
-                for name, part in zip(names, parts, strict=True):
-                    rows[name][start : start + len(part)] = part.to_dense().reshape(len(part), -1)
-        return {name: part.view(self.n, self.q, -1) for name, part in rows.items()}
+            self._passes.rows(tensors, step, out=rows)
+        parts = rows.view(self.n, self.q, width).split([t.numel() for t in tensors], 2)
+        return dict(zip(names, parts, strict=True))
 
 
 def _summed(term: Term, dtype: torch.dtype) -> Tensor:

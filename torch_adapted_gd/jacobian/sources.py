@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ..tracking.arguments import Key, called, detached, replaced, results_of
 from ..tracking.decomposed import BATCHED
 from ..tracking.tape import Source, View
+from .backward import BackwardPasses
 from .products import OuterProducts
 from .rules import Term
 from .uses import Use
@@ -85,26 +84,11 @@ class Derived:
         """Rows of D by the parameters, ``[R, numel]`` each, from rows by the function, ``[R, numel]``."""
         leaves = list(self._leaves.values())
         vectors = rows.reshape(len(rows), *self._result.shape).to(self._result.dtype)
-
-        def pull(u: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(self._result, leaves, u, retain_graph=True, materialize_grads=True)
-
         entries = self._result.numel() + sum(leaf.numel() for leaf in leaves)
-        step = max(1, _BYTES // (4 * max(1, entries)))
-        parts: list[list[Tensor]] = [[] for _ in leaves]
-        for start in range(0, len(rows), step):
-            some = vectors[start : start + step]
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch warns that vmap runs a loop
-                    found = vmap(pull)(some) if len(some) > 1 else [part[None] for part in pull(some[0])]
-            except RuntimeError as error:  # an operation without a batching rule
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                found = [torch.stack(part) for part in zip(*(pull(u) for u in some), strict=True)]
-            for part, more in zip(parts, found, strict=True):
-                part.append(more.reshape(len(some), -1))
-        return {name: torch.cat(part).to(rows.dtype) for name, part in zip(self.names, parts, strict=True)}
+        passes = BackwardPasses(self._result, vectorized=True)
+        found = [passes.many(some, leaves) for some in vectors.split(max(1, _BYTES // (4 * max(1, entries))))]
+        parts = [torch.cat(part).flatten(1).to(rows.dtype) for part in zip(*found, strict=True)]
+        return dict(zip(self.names, parts, strict=True))
 
 
 def accumulated(
