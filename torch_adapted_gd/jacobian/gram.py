@@ -42,11 +42,6 @@ def spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def summed(vectors: list[Tensor]) -> Tensor:
-    """Their sum, in float64 if there are several."""
-    return vectors[0] if len(vectors) == 1 else torch.stack([vector.double() for vector in vectors]).sum(0)
-
-
 def norm(parts: Mapping[str, Tensor]) -> float:
     """The Euclidean norm of a vector that is in parts by parameter."""
     return float(torch.nn.utils.get_total_norm(list(parts.values())))

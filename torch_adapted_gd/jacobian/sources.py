@@ -26,37 +26,18 @@ def entries_of(view: View, numel: int, device: torch.device | None = None) -> Te
 
 def is_whole(source: Source) -> bool:
     """Whether it is a parameter, with all entries in their order."""
-    if source.name is not None:
-        return True
     if source.view is None:
-        return False
-    _, offset, size, stride = source.view
+        return source.name is not None
     base = source.tensor._base
-    return base is not None and offset == 0 and source.tensor.numel() == base.numel() and _in_order(size, stride)
-
-
-def _in_order(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for extent, step in zip(reversed(size), reversed(stride), strict=True):
-        if extent != 1 and step != expected:
-            return False
-        expected *= extent
-    return True
+    return base is not None and source.tensor.numel() == base.numel() and source.tensor.is_contiguous()
 
 
 def is_transposed(source: Source) -> bool:
     """Whether it is the transpose of a matrix that is a parameter."""
-    if source.view is None:
-        return False
     base = source.tensor._base
-    _, offset, size, stride = source.view
-    return (
-        base is not None
-        and base.ndim == 2
-        and offset == 0
-        and size == (base.shape[1], base.shape[0])
-        and stride == (1, base.shape[1])
-    )
+    if source.view is None or base is None or base.ndim != 2:
+        return False
+    return source.view[1:] == (0, tuple(base.T.shape), base.T.stride())
 
 
 class Derived:
