@@ -14,8 +14,7 @@ from ..memory import available_bytes
 from ..tracking.calls import without_autocast
 from ..tracking.tape import Source
 from ..world import ALONE, World
-from .blocks import KernelBlock, between
-from .blocks import Parts as Sorted
+from .blocks import SortedTerms, between, fill_block
 from .chunks import Chunk, agreed, views_in
 from .diagonal import combined, sample_blocks
 from .gram import ROWS_ELEMENTS, new_kernel, norm, product, spans, transpose_product
@@ -350,7 +349,7 @@ class FactoredJacobian(LocalJacobian):
             start += n * q
 
 
-def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[Sorted], columns_from: int = 0) -> None:
+def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[SortedTerms], columns_from: int = 0) -> None:
     """Write the block of Θ between two sets of rows; for a symmetric block they are the same object.
 
     ``theta`` has the columns of Θ from number ``columns_from`` on, and ``components`` are the sorted terms of the block.
@@ -359,10 +358,7 @@ def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[Sorted],
     n, q, m, r = target_view.shape
     whole = first.whole and second.whole
     target = target_view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
-    block = KernelBlock(target, (n, q, m, r), first is second)
-    for parts in components:
-        block.add(parts)
-    block.finish()
+    fill_block(target, (n, q, m, r), first is second, components)
     if not whole:
         target_view.copy_(target.view(n, q, m, r))
 

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -247,45 +248,30 @@ class Family:
             total[samples] = parts[0].against(image)
         return total
 
-    def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
-        """A function of two ranges of samples and their tile of Θ, ``[n·Q, m·R]``, that writes or adds the family's part."""
-        if self.single:
-            return self._contract_single(dtype)
+    def contraction(self, dtype: torch.dtype, products: Tensor | None = None) -> Callable[[slice, slice, Tensor], Any]:
+        """A function of two ranges of samples and their tile of Θ, ``[n·Q, m·R]``, that adds the family's part.
 
-        def tile(rows: slice, columns: slice, target: Tensor, add: bool) -> None:
-            part = self._contract(rows, columns, dtype)
-            if add:
-                target += part
-            else:
-                target.copy_(part)
-
-        return tile
-
-    def _contract_single(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
-        everything = slice(None)
+        ``products`` are `right_products` of a family that is `single`, if they are known.
+        """
+        if not self.single:
+            return lambda rows, columns, tile: tile.add_(self._contract(rows, columns, dtype))
         (n, q, *_), (m, r, *_) = self._left1.shape, self._left2.shape
         plain = torch.contiguous_format
         left1 = self._left1.to(dtype, memory_format=plain).reshape(n * q, -1)
         left2 = left1 if self._left2 is self._left1 else self._left2.to(dtype, memory_format=plain).reshape(m * r, -1)
-        products = self.right_products(everything, everything, dtype)[0]  # [N, M]
+        factors = (self.right_products(slice(None), slice(None), dtype) if products is None else products)[0]  # [N, M]
         memory = left1.new_empty(0)  # reused, because allocating it for each tile would take longer than filling it
 
-        def tile(rows: slice, columns: slice, target: Tensor, add: bool) -> None:
+        def add(rows: slice, columns: slice, tile: Tensor) -> None:
             nonlocal memory
-            factor = products[rows, columns]
-            size = factor.shape[0] * q, factor.shape[1] * r
-            if memory.numel() < size[0] * size[1]:
-                memory = left1.new_empty(size[0] * size[1])
-            part = memory[: size[0] * size[1]].view(size)
+            if memory.numel() < tile.numel():
+                memory = left1.new_empty(tile.numel())
+            part = memory[: tile.numel()].view(tile.shape)
             torch.mm(left1[rows.start * q : rows.stop * q], left2[columns.start * r : columns.stop * r].T, out=part)
-            by_sample = part.view(factor.shape[0], q, factor.shape[1], r)
-            there = target.unflatten(0, (-1, q)).unflatten(2, (-1, r))
-            if add:
-                there.addcmul_(by_sample, factor[:, None, :, None])
-            else:
-                torch.mul(by_sample, factor[:, None, :, None], out=there)
+            by_sample, target = (x.unflatten(0, (-1, q)).unflatten(2, (-1, r)) for x in (part, tile))
+            target.addcmul_(by_sample, factors[rows, None, columns, None])
 
-        return tile
+        return add
 
     def _contract(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """The part of Θ for two ranges of samples: right products times the second left factor, then times the first."""
