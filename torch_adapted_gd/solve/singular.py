@@ -144,10 +144,8 @@ def _range(matrix: Tensor, rtol: float) -> Tensor | None:
     while basis.shape[1] + width <= _SHORT * m:
         signs = torch.randint(2, (k, width), generator=generator, dtype=torch.int8, device="cpu")  # faster than others to draw
         image = matrix @ signs.to(matrix).mul_(2).sub_(1)
-        for _ in range(2 if basis.shape[1] else 0):  # twice is enough
-            image = image - basis @ (basis.T @ image)
-        found, triangle = torch.linalg.qr(image)
-        if basis.shape[1]:  # what rounding left of it
+        found, triangle = torch.linalg.qr(image - basis @ (basis.T @ image))
+        if basis.shape[1]:  # again, for what rounding left of it
             found = torch.linalg.qr(found - basis @ (basis.T @ found)).Q
         sizes = triangle.diagonal().abs()
         largest = max(largest, float(sizes.max()))
