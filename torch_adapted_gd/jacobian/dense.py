@@ -36,11 +36,9 @@ class DenseJacobian(LocalJacobian):
         self._spans = spans([n * q for n, q in shapes])
 
     def mv(self, v: Parts) -> Tensor:
-        """See `Jacobian`."""
         return product(self.matrix, self.flat(v))
 
     def rmv(self, u: Tensor) -> Parts:
-        """See `Jacobian`."""
         return self.parts(transpose_product(self.matrix, u))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002
@@ -52,12 +50,10 @@ class DenseJacobian(LocalJacobian):
         return gram(*(self.matrix[rows] for rows in self._spans))
 
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
-        """See `Jacobian`."""
         for span, (_, q) in zip(self._spans, self.shapes, strict=True):
             yield from self.matrix[span].split(q * max(1, limit // max(1, q * self.shape[1])))
 
     def sample_blocks(self) -> list[Tensor]:
-        """See `Jacobian`."""
         found = []
         for number, (n, q) in enumerate(self.shapes):
             rows = self._of_call(number)
@@ -66,12 +62,10 @@ class DenseJacobian(LocalJacobian):
         return found
 
     def factors(self) -> Iterator[Factors]:
-        """See `LocalJacobian`."""
         for number, (n, q) in enumerate(self.shapes):
             yield Factors(self._spans[number].start, n, q, range(q), self._components(self._of_call(number)))
 
     def combined(self, number: int, rotation: Tensor) -> Components:
-        """See `LocalJacobian`."""
         return self._components(torch.bmm(rotation.to(self.matrix.dtype).transpose(1, 2), self._of_call(number)))
 
     def combinations_at_once(self) -> int:

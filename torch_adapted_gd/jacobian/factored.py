@@ -28,10 +28,6 @@ _MANY_ENTRIES = 2**26  # with more entries, rows by weights that are computed fr
 _CHUNK_BYTES = 2**29  # memory for B, even if Θ is smaller
 
 
-class MismatchError(RuntimeError):
-    """The factors of D disagree with backward passes."""
-
-
 @dataclass(frozen=True)
 class Piece:
     """Some outputs of a call: ``linearized``, and the number of the first among the call's Q outputs.
@@ -144,26 +140,15 @@ class FactoredJacobian(LocalJacobian):
         return [chunk for chunk in self._chunks if chunk.number == number]
 
     def combinations_at_once(self) -> int:
-        """See `LocalJacobian`."""
         if all(chunk.held is not None for chunk in self._chunks):
             return sys.maxsize
         entries = sum(2 * piece.elements for piece in self._pieces)
         return max(1, self._budget // max(1, self._dtype.itemsize * entries))
 
     def check_products(self) -> None:
-        """See `Jacobian`.
-
-        Raises:
-            MismatchError: They differ.
-        """
         self._check_probe(self.rmv(self._probe()))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """See `Jacobian`.
-
-        Raises:
-            MismatchError: uᵀΘu differs from what a backward pass gives for |Dᵀu|², u random.
-        """
         size = self.shape[0]
         theta = new_kernel(size, size, self.device, dtype)
         with self._computing():
@@ -179,11 +164,6 @@ class FactoredJacobian(LocalJacobian):
         return theta
 
     def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """See `LocalJacobian`.
-
-        Raises:
-            MismatchError: uᵀΘv differs from what backward passes give for ⟨D₁ᵀu, D₂ᵀv⟩, u and v random.
-        """
         rows, columns = (n * q for n, q in self.shapes)
         theta = new_kernel(rows, columns, self.device, dtype)
         with self._computing():
@@ -228,11 +208,6 @@ class FactoredJacobian(LocalJacobian):
         return total
 
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
-        """See `Jacobian`; in float64.
-
-        Raises:
-            MismatchError: Dᵀu differs from what a backward pass gives, u random.
-        """
         columns = dict(zip(self.numels, spans(list(self.numels.values())), strict=True))
         size = self.shape[1]
         found = torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -261,16 +236,13 @@ class FactoredJacobian(LocalJacobian):
         self._check_probe({name: found[part] for name, part in columns.items()})
 
     def sample_blocks(self) -> list[Tensor]:
-        """See `Jacobian`."""
         with self._computing():
             return [sample_blocks(self.chunks_of(number), n, q, self.device) for number, (n, q) in enumerate(self.shapes)]
 
     def factors(self) -> Iterator[Factors]:
-        """See `LocalJacobian`."""
         yield from (chunk.factors() for chunk in self._chunks)
 
     def combined(self, number: int, rotation: Tensor) -> Components:
-        """See `LocalJacobian`."""
         return combined(self.chunks_of(number), rotation)
 
     @contextlib.contextmanager
@@ -299,20 +271,24 @@ class FactoredJacobian(LocalJacobian):
     def _check_probe(self, found: Parts) -> None:
         """Compare Dᵀu for the random u with backward passes."""
         u = self._probe_product(range(len(self._calls)))
-        apart = {name: part - u[name].reshape(-1) if name in u else part for name, part in found.items()}
-        difference = norm(apart)
-        if difference > min(1e3 * self._precision(torch.float64), 0.05) * norm(u):
-            raise MismatchError(f"Dᵀu differs by {difference:.6g} for random u from that of backward passes, {norm(u):.6g}")
+        apart = norm({name: part - u[name].reshape(-1) if name in u else part for name, part in found.items()})
+        self._check_close("Dᵀu", apart, norm(u), torch.float64)
 
     def _check(self, value: float, first: range, second: range, dtype: torch.dtype) -> None:
         """Compare uᵀΘv for random u and v with ⟨Dᵀu, Dᵀv⟩ from backward passes."""
         u = self._probe_product(first)
         v = u if second == first else self._probe_product(second)
         size = norm(u) * norm(v)
-        eps = self._precision(dtype)
         expected = size if v is u else sum(float(u[name].reshape(-1) @ v[name].reshape(-1)) for name in u.keys() & v.keys())
-        if abs(value - expected) > min(1e3 * eps, 0.05) * size:  # the solver reports what is not finite
-            raise MismatchError(f"uᵀΘv is {value:.6g} for random u and v where backward passes give {expected:.6g}")
+        self._check_close("uᵀΘv", abs(value - expected), size, dtype)
+
+    def _check_close(self, what: str, apart: float, size: float, dtype: torch.dtype) -> None:
+        if apart > min(1e3 * self._precision(dtype), 0.05) * size:  # the solver reports what is not finite
+            raise RuntimeError(
+                f"{what} differs by {apart:.3g} for random u and v from that of backward passes, whose size is {size:.3g}: a "
+                "rule of AdaptedGD, or one that you registered, is wrong. Take rows of the Jacobian instead, by "
+                'ntk(method="jacobian") or solver=Dense(kernel="jacobian").'
+            )
 
     def _precision(self, dtype: torch.dtype) -> float:
         """Machine epsilon of the coarsest arithmetic in the products, the last of which is in ``dtype``."""

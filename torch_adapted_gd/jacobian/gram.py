@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -84,35 +84,6 @@ def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None
         tile = max(TILE_ROWS, -(-theta.shape[0] // 8))
         for row in range(0, theta.shape[0], tile):
             theta[row : row + tile, row:].addmm_(left[row : row + tile], left[row:].T)
-
-
-def parameter_gram(
-    blocks: Iterable[Tensor], size: int, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
-) -> tuple[Tensor, Tensor, float]:
-    """DᵀD ``[K, K]``, DᵀV ``[K, v]`` and |D|² in float64, added up over blocks of D's rows, so that D is never held.
-
-    Args:
-        blocks: Rows ``[r, K]``, in their order.
-        size: K.
-        vectors: V, ``[R, v]`` in float64.
-        weigh: Makes SᵀD of rows of D and the number of the first. With it, the first result is DᵀSSᵀD.
-    """
-    require_memory(
-        2 * 8 * size**2,
-        vectors.device,
-        f"DᵀD of {size:,} parameters",
-        'Use solver=Dense(space="sample"), or a smaller batch, which will choose it.',
-    )
-    total = torch.zeros(size, size, dtype=torch.float64, device=vectors.device)
-    products = vectors.new_zeros(size, vectors.shape[1])
-    start, square = 0, 0.0
-    for block in blocks:
-        rows = block.double()
-        products.addmm_(rows.T, vectors[start : start + len(rows)])
-        add_gram(total, (rows if weigh is None else weigh(rows, start)).T)
-        square += float(rows.square().sum())
-        start += len(rows)
-    return total.triu_().add_(total.triu(1).T), products, square
 
 
 def add_products(total: Tensor, first: Tensor, second: Tensor) -> None:

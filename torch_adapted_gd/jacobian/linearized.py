@@ -121,21 +121,14 @@ class Linearized:
             return []
         limit = _ELEMENTS_AT_ONCE if self.device.type == "cpu" else 2**40
         step = max(1, limit // max(1, self._entries))
-        uses: list[Use] = []
         with self._running():
-            for start in range(0, len(outputs), step):
-                some = self._with(self._unit_backward(outputs[start : start + step], edges))
-                if step >= len(outputs):
-                    uses = some
-                    break
-                if start == 0:
-                    uses = [
-                        use.holding(b.new_empty(b.shape[0], len(outputs), *b.shape[2:]) for b in use.held.values())
-                        for use in some
-                    ]
-                for use, part in zip(uses, some, strict=True):
-                    for whole, b in zip(use.held.values(), part.held.values(), strict=True):
-                        whole[:, start : start + step] = b
+            blocks = [
+                self._with(self._unit_backward(outputs[start : start + step], edges)) for start in range(0, len(outputs), step)
+            ]
+        uses = []
+        for parts in zip(*blocks, strict=True):  # of one use
+            tensors = zip(*(part.held.values() for part in parts), strict=True)
+            uses.append(parts[0].holding(torch.cat(some, 1) if len(some) > 1 else some[0] for some in tensors))
         if self._passes.vectorized and len(outputs) == self.q > 1 and not self._is_sound(uses):
             self._passes.vectorized = False
             return self.at(outputs)
