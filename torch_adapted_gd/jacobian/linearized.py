@@ -80,7 +80,7 @@ class Linearized:
         self._conditions = conditions
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
-        self._doubtful: set[str] = set()
+        self._faint: set[str] = set()  # parameters with gradients at a use that are no more than rounding errors
         self._hidden: set[str] = set()  # parameters without a known use
         generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random numbers alone
         probe = torch.randn(n, self.q, generator=generator, dtype=torch.float64, device="cpu").to(self.device)
@@ -242,17 +242,18 @@ class Linearized:
             if not all(len(rule.dims(note, once.ndim)) for once, _ in reached.values()):
                 rule = GENERIC  # called without a batch
             layouts: dict[int, Layout] = {}
-            sure = True
             for place, (once, twice) in reached.items():
-                dims = rule.dims(note, once.ndim)
-                layout, certain = self._layout(once, twice, scale, dims, noise, any_order=note.mixed)
+                layout = self._layout(once, twice, scale, rule.dims(note, once.ndim), any_order=note.mixed)
                 if layout is None:
                     break
-                layouts[place], sure = layout, sure and certain
+                layouts[place] = layout
             if len(layouts) < len(reached):
-                if note.mixed and sources:
-                    use = Use(GENERIC, note, sources, {})
-                    for name in use.names:
+                use = Use(GENERIC, note, sources, {})
+                faint = all(float(once.norm()) <= noise for once, _ in reached.values())
+                for name in use.names if note.mixed else ():
+                    if faint:
+                        self._faint.add(name)
+                    else:
                         self._leave(name, f"the samples of a batch interact behind {use}")
                 continue
             if not note.mixed:
@@ -263,8 +264,6 @@ class Linearized:
             for place, layout in layouts.items():
                 use.gradients[place] = layout.samples_first(reached[place][0]).unsqueeze(1).to(self._dtype)
             uses.append(use)
-            if not sure:
-                self._doubtful |= use.names
         return [use for use in uses if not use.names <= self.unserved.keys()]
 
     def _leave(self, name: str, why: str) -> None:
@@ -273,27 +272,20 @@ class Linearized:
         if why not in self.remarks:
             self.remarks.append(why)
 
-    def _layout(
-        self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, noise: float, *, any_order: bool
-    ) -> tuple[Layout | None, bool]:
-        """The layout with which ``twice`` is ``once`` times ``scale``, and whether it is certain.
+    def _layout(self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, *, any_order: bool) -> Layout | None:
+        """The layout with which ``twice`` is ``once`` times ``scale``; None if there is none."""
+        for layout in Layout.candidates(once.shape, self.n, dims):
+            expected = layout.samples_first(once)
+            expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
+            if self._close(layout.samples_first(twice), expected):
+                return layout
+        for leading in range(1, len(dims) + 1) if any_order else ():
+            places = self._places(once.flatten(0, leading - 1), twice.flatten(0, leading - 1), scale)
+            if places is not None:
+                return Layout(0, self.n, places=places, leading=leading)
+        return None
 
-        It is certain if it holds without an allowance for rounding errors elsewhere, which lets any layout pass where gradients
-        are tiny.
-        """
-        for allowed in (0.0, noise):
-            for layout in Layout.candidates(once.shape, self.n, dims):
-                expected = layout.samples_first(once)
-                expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
-                if self._close(layout.samples_first(twice), expected, allowed):
-                    return layout, allowed == 0
-            for leading in range(1, len(dims) + 1) if any_order else ():
-                places = self._places(once.flatten(0, leading - 1), twice.flatten(0, leading - 1), scale, allowed)
-                if places is not None:
-                    return Layout(0, self.n, places=places, leading=leading), allowed == 0
-        return None, False
-
-    def _places(self, once: Tensor, twice: Tensor, scale: Tensor, noise: float) -> Tensor | None:
+    def _places(self, once: Tensor, twice: Tensor, scale: Tensor) -> Tensor | None:
         """The places of each sample along the first dimension, ``[N, S]``, −1 for none; None if a place has several samples."""
         if not once.numel():
             return None
@@ -302,13 +294,13 @@ class Linearized:
             return None  # also if rounding hides the step of s
         size, strongest = once.abs().max(1)
         rows = torch.arange(len(once), device=self.device)
-        there = size > max(noise / len(once), self.eps * float(size.max()) / len(once), torch.finfo(once.dtype).tiny)
+        there = size > max(self.eps * float(size.max()) / len(once), torch.finfo(once.dtype).tiny)
         ratio = twice[rows, strongest].double() / torch.where(there, once[rows, strongest].double(), 1.0)
         step = ((ratio + 1) * self.n - 1) / 2
         rank = step.round().clamp(0, self.n - 1).long()
         owner = torch.argsort(self._order)[rank]
         expected = once * scale[owner].to(once.dtype)[:, None]
-        if not self._close(twice[there], expected[there], noise) or bool(((step - rank).abs() > 0.1)[there].any()):
+        if not self._close(twice[there], expected[there]) or bool(((step - rank).abs() > 0.1)[there].any()):
             return None
         owner = torch.where(there, owner, self.n)
         order = torch.argsort(owner, stable=True)
@@ -324,7 +316,7 @@ class Linearized:
         places[sorted_owner[kept], column] = order[kept]
         return places
 
-    def _close(self, found: Tensor, expected: Tensor, noise: float) -> bool:
+    def _close(self, found: Tensor, expected: Tensor, noise: float = 0.0) -> bool:
         # Numbers that are not finite pass: the step reports them.
         apart, size = (float(torch.linalg.vector_norm(t)) for t in (found - expected, expected))
         return not apart > min(1e3 * self.eps, 0.05) * size + noise
@@ -336,10 +328,6 @@ class Linearized:
         self._entries = self.elements
         self.uses = [self._made(use, found) if self._is_better_made(use, found) else use for use, found in terms]
         whole = math.hypot(*(float(product.norm()) for product in self.probe_product.values()))
-        for name in sorted(self._doubtful & self.probe_product.keys()):
-            # Tiny gradients at a use do not matter if D is tiny too, as by a bias before a softmax.
-            if float(self.probe_product[name].norm()) > 64 * self.eps * whole:
-                self._leave(name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart")
         for name, p in self._parameters.items():
             expected = self.probe_product.get(name)
             got = total.get(name)
@@ -351,6 +339,9 @@ class Linearized:
             difference = expected.reshape(-1) if got is None else got.sub_(expected.reshape(-1))
             apart = float(difference.norm())
             if not apart > min(1e3 * self.eps, 0.05) * float(expected.norm()) + 16 * self.eps * whole:
+                continue
+            if name in self._faint:
+                self._leave(name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart")
                 continue
             using = [use for use in self.uses if name in use.names]
             where = f" ({', '.join(str(use) for use in using[:2])})" if using else ""
@@ -385,4 +376,4 @@ class Linearized:
 
 def _summed(term: Term, dtype: torch.dtype) -> Tensor:
     """Σ_nq D[n, q], flat."""
-    return term.weighted_sum(None, dtype) if isinstance(term, OuterProducts) else term.to(dtype).sum((0, 1)).reshape(-1)
+    return term.total(dtype) if isinstance(term, OuterProducts) else term.to(dtype).sum((0, 1)).reshape(-1)

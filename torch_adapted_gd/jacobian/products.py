@@ -83,17 +83,14 @@ class OuterProducts:
         for start in range(0, o, step):
             yield slice(start, min(start + step, o))
 
-    def weighted_sum(self, u: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Σ_nq u[n, q] D[n, q] in ``dtype``, flat in the parameter's layout; None for u = 1."""
-        return self.spread(self.contracted(u, dtype), dtype)
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """Σ_nq D[n, q] in ``dtype``, flat in the parameter's layout."""
+        return self.spread(self.left.to(dtype).sum(1), dtype)
 
-    def contracted(self, u: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Σ_q u[n, q] left[n, q], ``[N, G, O, T]``."""
+    def contracted(self, u: Tensor) -> Tensor:
+        """Σ_q u[n, q] left[n, q] in the dtype of u, ``[N, G, O, T]``."""
         n, q, g, o, t = self.left.shape
-        left = self.left.to(dtype)
-        if u is not None:
-            return (u.to(dtype).unsqueeze(1) @ left.reshape(n, q, -1)).view(n, g, o, t)
-        return left.sum(1) if q > 1 else left.squeeze(1)
+        return (u.unsqueeze(1) @ self.left.to(u.dtype).reshape(n, q, -1)).view(n, g, o, t)
 
     def spread(self, left: Tensor, dtype: torch.dtype) -> Tensor:
         """Σ_nt left[n, :, :, t] ⊗ right[n, :, :, t] for left ``[N, G, O, T]``, flat in the parameter's layout."""
@@ -115,10 +112,6 @@ class OuterProducts:
         if self.left.shape[4] == g == 1:  # one product instead of one for each sample
             return (self.right.to(v.dtype).flatten(1) @ matrix[0].T).view(-1, 1, o, 1)
         return matrix @ self.right.to(v.dtype)
-
-    def product(self, v: Tensor) -> Tensor:
-        """Σ_k D[n, q, k] v[k] in the dtype of ``v``, which is flat in the parameter's layout: ``[N, Q]``."""
-        return self.against(self.image(v))
 
     def against(self, image: Tensor) -> Tensor:
         """⟨left[n, q], image[n]⟩ for image ``[N, G, O, T]``: ``[N, Q]``."""
@@ -221,7 +214,7 @@ class Family:
         totals: list[Tensor] = []
         for samples in self._samples():
             parts = self._of_samples(samples, u.dtype)
-            left = parts[0].contracted(u[samples], u.dtype)
+            left = parts[0].contracted(u[samples])
             sums = [part.spread(left, u.dtype) for part in parts]
             totals = [total.add_(more) for total, more in zip(totals, sums, strict=True)] if totals else sums
         return totals

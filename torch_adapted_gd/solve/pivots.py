@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128  # candidates per block: products are large enough to be fast, and few candidates are rejected
-_LEAST = 16  # candidates after blocks with few pivots, as for a spectrum that decays fast
 _RELATIVE = 0.3  # pivots below this part of the largest wait; errors stay within about four times those of strict order
 
 
@@ -40,7 +39,7 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
     order = torch.arange(n, device=matrix.device)
     left = matrix.diagonal().clone()  # the diagonal of the remainder, in this order
     rows = matrix.new_zeros(min(n, 4 * _BLOCK), n)
-    rank, width = 0, _BLOCK
+    rank = 0
     while rank < n:
         largest = float(left[rank:].max())
         if largest <= floor:
@@ -49,7 +48,7 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
             return None
         if len(rows) < min(n, rank + _BLOCK):
             rows = torch.cat([rows, rows.new_zeros(min(n - len(rows), len(rows)), n)])
-        candidates = rank + left[rank:].topk(min(width, n - rank)).indices
+        candidates = rank + left[rank:].topk(min(_BLOCK, n - rank)).indices
         taken = rows[:rank, candidates]  # [rank, c]
         remainder = matrix[order[candidates][:, None], order[candidates]] - taken.T @ taken  # S there, [c, c]
         chosen = candidates[_independent(remainder, max(_RELATIVE * largest, floor))]
@@ -63,7 +62,7 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
         rows[rank:stop, rank:stop] = factor.mT
         rows[rank:stop, stop:] = torch.linalg.solve_triangular(factor, part[:, len(chosen) :], upper=False)
         left[stop:] -= rows[rank:stop, stop:].square().sum(0)
-        rank, width = stop, min(_BLOCK, max(_LEAST, 4 * len(chosen)))
+        rank = stop
     return Pivots(order, rows[:rank])
 
 
