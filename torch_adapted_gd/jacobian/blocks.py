@@ -11,7 +11,7 @@ from torch import Tensor
 from .gram import add_gram
 from .normed import Directions
 from .operator import Components, Factors, Part, Terms
-from .products import Family, OuterProducts, tiles
+from .products import OuterProducts, SharedLeftFactor, tiles
 from .tokens import add_by_index
 
 TILE_ROWS = 320  # rows of a tile of Θ on the CPU: a square tile of float64 stays in the cache
@@ -28,7 +28,7 @@ class SortedTerms:
     """
 
     terms: Terms
-    families: list[tuple[list[Part], Family]]
+    families: list[tuple[list[Part], SharedLeftFactor]]
     written: dict[Part, tuple[Tensor, Tensor | None]]
 
     @classmethod
@@ -55,7 +55,9 @@ class SortedTerms:
             mine.append(joined)
             if second is not None:
                 theirs.append(OuterProducts.joined(products[len(terms) :], theirs[0].left if theirs else None))
-        families = [(names, Family(mine, mine if second is None else theirs)) for names, mine, theirs in outer.values()]
+        families = [
+            (names, SharedLeftFactor(mine, mine if second is None else theirs)) for names, mine, theirs in outer.values()
+        ]
         return cls(first, families, written)
 
     def rows(self, samples: slice) -> Iterator[tuple[Part, Tensor]]:
@@ -110,7 +112,7 @@ def fill_block(theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool,
         components: The sorted terms of groups of parameters.
     """
     theta.zero_()
-    single: list[Family] = []  # these are added tile by tile, all to a tile while it is in the cache
+    single: list[SharedLeftFactor] = []  # these are added tile by tile, all to a tile while it is in the cache
     for parts in components:
         for jacobian, other in parts.written.values():
             add_gram(theta, jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
@@ -128,7 +130,7 @@ def fill_block(theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool,
 
 
 def _add_tiles(
-    theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, families: list[Family], *, mirror: bool = False
+    theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, families: list[SharedLeftFactor], *, mirror: bool = False
 ) -> None:
     """Add families tile by tile, and with ``mirror`` copy each tile above the diagonal to below it."""
     n, q, m, r = shape

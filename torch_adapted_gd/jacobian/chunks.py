@@ -94,11 +94,6 @@ class Chunk(Rows):
         """The outputs, counted from the first of the piece."""
         return range(self.outputs.start - self.first, self.outputs.stop - self.first)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N and the number of outputs of each sample in the chunk."""
-        return self.n, len(self.outputs)
-
     def uses(self) -> list[Use]:
         """The uses with B."""
         return self.piece.at(self._own) if self.held is None else self.held

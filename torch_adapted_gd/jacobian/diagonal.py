@@ -10,7 +10,7 @@ from .blocks import SortedTerms, terms_of
 from .chunks import Chunk
 from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges_of_samples
 from .operator import Components
-from .products import Family, OneHot, OuterProducts, tiles
+from .products import OneHot, OuterProducts, SharedLeftFactor, tiles
 
 _TILE_ROWS = 512  # rows of a tile on the CPU: a square tile of float32 stays in the cache
 
@@ -60,7 +60,7 @@ def add_output_blocks(out: Tensor, rows: Components, columns: Components | None)
             _add_family(out, family, columns is None)
 
 
-def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
+def _add_family(out: Tensor, family: SharedLeftFactor, symmetric: bool) -> None:
     """Add the part of a family to the block of each combination."""
     count, n, m = out.shape
     singles = [family.of_output(c) for c in range(count)]

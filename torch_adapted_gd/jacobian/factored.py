@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..memory import available_bytes
 from ..tracking.calls import without_autocast
-from ..tracking.tape import Source
 from ..world import ALONE, World
 from .blocks import SortedTerms, between, fill_block
 from .chunks import Chunk, agreed, views_in
@@ -109,7 +108,8 @@ class FactoredJacobian(LocalJacobian):
         entries = 0
         for piece in self._pieces:
             sources = [source for use in piece.uses for source in use.sources.values()]
-            computed = {id(s): s for s in sources if s.name is None and s.view is None and self._pulls_back(s)}
+            derived = {id(s): s for s in sources if s.name is None and s.view is None}
+            computed = {key: s for key, s in derived.items() if any(self._ways.get(name) != "normed" for name in s.names)}
             names |= {name for source in computed.values() for name in source.names}
             entries += piece.n * piece.q * sum(source.tensor.numel() for source in computed.values())
         if entries <= _MANY_ENTRIES:
@@ -120,10 +120,6 @@ class FactoredJacobian(LocalJacobian):
             f"({some}, {len(names)} in all). This is exact but slow. Train the weights themselves "
             "(torch.nn.utils.parametrize.remove_parametrizations makes them from a parametrization), or use a smaller batch."
         )
-
-    def _pulls_back(self, source: Source) -> bool:
-        """Whether rows by a tensor that was computed from parameters are multiplied by its Jacobian, not kept in factors."""
-        return any(self._ways.get(name) != "normed" for name in source.names)
 
     @property
     def description(self) -> str:  # type: ignore[override]
@@ -164,13 +160,14 @@ class FactoredJacobian(LocalJacobian):
         return theta
 
     def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        rows, columns = (n * q for n, q in self.shapes)
-        theta = new_kernel(rows, columns, self.device, dtype)
+        rows, others = (n * q for n, q in self.shapes)
+        theta = new_kernel(rows, others, self.device, dtype)
         with self._computing():
             for first in self.chunks_of(0):
                 factors = first.factors()
                 for second in self.chunks_of(1):
-                    fill(theta, first, second, between(factors, second.factors()), columns_from=rows)
+                    columns = replace(second.factors(), start=second.start - rows)
+                    fill(theta, first, columns, between(factors, columns))
             probe = self._probe().to(dtype)
             self._check(float(probe[:rows] @ (theta @ probe[rows:])), range(1), range(1, 2), dtype)
         return theta
@@ -325,12 +322,12 @@ class FactoredJacobian(LocalJacobian):
             start += n * q
 
 
-def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[SortedTerms], columns_from: int = 0) -> None:
+def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[SortedTerms]) -> None:
     """Write the block of Θ between two sets of rows; for a symmetric block they are the same object.
 
-    ``theta`` has the columns of Θ from number ``columns_from`` on, and ``components`` are the sorted terms of the block.
+    ``components`` are the sorted terms of the block.
     """
-    target_view = view(theta, first, second, columns_from)  # [N, Q, M, R]
+    target_view = view(theta, first, second)  # [N, Q, M, R]
     n, q, m, r = target_view.shape
     whole = first.whole and second.whole
     target = target_view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
@@ -339,10 +336,9 @@ def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[SortedTe
         target_view.copy_(target.view(n, q, m, r))
 
 
-def view(theta: Tensor, first: Rows, second: Rows, columns_from: int = 0) -> Tensor:
-    """The block of Θ between two chunks, ``[N, outputs, M, outputs]``."""
+def view(theta: Tensor, first: Rows, second: Rows) -> Tensor:
+    """The block of Θ between two sets of rows, ``[N, outputs, M, outputs]``."""
     m, r = second.n, second.q
-    start = second.start - columns_from
-    columns = first.of(theta[:, start : start + m * r]).unflatten(2, (m, r))
+    columns = first.of(theta[:, second.start : second.start + m * r]).unflatten(2, (m, r))
     found: Tensor = columns[..., second.outputs.start : second.outputs.stop]
     return found

@@ -19,7 +19,7 @@ from ..tracking.calls import without_autocast
 from ..tracking.tape import Note
 from .backward import BackwardPasses
 from .normed import lengths_and_directions
-from .products import Family, OuterProducts
+from .products import OuterProducts, SharedLeftFactor
 from .rules import GENERIC, Term, rule_for
 from .sources import accumulated, written
 from .uses import Layout, Use
@@ -121,10 +121,10 @@ class Linearized:
             return []
         limit = _ELEMENTS_AT_ONCE if self.device.type == "cpu" else 2**40
         step = max(1, limit // max(1, self._entries))
-        with self._running():
-            blocks = [
-                self._with(self._unit_backward(outputs[start : start + step], edges)) for start in range(0, len(outputs), step)
-            ]
+        assert self._passes.x is not None
+        units = torch.eye(self.q, dtype=self._passes.x.dtype, device=self.device)[outputs.start : outputs.stop]
+        with self._running():  # Σ_i x_iq for some q at a time
+            blocks = [self._with(self._passes.many(some[:, None].repeat(1, self.n, 1), edges)) for some in units.split(step)]
         uses = []
         for parts in zip(*blocks, strict=True):  # of one use
             tensors = zip(*(part.held.values() for part in parts), strict=True)
@@ -172,7 +172,7 @@ class Linearized:
             if isinstance(term, Tensor) or _PLACES * term.left.shape[4] < self.n * self.q:
                 return False
             whole = [dataclasses.replace(term, left=term.left.expand(-1, self.q, -1, -1, -1))]
-            if not Family(whole, whole).explicit_is_cheaper():
+            if not SharedLeftFactor(whole, whole).explicit_is_cheaper():
                 return False
         return True
 
@@ -213,12 +213,6 @@ class Linearized:
         """Context of backward passes, without autocast."""
         with self._conditions(), without_autocast(self.device.type):
             yield
-
-    def _unit_backward(self, outputs: range, edges: list[Any]) -> list[Tensor]:
-        """Gradients of Σ_i x_iq at the edges for a few q, ``[len(outputs), ...]`` each."""
-        assert self._passes.x is not None
-        units = torch.eye(self.q, dtype=self._passes.x.dtype, device=self.device)[outputs.start : outputs.stop]
-        return self._passes.many(units[:, None].repeat(1, self.n, 1), edges)
 
     def _find_uses(
         self, notes: list[Note], plain: list[Tensor | None], scaled: list[Tensor | None], scale: Tensor

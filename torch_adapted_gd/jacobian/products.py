@@ -136,7 +136,7 @@ class OuterProducts:
         return OuterProducts(torch.cat([term.left for term in terms], 4) if left is None else left, right, terms[0].flipped)
 
 
-class Family:
+class SharedLeftFactor:
     """Parameters whose outer products have the same left factors, such as the weight and bias of a layer.
 
     Their part of Θ is Σ_ts ⟨left[n, q, t], left[m, r, s]⟩ Σ_p ⟨right_p[n, t], right_p[m, s]⟩ with a sum over the parameters p.
@@ -166,15 +166,15 @@ class Family:
         """The columns of D: the entries of all parameters."""
         return sum(term.left.shape[2] * term.left.shape[3] * term.width for term in self.first)
 
-    def of_output(self, number: int) -> "Family":
+    def of_output(self, number: int) -> "SharedLeftFactor":
         """The family for one of the Q outputs."""
         part = slice(number, number + 1)
         left1 = self._left1[:, part]
         left2 = left1 if self._left2 is self._left1 else self._left2[:, part]
         first = [OuterProducts(left1, term.right, term.flipped) for term in self.first]
         if self.second is self.first:
-            return Family(first, first)
-        return Family(first, [OuterProducts(left2, term.right, term.flipped) for term in self.second])
+            return SharedLeftFactor(first, first)
+        return SharedLeftFactor(first, [OuterProducts(left2, term.right, term.flipped) for term in self.second])
 
     def explicit_is_cheaper(self) -> bool:
         """Whether it takes fewer operations to write the Jacobian out and multiply it than to contract the factors."""

@@ -22,7 +22,7 @@ class Pivots:
     rows: Tensor
 
 
-def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | None:
+def pivoted_cholesky(matrix: Tensor, floor: float) -> Pivots | None:
     """Take rows of Θ as pivots, the largest remaining diagonals first, until none is above the ``floor``.
 
     Each block takes candidates by their diagonal. A candidate that others before it in the block explain (a duplicate, say)
@@ -32,8 +32,9 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
     Args:
         matrix: Θ ``[n, n]``, float64.
         floor: Diagonals of the remainder up to this are zero.
-        hopeless: Give up (return None) when the trace of a remainder above the floor falls below this: the rank will be
-            ambiguous.
+
+    Returns:
+        The pivots; None if rounding made a block of them indefinite.
     """
     n = len(matrix)
     order = torch.arange(n, device=matrix.device)
@@ -44,8 +45,6 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
         largest = float(left[rank:].max())
         if largest <= floor:
             break
-        if float(left[rank:].clamp_min(0).sum()) < hopeless:
-            return None
         if len(rows) < min(n, rank + _BLOCK):
             rows = torch.cat([rows, rows.new_zeros(min(n - len(rows), len(rows)), n)])
         candidates = rank + left[rank:].topk(min(_BLOCK, n - rank)).indices
