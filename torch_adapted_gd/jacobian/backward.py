@@ -21,19 +21,18 @@ class BackwardPasses:
     """Vector-Jacobian products of a tensor whose graph is alive.
 
     Args:
-        x: The tensor; None after it was released.
+        x: The tensor.
         vectorized: Whether vmap may run several passes as one; False after vmap failed.
     """
 
     def __init__(self, x: Tensor, *, vectorized: bool) -> None:
-        self.x: Tensor | None = x
+        self.x = x
         self.vectorized = vectorized
 
     def one(self, u: Tensor, inputs: list[Any]) -> list[Tensor | None]:
         """Gradients of u·x; None where x does not depend on an input."""
         if not inputs:
             return []
-        assert self.x is not None
         return list(torch.autograd.grad(self.x, inputs, u.to(self.x.dtype), retain_graph=True, allow_unused=True))
 
     def many(self, vectors: Tensor, inputs: list[Any]) -> list[Tensor]:
@@ -52,7 +51,6 @@ class BackwardPasses:
 
     def rows(self, inputs: list[Any], at_once: int, out: Tensor) -> None:
         """Write the Jacobian of x, flat, by all inputs side by side into ``out``, ``[numel, K]``."""
-        assert self.x is not None
         total = self.x.numel()
         for start in range(0, total, at_once):
             count = min(at_once, total - start)
@@ -63,7 +61,6 @@ class BackwardPasses:
 
     def columns(self, inputs: list[Tensor]) -> list[Tensor] | None:
         """The Jacobian of x by each input, ``[*x, numel]``, by a double backward pass for each entry; None if that fails."""
-        assert self.x is not None
         with torch.enable_grad():
             u = torch.zeros_like(self.x, requires_grad=True)
             try:
@@ -82,5 +79,4 @@ class BackwardPasses:
         return list(torch.stack([column.detach() for column in found], -1).split([p.numel() for p in inputs], -1))
 
     def _filled(self, u: Tensor, inputs: list[Any]) -> tuple[Tensor, ...]:
-        assert self.x is not None
         return torch.autograd.grad(self.x, inputs, u, retain_graph=True, materialize_grads=True)

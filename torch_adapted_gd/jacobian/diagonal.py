@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .blocks import SortedTerms, terms_of
 from .chunks import Chunk
-from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges_of_samples
+from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges
 from .operator import Components
 from .products import OneHot, OuterProducts, SharedLeftFactor, tiles
 
@@ -105,7 +105,7 @@ def _add_outer_products(total: Tensor, first: OuterProducts, second: OuterProduc
     contracted = t * s * (0 if onehot else first.width) + q * o * t * s + q * r * o * t
     written = (q * t + r * s) * o * (1 if onehot else first.width) + q * r * o * first.width
     if written < contracted:
-        for samples in ranges_of_samples(len(total), g * o * first.width * q):
+        for samples in ranges(len(total), g * o * first.width * q):
             mine = first.of_samples(samples, torch.float64)
             theirs = mine if second is first else second.of_samples(samples, torch.float64)
             for part in mine.column_blocks(ROWS_ELEMENTS):
@@ -113,7 +113,7 @@ def _add_outer_products(total: Tensor, first: OuterProducts, second: OuterProduc
                 other = jacobian if theirs is mine else theirs.columns(part, torch.float64).flatten(2)
                 total[samples].baddbmm_(jacobian, other.transpose(1, 2))
         return
-    for samples in ranges_of_samples(len(total), g * t * (s + q * o)):
+    for samples in ranges(len(total), g * t * (s + q * o)):
         for group in range(g):
             left = first.left[samples, :, group].double()  # [n, Q, O, T]
             other = left if second is first else second.left[samples, :, group].double()

@@ -16,7 +16,7 @@ from ..world import ALONE, World
 from .blocks import SortedTerms, between, fill_block
 from .chunks import Chunk, agreed, views_in
 from .diagonal import combined, sample_blocks
-from .gram import ROWS_ELEMENTS, new_kernel, norm, product, spans, transpose_product
+from .gram import ROWS_ELEMENTS, new_kernel, norm, product, ranges, spans, transpose_product
 from .linearized import Linearized
 from .local import LocalJacobian
 from .normed import Directions
@@ -210,10 +210,8 @@ class FactoredJacobian(LocalJacobian):
         found = torch.zeros(size, dtype=torch.float64, device=self.device)
         probe, start = self._probe(), 0
         for number, (n, q) in enumerate(self.shapes):
-            step = max(1, limit // max(1, q * size))
-            for first in range(0, n, step):
-                samples = slice(first, min(first + step, n))
-                block = torch.zeros(samples.stop - first, q, size, dtype=torch.float64, device=self.device)
+            for samples in ranges(n, q * size, limit):
+                block = torch.zeros(samples.stop - samples.start, q, size, dtype=torch.float64, device=self.device)
                 with self._computing():
                     for chunk in self.chunks_of(number):
                         part = block[:, chunk.outputs.start : chunk.outputs.stop]
@@ -227,7 +225,7 @@ class FactoredJacobian(LocalJacobian):
                                 else:
                                     part[..., columns[name].start + index] = jacobian
                 rows = block.flatten(0, 1)
-                found.addmv_(rows.T, probe[start + first * q : start + samples.stop * q])
+                found.addmv_(rows.T, probe[start + samples.start * q : start + samples.stop * q])
                 yield rows
             start += n * q
         self._check_probe({name: found[part] for name, part in columns.items()})

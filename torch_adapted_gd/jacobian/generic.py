@@ -97,7 +97,6 @@ def _agrees(use: Use, passes: BackwardPasses, leaves: dict[Key, Tensor], found: 
 def _by_backward(use: Use, passes: BackwardPasses, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
     """A backward pass for each sample and output, many at a time."""
     n, q = next(iter(use.gradients.values())).shape[:2]
-    assert passes.x is not None
     step = max(1, _BYTES // (8 * max(1, passes.x.numel() + sum(leaf.numel() for leaf in leaves.values()))))
     numbers = [(i, j) for i in range(n) for j in range(q)]
     blocks = []

@@ -88,14 +88,14 @@ def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None
 
 def add_products(total: Tensor, first: Tensor, second: Tensor) -> None:
     """Add products of written-out rows of each sample, ``[N, Q, numel]`` and ``[N, R, numel]``, to ``[N, Q, R]``."""
-    for samples in ranges_of_samples(len(first), first[:1].numel()):
+    for samples in ranges(len(first), first[:1].numel()):
         left = first[samples].double()
         right = left if second is first else second[samples].double()
         total[samples].baddbmm_(left, right.transpose(1, 2))
 
 
-def ranges_of_samples(n: int, elements: int) -> Iterator[slice]:
-    """Ranges of samples, each of ``elements`` entries, that have at most 4 million entries, or one sample."""
-    step = max(1, ROWS_ELEMENTS // max(1, elements))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
+def ranges(count: int, elements: int, limit: int = ROWS_ELEMENTS) -> Iterator[slice]:
+    """Ranges of ``count`` items of ``elements`` entries each that have at most ``limit`` entries together, or one item."""
+    step = max(1, limit // max(1, elements))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))

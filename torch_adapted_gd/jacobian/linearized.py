@@ -19,7 +19,7 @@ from ..tracking.calls import without_autocast
 from ..tracking.tape import Note
 from .backward import BackwardPasses
 from .normed import lengths_and_directions
-from .products import OuterProducts, SharedLeftFactor
+from .products import SharedLeftFactor
 from .rules import GENERIC, Term, rule_for
 from .sources import accumulated, written
 from .uses import Layout, Use
@@ -73,7 +73,7 @@ class Linearized:
     ) -> None:
         self.n = n = outputs[0].shape[0]
         with torch.enable_grad():
-            x = torch.cat([x.reshape(n, -1) for x in outputs], 1) if len(outputs) > 1 else outputs[0].reshape(n, -1)
+            x = torch.cat([x.reshape(n, -1) for x in outputs], 1)
         self._passes = BackwardPasses(x, vectorized=vectorized)
         self.q, self.device = x.shape[1], x.device
         self._parameters, self._dtype, self.eps = parameters, dtype, eps
@@ -112,7 +112,7 @@ class Linearized:
 
     def release(self) -> None:
         """Release the graph."""
-        self._passes.x = None
+        self._passes.x = self._passes.x.detach()
 
     def at(self, outputs: range) -> list[Use]:
         """The uses with B for some of the Q outputs of each sample, ``[N, len(outputs), ...]``."""
@@ -121,7 +121,6 @@ class Linearized:
             return []
         limit = _ELEMENTS_AT_ONCE if self.device.type == "cpu" else 2**40
         step = max(1, limit // max(1, self._entries))
-        assert self._passes.x is not None
         units = torch.eye(self.q, dtype=self._passes.x.dtype, device=self.device)[outputs.start : outputs.stop]
         with self._running():  # Σ_i x_iq for some q at a time
             blocks = [self._with(self._passes.many(some[:, None].repeat(1, self.n, 1), edges)) for some in units.split(step)]
@@ -318,7 +317,7 @@ class Linearized:
     def _check(self) -> None:
         """Compare Dᵀu by the rules with the backward pass; parameters for which they differ become unserved."""
         terms = [(use, self.terms(use)) for use in self.uses]
-        total = accumulated(terms, _summed, self._parameters, self._dtype)
+        total = accumulated(terms, self._parameters, self._dtype)
         self._entries = self.elements
         self.uses = [self._made(use, found) if self._is_better_made(use, found) else use for use, found in terms]
         whole = math.hypot(*(float(product.norm()) for product in self.probe_product.values()))
@@ -366,8 +365,3 @@ class Linearized:
             self._passes.rows(tensors, step, out=rows)
         parts = rows.view(self.n, self.q, width).split([t.numel() for t in tensors], 2)
         return dict(zip(names, parts, strict=True))
-
-
-def _summed(term: Term, dtype: torch.dtype) -> Tensor:
-    """Σ_nq D[n, q], flat."""
-    return term.total(dtype) if isinstance(term, OuterProducts) else term.to(dtype).sum((0, 1)).reshape(-1)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gram import ranges
+
 _TOUCH = 64  # writing and permuting an entry of an intermediate costs as much as so many multiplications
 _WRITTEN_ELEMENTS = 2**20  # entries of D that are written out at a time (8 MiB in float64)
 _CACHED_ELEMENTS = 2**19  # entries of factors that are cast to float64 at a time (4 MiB)
@@ -79,9 +81,7 @@ class OuterProducts:
     def column_blocks(self, limit: int) -> Iterator[slice]:
         """Ranges of O for which `columns` and its factors have at most ``limit`` entries, or of length one."""
         n, q, g, o, t = self.left.shape
-        step = max(1, limit // max(1, n * q * g * max(self.width, t)))
-        for start in range(0, o, step):
-            yield slice(start, min(start + step, o))
+        return ranges(o, n * q * g * max(self.width, t), limit)
 
     def total(self, dtype: torch.dtype) -> Tensor:
         """Σ_nq D[n, q] in ``dtype``, flat in the parameter's layout."""
@@ -228,9 +228,7 @@ class SharedLeftFactor:
         """Ranges of samples whose factors in float64 stay in the cache; all samples on a GPU."""
         n = len(self._left1)
         entries = self._left1[:1].numel() + sum(1 if isinstance(t.right, OneHot) else t.right[:1].numel() for t in self.first)
-        step = max(1, _CACHED_ELEMENTS // max(1, entries)) if self._left1.device.type == "cpu" else max(1, n)
-        for start in range(0, n, step):
-            yield slice(start, min(start + step, n))
+        return ranges(n, entries, _CACHED_ELEMENTS if self._left1.device.type == "cpu" else n * entries)
 
     def product(self, vectors: list[Tensor]) -> Tensor:
         """Σ over parameters of Σ_k D[n, q, k] v[k] for a flat vector v of each, ``[N, Q]`` in their dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -74,11 +74,10 @@ class Derived:
 
 def accumulated(
     terms: Iterable[tuple[Use, dict[Key, Term]]],
-    reduce: Callable[[Term, torch.dtype], Tensor],
     parameters: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """The sum of all terms over all rows of D, flat by parameter; ``reduce`` sums one term."""
+    """The sum of all terms over all rows of D, flat by parameter, in ``dtype``."""
     totals: dict[str, Tensor] = {}
     derived: dict[int, tuple[Source, Tensor]] = {}
 
@@ -90,7 +89,7 @@ def accumulated(
             source = use.sources.get(key)
             if source is None:
                 continue
-            vector = reduce(term, dtype)
+            vector = term.total(dtype) if isinstance(term, OuterProducts) else term.to(dtype).sum((0, 1)).reshape(-1)
             if is_whole(source):
                 add(next(iter(source.names)), vector)
             elif source.view is not None:

@@ -118,9 +118,6 @@ def solve_kernel(
     shift = damping * float(matrix.diagonal().mean())
     found = factorize(matrix, rtol=rtol, method=method, eps=eps, least_shift=shift)
     psi = found.solve(right, shift)
-    if not all_finite(psi) and method != "eigh":  # entries near the ends of float64's range
-        found = factorize(matrix, rtol=rtol, method="eigh", eps=eps)
-        psi = found.solve(right, shift)
     if found.status in ("not_finite", "not_converged"):
         return failure(found.status)
     if not all_finite(psi):
