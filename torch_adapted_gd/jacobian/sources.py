@@ -68,7 +68,7 @@ class Derived:
         entries = self._result.numel() + sum(leaf.numel() for leaf in leaves)
         passes = BackwardPasses(self._result, vectorized=True)
         found = [passes.many(some, leaves) for some in vectors.split(max(1, _BYTES // (4 * max(1, entries))))]
-        parts = [torch.cat(part).flatten(1).to(rows.dtype) for part in zip(*found, strict=True)]
+        parts = [torch.cat(part).reshape(len(rows), -1).to(rows.dtype) for part in zip(*found, strict=True)]
         return dict(zip(self.names, parts, strict=True))
 
 
