@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import memory, ntk
-from torch_adapted_gd.jacobian.dense import DenseJacobian
 from torch_adapted_gd.jacobian.gram import gram
 
 from .cases import dense_jacobian, make, mlp
@@ -33,15 +32,6 @@ def test_gram_in_tiles_and_blocks(rows, monkeypatch):
     torch.testing.assert_close(gram(a), a.double() @ a.double().T, rtol=0, atol=1e-12)
     torch.testing.assert_close(gram(a, b), a.double() @ b.double().T, rtol=0, atol=1e-12)
     assert torch.equal(gram(a), gram(a).T)
-
-
-def test_stacked_jacobian_is_one_matrix_in_blocks():
-    blocks = [torch.randn(n, 9, dtype=torch.float64) for n in (2, 5, 1)]
-    whole = torch.cat(blocks)
-    stacked = DenseJacobian(blocks, [(2, 1), (5, 1), (1, 1)], {"a": 4, "b": 5}, "")
-    u = torch.randn(8, dtype=torch.float64)
-    torch.testing.assert_close(stacked.gram(), whole @ whole.T)
-    torch.testing.assert_close(torch.cat(list(stacked.rmv(u).values())), whole.T @ u)
 
 
 def test_bad_arguments(monkeypatch):

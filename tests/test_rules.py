@@ -17,7 +17,7 @@ from .test_structured import relative_error
 @pytest.mark.parametrize("name", LAYERS)
 def test_both_orders_of_contraction(name, written, monkeypatch):
     build, shape = LAYERS[name]
-    monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self: written)
+    monkeypatch.setattr(products.SharedLeftFactor, "explicit_is_cheaper", lambda self: written)
     assert relative_error(build().double(), draw(shape, 4, torch.float64)) <= 1e-12
 
 
@@ -28,7 +28,7 @@ def test_both_orders_of_contraction(name, written, monkeypatch):
 def test_tiles_blocks_and_chunks_of_all_sizes(name, written, monkeypatch):
     build, shape = LAYERS[name]
     if written is not None:
-        monkeypatch.setattr(products.Family, "explicit_is_cheaper", lambda self: written)
+        monkeypatch.setattr(products.SharedLeftFactor, "explicit_is_cheaper", lambda self: written)
     model, x = build().double(), draw(shape, 7, torch.float64)
     for rows, small in ((1, 1), (7, 50), (9, 1000)):
         monkeypatch.setattr(blocks, "TILE_ROWS", rows)
@@ -48,7 +48,7 @@ def test_the_cheaper_order_is_chosen():
 
     def family(n, q, o, i, t):
         term = OuterProducts(torch.zeros(n, q, 1, o, t), torch.zeros(n, 1, i, t))
-        return products.Family([term], [term])
+        return products.SharedLeftFactor([term], [term])
 
     assert not family(64, 10, 256, 784, 1).explicit_is_cheaper()
     assert family(64, 10, 16, 9, 784).explicit_is_cheaper()
@@ -220,13 +220,13 @@ def test_on_a_gpu(name):
 def test_few_wide_places_are_contracted(monkeypatch):
     """The order for sequences, in the sizes that it is meant for: not a toy that both orders pass."""
     chosen = []
-    original = products.Family.explicit_is_cheaper
+    original = products.SharedLeftFactor.explicit_is_cheaper
 
     def spy(self):
         chosen.append(original(self))
         return chosen[-1]
 
-    monkeypatch.setattr(products.Family, "explicit_is_cheaper", spy)
+    monkeypatch.setattr(products.SharedLeftFactor, "explicit_is_cheaper", spy)
     model = nn.Sequential(nn.Linear(3, 60), nn.Tanh(), nn.Linear(60, 60), nn.Flatten(), nn.Linear(120, 2))
     assert relative_error(model.double(), (torch.randn(5, 2, 3).double(),)) <= 1e-12
     assert True in chosen
@@ -246,7 +246,7 @@ def test_embeddings_of_few_and_many_tokens(size, many, monkeypatch):
 
     for first, second in ((term(6, 4, 8), term(7, 3, 9)), (term(6, 4, 8), None)):
         one = [first]
-        family = products.Family(one, one if second is None else [second])
+        family = products.SharedLeftFactor(one, one if second is None else [second])
         rows, columns = (each.explicit().flatten(0, 1) for each in (first, second or first))
         theta = torch.zeros(len(rows), len(columns), dtype=torch.float64)
         tokens.add_by_index(theta, family)
@@ -311,4 +311,4 @@ def test_the_graph_is_given_back_before_the_kernel_is_used():
     model, x, _ = problem()
     call, names = recorded(model, (x,))
     jacobian = tangent_jacobian(model, [call], names)
-    assert all(piece._passes.x is None for piece in jacobian._pieces)
+    assert all(piece._passes.x.grad_fn is None for piece in jacobian._pieces)

@@ -7,7 +7,7 @@ from torch import nn
 
 from torch_adapted_gd import ntk
 from torch_adapted_gd.jacobian import tangent_jacobian, written_if_small
-from torch_adapted_gd.jacobian.blocks import Parts
+from torch_adapted_gd.jacobian.blocks import SortedTerms
 from torch_adapted_gd.jacobian.definition import recorded
 
 from .cases import dense_jacobian, mlp
@@ -109,8 +109,8 @@ def test_gram_of_several_calls_in_blocks_and_weighed(method, monkeypatch):
 def test_a_gram_of_wrong_rows_is_found_out(monkeypatch):
     model = mlp().double()
     call, names = recorded(model, torch.randn(5, 4, dtype=torch.float64))
-    rows = Parts.rows
-    monkeypatch.setattr(Parts, "rows", lambda self, samples: [(name, 1.01 * part) for name, part in rows(self, samples)])
+    rows = SortedTerms.rows
+    monkeypatch.setattr(SortedTerms, "rows", lambda self, samples: [(name, 1.01 * part) for name, part in rows(self, samples)])
     with pytest.raises(RuntimeError, match=r"Dᵀu differs by"):
         tangent_jacobian(model, [call], names).parameter_gram(torch.zeros(15, 1, dtype=torch.float64))
 

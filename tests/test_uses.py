@@ -347,6 +347,36 @@ def test_a_mode_of_the_users_own_is_left_alone():
     assert expected.shape == (6, 3, 6, 3)
 
 
+class Level(nn.Module):
+    """A number that is added to all logits before a softmax: it has no effect, and derivatives by it are rounding errors."""
+
+    def __init__(self, level):
+        super().__init__()
+        self.net, self.level = mlp(), level
+
+    def forward(self, x):
+        return torch.softmax(self.net(x) + self.level(x), -1)
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.value
+
+
+@pytest.mark.parametrize("level", [Constant, lambda: nn.Linear(4, 1)], ids=["constant", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_without_effect_need_no_rows(dtype, level):
+    for _ in range(5):
+        model, x = Level(level()).to(dtype), torch.randn(50, 4, dtype=dtype)
+        d = dense_jacobian(model, x)
+        theta = ntk(model, x, method="structured").reshape(len(d), len(d))
+        assert (theta - d @ d.T).norm() <= 100 * torch.finfo(dtype).eps * (d @ d.T).norm()
+
+
 class SequenceFirst(nn.Module):
     """Raw features, a normalization behind, and as many places as samples: gradients at the first layer are tiny."""
 

@@ -1,6 +1,6 @@
 """Backward passes through one graph, many at a time if possible."""
 
-from collections.abc import Iterator
+import warnings
 from typing import Any
 
 import torch
@@ -21,26 +21,27 @@ class BackwardPasses:
     """Vector-Jacobian products of a tensor whose graph is alive.
 
     Args:
-        x: The tensor; None after it was released.
+        x: The tensor.
         vectorized: Whether vmap may run several passes as one; False after vmap failed.
     """
 
     def __init__(self, x: Tensor, *, vectorized: bool) -> None:
-        self.x: Tensor | None = x
+        self.x = x
         self.vectorized = vectorized
 
     def one(self, u: Tensor, inputs: list[Any]) -> list[Tensor | None]:
         """Gradients of u·x; None where x does not depend on an input."""
         if not inputs:
             return []
-        assert self.x is not None
         return list(torch.autograd.grad(self.x, inputs, u.to(self.x.dtype), retain_graph=True, allow_unused=True))
 
     def many(self, vectors: Tensor, inputs: list[Any]) -> list[Tensor]:
         """Gradients for several u, stacked; zero where x does not depend on an input."""
         if self.vectorized and len(vectors) > _FEW:
             try:
-                return list(vmap(lambda u: self._filled(u, inputs))(vectors))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns that vmap runs a loop
+                    return list(vmap(lambda u: self._filled(u, inputs))(vectors))
             except _REFUSALS as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -48,19 +49,18 @@ class BackwardPasses:
         rows = [self._filled(u, inputs) for u in vectors]
         return [parts[0][None] if len(rows) == 1 else torch.stack(parts) for parts in zip(*rows, strict=True)]
 
-    def rows(self, inputs: list[Any], at_once: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """The Jacobian of x, flat, by each input, in blocks ``[rows, *input]`` with the number of their first row."""
-        assert self.x is not None
+    def rows(self, inputs: list[Any], at_once: int, out: Tensor) -> None:
+        """Write the Jacobian of x, flat, by all inputs side by side into ``out``, ``[numel, K]``."""
         total = self.x.numel()
         for start in range(0, total, at_once):
             count = min(at_once, total - start)
             vectors = torch.zeros(count, total, dtype=self.x.dtype, device=self.x.device)
             vectors[torch.arange(count), start + torch.arange(count)] = 1
-            yield start, self.many(vectors.view(count, *self.x.shape), inputs)
+            parts = self.many(vectors.view(count, *self.x.shape), inputs)
+            out[start : start + count] = torch.cat([part.to_dense().reshape(count, -1) for part in parts], 1)
 
     def columns(self, inputs: list[Tensor]) -> list[Tensor] | None:
         """The Jacobian of x by each input, ``[*x, numel]``, by a double backward pass for each entry; None if that fails."""
-        assert self.x is not None
         with torch.enable_grad():
             u = torch.zeros_like(self.x, requires_grad=True)
             try:
@@ -79,5 +79,4 @@ class BackwardPasses:
         return list(torch.stack([column.detach() for column in found], -1).split([p.numel() for p in inputs], -1))
 
     def _filled(self, u: Tensor, inputs: list[Any]) -> tuple[Tensor, ...]:
-        assert self.x is not None
         return torch.autograd.grad(self.x, inputs, u, retain_graph=True, materialize_grads=True)

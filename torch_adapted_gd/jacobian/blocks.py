@@ -11,14 +11,14 @@ from torch import Tensor
 from .gram import add_gram
 from .normed import Directions
 from .operator import Components, Factors, Part, Terms
-from .products import Family, OuterProducts, tiles
+from .products import OuterProducts, SharedLeftFactor, tiles
 from .tokens import add_by_index
 
 TILE_ROWS = 320  # rows of a tile of Θ on the CPU: a square tile of float64 stays in the cache
 
 
 @dataclass(frozen=True)
-class Parts:
+class SortedTerms:
     """The terms of parameters that have uses in common, sorted by how they are contracted.
 
     Attributes:
@@ -28,11 +28,11 @@ class Parts:
     """
 
     terms: Terms
-    families: list[tuple[list[Part], Family]]
+    families: list[tuple[list[Part], SharedLeftFactor]]
     written: dict[Part, tuple[Tensor, Tensor | None]]
 
     @classmethod
-    def of(cls, first: Terms, second: Terms | None = None) -> "Parts":
+    def of(cls, first: Terms, second: Terms | None = None) -> "SortedTerms":
         """Sort the terms of rows and columns (None if they are the same). The uses of a parameter add up."""
         outer: dict[tuple[Any, ...], tuple[list[Part], list[OuterProducts], list[OuterProducts]]] = {}
         written: dict[Part, tuple[Tensor, Tensor | None]] = {}
@@ -55,7 +55,9 @@ class Parts:
             mine.append(joined)
             if second is not None:
                 theirs.append(OuterProducts.joined(products[len(terms) :], theirs[0].left if theirs else None))
-        families = [(names, Family(mine, mine if second is None else theirs)) for names, mine, theirs in outer.values()]
+        families = [
+            (names, SharedLeftFactor(mine, mine if second is None else theirs)) for names, mine, theirs in outer.values()
+        ]
         return cls(first, families, written)
 
     def rows(self, samples: slice) -> Iterator[tuple[Part, Tensor]]:
@@ -75,9 +77,9 @@ class Parts:
         )
 
 
-def between(rows: Factors, columns: Factors) -> list[Parts]:
+def between(rows: Factors, columns: Factors) -> list[SortedTerms]:
     """The sorted terms of the block of Θ between some rows of D and others."""
-    return [Parts.of(terms, terms_of(names, columns.components)) for names, terms in rows.components]
+    return [SortedTerms.of(terms, terms_of(names, columns.components)) for names, terms in rows.components]
 
 
 def terms_of(names: set[str], components: Components) -> Terms:
@@ -100,61 +102,47 @@ def _written(terms: list[Tensor | OuterProducts]) -> Tensor:
     return functools.reduce(Tensor.add, [*plain, *(OuterProducts.joined(alike).explicit() for alike in kinds.values())])
 
 
-class KernelBlock:
-    """Computes a block of Θ: first written-out Jacobians and general contractions, then families of one place tile by tile.
+def fill_block(theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, components: Iterable[SortedTerms]) -> None:
+    """Write a block of Θ as the sum over components.
 
     Args:
-        theta: Receives the block, ``[N·Q, M·R]``; not initialized. `finish` mirrors a symmetric block.
+        theta: Receives the block, ``[N·Q, M·R]``.
         shape: N, Q, M and R.
         symmetric: Whether rows and columns are the same.
+        components: The sorted terms of groups of parameters.
     """
-
-    def __init__(self, theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool) -> None:
-        self.theta, self.shape, self.symmetric = theta, shape, symmetric
-        self._started = False
-        self._single: list[Family] = []
-
-    def add(self, parts: Parts) -> None:
-        """Add the terms of some parameters."""
+    theta.zero_()
+    single: list[SharedLeftFactor] = []  # these are added tile by tile, all to a tile while it is in the cache
+    for parts in components:
         for jacobian, other in parts.written.values():
-            self._start()
-            add_gram(self.theta, jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
+            add_gram(theta, jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
         for _, family in parts.families:
             if family.by_index:
-                self._start()
-                add_by_index(self.theta, family)
+                add_by_index(theta, family)
             elif family.explicit_is_cheaper():
-                for jacobian, other in family.blocks(self.theta.dtype):
-                    self._start()
-                    add_gram(self.theta, jacobian, other)
+                for first, second in family.blocks(theta.dtype):
+                    add_gram(theta, first, second)
             elif family.single:
-                self._single.append(family)
+                single.append(family)
             else:
-                self._start()
-                self._add_tiles([family])
+                _add_tiles(theta, shape, symmetric, [family])
+    _add_tiles(theta, shape, symmetric, single, mirror=symmetric)
 
-    def finish(self) -> None:
-        """Add the families of one place, and mirror a symmetric block."""
-        if not self._single:
-            self._start()
-        self._add_tiles(self._single, mirror=self.symmetric)
 
-    def _start(self) -> None:
-        if not self._started:
-            self.theta.zero_()
-            self._started = True
-
-    def _add_tiles(self, families: Iterable[Family], *, mirror: bool = False) -> None:
-        n, q, m, r = self.shape
-        # Tiles on the diagonal also compute entries below it, so a small kernel has smaller tiles.
-        rows = min(TILE_ROWS, max(TILE_ROWS // 2, n * q // 4)) if self.theta.device.type == "cpu" else 4096
-        step = min((family.samples_at_a_time(rows) for family in families), default=max(1, rows // max(1, q, r)))
-        contractions = [family.contraction(self.theta.dtype) for family in families]
-        for i, j in tiles(n, m, step, self.symmetric):
-            tile = self.theta[i.start * q : i.stop * q, j.start * r : j.stop * r]
-            for number, contraction in enumerate(contractions):
-                contraction(i, j, tile, bool(number or self._started))
-            if mirror and i == j:
-                tile.copy_(tile.triu() + tile.triu(1).T)
-            elif mirror:
-                self.theta[j.start * r : j.stop * r, i.start * q : i.stop * q] = tile.T
+def _add_tiles(
+    theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, families: list[SharedLeftFactor], *, mirror: bool = False
+) -> None:
+    """Add families tile by tile, and with ``mirror`` copy each tile above the diagonal to below it."""
+    n, q, m, r = shape
+    # Tiles on the diagonal also compute entries below it, so a small kernel has smaller tiles.
+    rows = min(TILE_ROWS, max(TILE_ROWS // 2, n * q // 4)) if theta.device.type == "cpu" else 4096
+    step = min((family.samples_at_a_time(rows) for family in families), default=max(1, rows // max(1, q, r)))
+    contractions = [family.contraction(theta.dtype) for family in families]
+    for i, j in tiles(n, m, step, symmetric):
+        tile = theta[i.start * q : i.stop * q, j.start * r : j.stop * r]
+        for add in contractions:
+            add(i, j, tile)
+        if mirror and i == j:
+            tile.copy_(tile.triu() + tile.triu(1).T)
+        elif mirror:
+            theta[j.start * r : j.stop * r, i.start * q : i.stop * q] = tile.T

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tracking.tape import Source
 from ..world import World
-from .blocks import Parts
+from .blocks import SortedTerms
 from .linearized import Linearized
 from .normed import Directions, in_factors, lengths_and_directions
 from .operator import Factors, Part, Rows, Terms
@@ -77,7 +77,7 @@ class Chunk(Rows):
         parameters: θ by name.
         budget: Memory for kept parts, if the uses are held.
         held: The uses with B; None if they are computed each time.
-        kept: Parts of held uses, by the place of the component, if they are small.
+        kept: SortedTerms of held uses, by the place of the component, if they are small.
     """
 
     piece: Linearized
@@ -87,17 +87,12 @@ class Chunk(Rows):
     parameters: dict[str, Tensor]
     budget: int
     held: list[Use] | None = None
-    kept: dict[int, Parts] = field(default_factory=dict)
+    kept: dict[int, SortedTerms] = field(default_factory=dict)
 
     @property
     def _own(self) -> range:
         """The outputs, counted from the first of the piece."""
         return range(self.outputs.start - self.first, self.outputs.stop - self.first)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N and the number of outputs of each sample in the chunk."""
-        return self.n, len(self.outputs)
 
     def uses(self) -> list[Use]:
         """The uses with B."""
@@ -108,7 +103,7 @@ class Chunk(Rows):
         made = [(names, self.terms(names, uses)) for names, uses in self.components(self.uses())]
         return Factors(self.start, self.n, self.q, self.outputs, made)
 
-    def sorted(self) -> Iterator[tuple[set[str], Parts]]:
+    def sorted(self) -> Iterator[tuple[set[str], SortedTerms]]:
         """The sorted terms of each component, with the names of its parameters."""
         for place, (names, uses) in enumerate(self.components(self.uses())):
             yield names, self.parts(place, names, uses)
@@ -182,11 +177,11 @@ class Chunk(Rows):
             return None
         return in_factors(names, term, self.parameters)
 
-    def parts(self, place: int, names: set[str], uses: list[Use]) -> Parts:
+    def parts(self, place: int, names: set[str], uses: list[Use]) -> SortedTerms:
         """The sorted terms of a component, kept for the next time if they fit the budget."""
         if place in self.kept:
             return self.kept[place]
-        parts = Parts.of(self.terms(names, uses))
+        parts = SortedTerms.of(self.terms(names, uses))
         if self.held is not None and parts.nbytes + sum(p.nbytes for p in self.kept.values()) <= self.budget:
             self.kept[place] = parts
         return parts

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .blocks import Parts, terms_of
+from .blocks import SortedTerms, terms_of
 from .chunks import Chunk
-from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges_of_samples
+from .gram import ROWS_ELEMENTS, add_gram, add_products, ranges
 from .operator import Components
-from .products import Family, OneHot, OuterProducts, tiles
+from .products import OneHot, OuterProducts, SharedLeftFactor, tiles
 
 _TILE_ROWS = 512  # rows of a tile on the CPU: a square tile of float32 stays in the cache
 
@@ -52,7 +52,7 @@ def combined(chunks: Sequence[Chunk], rotation: Tensor) -> Components:
 def add_output_blocks(out: Tensor, rows: Components, columns: Components | None) -> None:
     """Add the blocks ``[C, N, M]`` between two calls, or within one if ``columns`` is None, on and above the diagonal."""
     for names, terms in rows:
-        parts = Parts.of(terms) if columns is None else Parts.of(terms, terms_of(names, columns))
+        parts = SortedTerms.of(terms) if columns is None else SortedTerms.of(terms, terms_of(names, columns))
         for first, second in parts.written.values():
             for c, block in enumerate(out):
                 add_gram(block, first[:, c], None if second is None else second[:, c])
@@ -60,7 +60,7 @@ def add_output_blocks(out: Tensor, rows: Components, columns: Components | None)
             _add_family(out, family, columns is None)
 
 
-def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
+def _add_family(out: Tensor, family: SharedLeftFactor, symmetric: bool) -> None:
     """Add the part of a family to the block of each combination."""
     count, n, m = out.shape
     singles = [family.of_output(c) for c in range(count)]
@@ -70,21 +70,12 @@ def _add_family(out: Tensor, family: Family, symmetric: bool) -> None:
                 add_gram(block, first, second)
         return
     step = singles[0].samples_at_a_time(_TILE_ROWS if out.device.type == "cpu" else 4096)
-    if not family.single:
-        for block, single in zip(out, singles, strict=True):
-            contraction = single.contraction(out.dtype)
-            for i, j in tiles(n, m, step, symmetric):
-                contraction(i, j, block[i, j], True)
-        return
-    products = family.right_products(slice(None), slice(None), out.dtype)[0]  # [N, M], the same for all combinations
-    memory = out.new_empty(step * step)
+    # The right factors are the same for all combinations.
+    products = family.right_products(slice(None), slice(None), out.dtype) if family.single else None
     for block, single in zip(out, singles, strict=True):
-        left1 = single.first[0].left.reshape(n, -1).to(out.dtype).contiguous()
-        left2 = left1 if symmetric else single.second[0].left.reshape(m, -1).to(out.dtype).contiguous()
+        add = single.contraction(out.dtype, products)
         for i, j in tiles(n, m, step, symmetric):
-            part = memory[: (i.stop - i.start) * (j.stop - j.start)].view(i.stop - i.start, j.stop - j.start)
-            torch.mm(left1[i], left2[j].T, out=part)
-            block[i, j].addcmul_(part, products[i, j])
+            add(i, j, block[i, j])
 
 
 def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
@@ -95,7 +86,7 @@ def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
     theirs = [] if first is second else second.factors().components
     for names, parts in first.sorted():
         if first is not second:
-            parts = Parts.of(parts.terms, terms_of(names, theirs))
+            parts = SortedTerms.of(parts.terms, terms_of(names, theirs))
         for jacobian, other_jacobian in parts.written.values():
             add_products(part, jacobian, jacobian if other_jacobian is None else other_jacobian)
         for _, family in parts.families:
@@ -114,7 +105,7 @@ def _add_outer_products(total: Tensor, first: OuterProducts, second: OuterProduc
     contracted = t * s * (0 if onehot else first.width) + q * o * t * s + q * r * o * t
     written = (q * t + r * s) * o * (1 if onehot else first.width) + q * r * o * first.width
     if written < contracted:
-        for samples in ranges_of_samples(len(total), g * o * first.width * q):
+        for samples in ranges(len(total), g * o * first.width * q):
             mine = first.of_samples(samples, torch.float64)
             theirs = mine if second is first else second.of_samples(samples, torch.float64)
             for part in mine.column_blocks(ROWS_ELEMENTS):
@@ -122,7 +113,7 @@ def _add_outer_products(total: Tensor, first: OuterProducts, second: OuterProduc
                 other = jacobian if theirs is mine else theirs.columns(part, torch.float64).flatten(2)
                 total[samples].baddbmm_(jacobian, other.transpose(1, 2))
         return
-    for samples in ranges_of_samples(len(total), g * t * (s + q * o)):
+    for samples in ranges(len(total), g * t * (s + q * o)):
         for group in range(g):
             left = first.left[samples, :, group].double()  # [n, Q, O, T]
             other = left if second is first else second.left[samples, :, group].double()

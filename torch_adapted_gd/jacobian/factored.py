@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..memory import available_bytes
 from ..tracking.calls import without_autocast
-from ..tracking.tape import Source
 from ..world import ALONE, World
-from .blocks import KernelBlock, between
-from .blocks import Parts as Sorted
+from .blocks import SortedTerms, between, fill_block
 from .chunks import Chunk, agreed, views_in
 from .diagonal import combined, sample_blocks
-from .gram import ROWS_ELEMENTS, new_kernel, norm, product, spans, transpose_product
+from .gram import ROWS_ELEMENTS, new_kernel, norm, product, ranges, spans, transpose_product
 from .linearized import Linearized
 from .local import LocalJacobian
 from .normed import Directions
@@ -27,10 +25,6 @@ from .uses import Use
 
 _MANY_ENTRIES = 2**26  # with more entries, rows by weights that are computed from parameters take seconds
 _CHUNK_BYTES = 2**29  # memory for B, even if Θ is smaller
-
-
-class MismatchError(RuntimeError):
-    """The factors of D disagree with backward passes."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,8 @@ class FactoredJacobian(LocalJacobian):
         entries = 0
         for piece in self._pieces:
             sources = [source for use in piece.uses for source in use.sources.values()]
-            computed = {id(s): s for s in sources if s.name is None and s.view is None and self._pulls_back(s)}
+            derived = {id(s): s for s in sources if s.name is None and s.view is None}
+            computed = {key: s for key, s in derived.items() if any(self._ways.get(name) != "normed" for name in s.names)}
             names |= {name for source in computed.values() for name in source.names}
             entries += piece.n * piece.q * sum(source.tensor.numel() for source in computed.values())
         if entries <= _MANY_ENTRIES:
@@ -125,10 +120,6 @@ class FactoredJacobian(LocalJacobian):
             f"({some}, {len(names)} in all). This is exact but slow. Train the weights themselves "
             "(torch.nn.utils.parametrize.remove_parametrizations makes them from a parametrization), or use a smaller batch."
         )
-
-    def _pulls_back(self, source: Source) -> bool:
-        """Whether rows by a tensor that was computed from parameters are multiplied by its Jacobian, not kept in factors."""
-        return any(self._ways.get(name) != "normed" for name in source.names)
 
     @property
     def description(self) -> str:  # type: ignore[override]
@@ -145,26 +136,15 @@ class FactoredJacobian(LocalJacobian):
         return [chunk for chunk in self._chunks if chunk.number == number]
 
     def combinations_at_once(self) -> int:
-        """See `LocalJacobian`."""
         if all(chunk.held is not None for chunk in self._chunks):
             return sys.maxsize
         entries = sum(2 * piece.elements for piece in self._pieces)
         return max(1, self._budget // max(1, self._dtype.itemsize * entries))
 
     def check_products(self) -> None:
-        """See `Jacobian`.
-
-        Raises:
-            MismatchError: They differ.
-        """
         self._check_probe(self.rmv(self._probe()))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """See `Jacobian`.
-
-        Raises:
-            MismatchError: uᵀΘu differs from what a backward pass gives for |Dᵀu|², u random.
-        """
         size = self.shape[0]
         theta = new_kernel(size, size, self.device, dtype)
         with self._computing():
@@ -180,18 +160,14 @@ class FactoredJacobian(LocalJacobian):
         return theta
 
     def cross(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """See `LocalJacobian`.
-
-        Raises:
-            MismatchError: uᵀΘv differs from what backward passes give for ⟨D₁ᵀu, D₂ᵀv⟩, u and v random.
-        """
-        rows, columns = (n * q for n, q in self.shapes)
-        theta = new_kernel(rows, columns, self.device, dtype)
+        rows, others = (n * q for n, q in self.shapes)
+        theta = new_kernel(rows, others, self.device, dtype)
         with self._computing():
             for first in self.chunks_of(0):
                 factors = first.factors()
                 for second in self.chunks_of(1):
-                    fill(theta, first, second, between(factors, second.factors()), columns_from=rows)
+                    columns = replace(second.factors(), start=second.start - rows)
+                    fill(theta, first, columns, between(factors, columns))
             probe = self._probe().to(dtype)
             self._check(float(probe[:rows] @ (theta @ probe[rows:])), range(1), range(1, 2), dtype)
         return theta
@@ -229,20 +205,13 @@ class FactoredJacobian(LocalJacobian):
         return total
 
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
-        """See `Jacobian`; in float64.
-
-        Raises:
-            MismatchError: Dᵀu differs from what a backward pass gives, u random.
-        """
         columns = dict(zip(self.numels, spans(list(self.numels.values())), strict=True))
         size = self.shape[1]
         found = torch.zeros(size, dtype=torch.float64, device=self.device)
         probe, start = self._probe(), 0
         for number, (n, q) in enumerate(self.shapes):
-            step = max(1, limit // max(1, q * size))
-            for first in range(0, n, step):
-                samples = slice(first, min(first + step, n))
-                block = torch.zeros(samples.stop - first, q, size, dtype=torch.float64, device=self.device)
+            for samples in ranges(n, q * size, limit):
+                block = torch.zeros(samples.stop - samples.start, q, size, dtype=torch.float64, device=self.device)
                 with self._computing():
                     for chunk in self.chunks_of(number):
                         part = block[:, chunk.outputs.start : chunk.outputs.stop]
@@ -256,22 +225,19 @@ class FactoredJacobian(LocalJacobian):
                                 else:
                                     part[..., columns[name].start + index] = jacobian
                 rows = block.flatten(0, 1)
-                found.addmv_(rows.T, probe[start + first * q : start + samples.stop * q])
+                found.addmv_(rows.T, probe[start + samples.start * q : start + samples.stop * q])
                 yield rows
             start += n * q
         self._check_probe({name: found[part] for name, part in columns.items()})
 
     def sample_blocks(self) -> list[Tensor]:
-        """See `Jacobian`."""
         with self._computing():
             return [sample_blocks(self.chunks_of(number), n, q, self.device) for number, (n, q) in enumerate(self.shapes)]
 
     def factors(self) -> Iterator[Factors]:
-        """See `LocalJacobian`."""
         yield from (chunk.factors() for chunk in self._chunks)
 
     def combined(self, number: int, rotation: Tensor) -> Components:
-        """See `LocalJacobian`."""
         return combined(self.chunks_of(number), rotation)
 
     @contextlib.contextmanager
@@ -300,20 +266,24 @@ class FactoredJacobian(LocalJacobian):
     def _check_probe(self, found: Parts) -> None:
         """Compare Dᵀu for the random u with backward passes."""
         u = self._probe_product(range(len(self._calls)))
-        apart = {name: part - u[name].reshape(-1) if name in u else part for name, part in found.items()}
-        difference = norm(apart)
-        if difference > min(1e3 * self._precision(torch.float64), 0.05) * norm(u):
-            raise MismatchError(f"Dᵀu differs by {difference:.6g} for random u from that of backward passes, {norm(u):.6g}")
+        apart = norm({name: part - u[name].reshape(-1) if name in u else part for name, part in found.items()})
+        self._check_close("Dᵀu", apart, norm(u), torch.float64)
 
     def _check(self, value: float, first: range, second: range, dtype: torch.dtype) -> None:
         """Compare uᵀΘv for random u and v with ⟨Dᵀu, Dᵀv⟩ from backward passes."""
         u = self._probe_product(first)
         v = u if second == first else self._probe_product(second)
         size = norm(u) * norm(v)
-        eps = self._precision(dtype)
         expected = size if v is u else sum(float(u[name].reshape(-1) @ v[name].reshape(-1)) for name in u.keys() & v.keys())
-        if abs(value - expected) > min(1e3 * eps, 0.05) * size:  # the solver reports what is not finite
-            raise MismatchError(f"uᵀΘv is {value:.6g} for random u and v where backward passes give {expected:.6g}")
+        self._check_close("uᵀΘv", abs(value - expected), size, dtype)
+
+    def _check_close(self, what: str, apart: float, size: float, dtype: torch.dtype) -> None:
+        if apart > min(1e3 * self._precision(dtype), 0.05) * size:  # the solver reports what is not finite
+            raise RuntimeError(
+                f"{what} differs by {apart:.3g} for random u and v from that of backward passes, whose size is {size:.3g}: a "
+                "rule of AdaptedGD, or one that you registered, is wrong. Take rows of the Jacobian instead, by "
+                'ntk(method="jacobian") or solver=Dense(kernel="jacobian").'
+            )
 
     def _precision(self, dtype: torch.dtype) -> float:
         """Machine epsilon of the coarsest arithmetic in the products, the last of which is in ``dtype``."""
@@ -350,27 +320,23 @@ class FactoredJacobian(LocalJacobian):
             start += n * q
 
 
-def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[Sorted], columns_from: int = 0) -> None:
+def fill(theta: Tensor, first: Rows, second: Rows, components: Iterable[SortedTerms]) -> None:
     """Write the block of Θ between two sets of rows; for a symmetric block they are the same object.
 
-    ``theta`` has the columns of Θ from number ``columns_from`` on, and ``components`` are the sorted terms of the block.
+    ``components`` are the sorted terms of the block.
     """
-    target_view = view(theta, first, second, columns_from)  # [N, Q, M, R]
+    target_view = view(theta, first, second)  # [N, Q, M, R]
     n, q, m, r = target_view.shape
     whole = first.whole and second.whole
     target = target_view.flatten(2).flatten(0, 1) if whole else theta.new_empty(n * q, m * r)
-    block = KernelBlock(target, (n, q, m, r), first is second)
-    for parts in components:
-        block.add(parts)
-    block.finish()
+    fill_block(target, (n, q, m, r), first is second, components)
     if not whole:
         target_view.copy_(target.view(n, q, m, r))
 
 
-def view(theta: Tensor, first: Rows, second: Rows, columns_from: int = 0) -> Tensor:
-    """The block of Θ between two chunks, ``[N, outputs, M, outputs]``."""
+def view(theta: Tensor, first: Rows, second: Rows) -> Tensor:
+    """The block of Θ between two sets of rows, ``[N, outputs, M, outputs]``."""
     m, r = second.n, second.q
-    start = second.start - columns_from
-    columns = first.of(theta[:, start : start + m * r]).unflatten(2, (m, r))
+    columns = first.of(theta[:, second.start : second.start + m * r]).unflatten(2, (m, r))
     found: Tensor = columns[..., second.outputs.start : second.outputs.stop]
     return found

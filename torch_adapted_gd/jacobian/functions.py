@@ -184,12 +184,9 @@ def addition(use: Use) -> Terms:
     subtracted = "" if "sub" not in function else "input" if "rsub" in function else "other"
     terms: Terms = {name: _summed(use, None, use.argument(name)) for name in ("input", "other") if use.wants(name)}
     if subtracted in terms:
-        terms[subtracted] = _negated(terms[subtracted])
+        term = terms[subtracted]
+        terms[subtracted] = replace(term, left=-term.left) if isinstance(term, OuterProducts) else -term
     return terms
-
-
-def _negated(term: Term) -> Term:
-    return OuterProducts(-term.left, term.right, term.flipped) if isinstance(term, OuterProducts) else -term
 
 
 @register_rule(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from ..tracking.arguments import called, detached, replaced, results_of, tensors_of
+from ..checks import all_finite
+from ..tracking.arguments import Key, called, detached, replaced, results_of, tensors_of
+from .backward import BackwardPasses
 
 if TYPE_CHECKING:
     from .uses import Use
@@ -21,148 +23,87 @@ def any_function(use: Use) -> dict[Any, Tensor]:
     """Jacobians ``[N, Q, *operand.shape]`` by the operands that were computed from parameters.
 
     If the function can be called for single samples, ``vmap`` differentiates it for all of them at once. If not, there is a
-    product for each sample and output, with a gradient that is zero for all other samples.
+    backward pass for each sample and output, with a gradient that is zero for all other samples. Both are compared with one
+    plain backward pass for random weights, because torch.func is wrong for some functions.
     """
-    keys = list(use.sources)
-    moving = tuple(use.sources[key].tensor.detach() for key in keys)
-    of = _Function(use)
-    for way in (_by_sample, _by_masks):
-        found = way(use, of, keys, moving)
-        if found is not None and _agrees(use, of, keys, moving, found):
-            return dict(zip(keys, found, strict=True))
-    return dict(zip(keys, _one_by_one(use, of, keys, moving), strict=True))
+    args, kwargs = detached(use.note.args), {name: detached(value) for name, value in use.note.kwargs.items()}
+
+    def of(values: dict[Key, Tensor]) -> list[Tensor]:
+        results = results_of(called(use.function, *replaced(args, kwargs, values)))
+        return [results[place] for place in use.layouts]
+
+    with torch.enable_grad():
+        leaves = {key: source.tensor.detach().requires_grad_() for key, source in use.sources.items()}
+        x = torch.cat([output.reshape(-1) for output in of(leaves)])
+    if not x.requires_grad:  # a derivative that does not depend on the parameter
+        size = next(iter(use.gradients.values())).shape[:2]
+        return {key: leaf.new_zeros(*size, *leaf.shape) for key, leaf in leaves.items()}
+    passes = BackwardPasses(x, vectorized=True)
+    found = _by_sample(use, of)
+    if found is None or not _agrees(use, passes, leaves, found):
+        found = _by_backward(use, passes, leaves)
+        if passes.vectorized and not _agrees(use, passes, leaves, found):
+            passes.vectorized = False
+            found = _by_backward(use, passes, leaves)
+    return found
 
 
-class _Function:
-    """The function of some of its operands, with the others fixed."""
-
-    def __init__(self, use: Use) -> None:
-        self.use = use
-        self.function = use.note.function
-        self.args = [detached(a) for a in use.note.args]
-        self.kwargs = {name: detached(a) for name, a in use.note.kwargs.items()}
-
-    def __call__(self, keys: list[Any], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        args, kwargs = replaced(self.args, self.kwargs, dict(zip(keys, values, strict=True)))
-        return tuple(results_of(called(self.function, args, kwargs)))
-
-    def operands(self) -> dict[Any, Tensor]:
-        """The operands that are tensors and were not computed from parameters."""
-        given = dict(tensors_of(tuple(self.args), self.kwargs))
-        return {key: tensor for key, tensor in given.items() if key not in self.use.sources}
-
-
-def _pull(of: Callable[..., tuple[Tensor, ...]], moving: tuple[Tensor, ...], places: list[int]) -> Callable[..., Any]:
-    """The vector-Jacobian product of some outputs."""
-    pulled = vjp(lambda *values: tuple(of(*values)[place] for place in places), *moving)
-    values, back = pulled[0], pulled[1]
-    return lambda *gradients: back(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))
-
-
-def _by_sample(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """``vmap`` over samples; None if the function of a single sample gives another result than that of the batch."""
-    places = list(use.layouts)
-    if any(layout.spread or layout.places is not None for layout in use.layouts.values()):
+def _by_sample(use: Use, of: Callable[[dict[Key, Tensor]], list[Tensor]]) -> dict[Key, Tensor] | None:
+    """``vmap`` over samples; None if the function cannot be called for a single sample."""
+    layouts = use.layouts.values()
+    if any(layout.spread or layout.places is not None for layout in layouts):
         return None
-    (n,) = {layout.samples for layout in use.layouts.values()}
-    operands = of.operands()
-    likely = [layout.dim for layout in use.layouts.values()]
+    (n,) = {layout.samples for layout in layouts}
     rank = max(len(shape) for shape in use.shapes.values())
-    dims = {key: _sample_dim(tensor, n, likely, rank) for key, tensor in operands.items()}
-    having = [key for key, dim in dims.items() if dim is not None]
-    if not having:
+    dims: dict[Key, int] = {}
+    samples: dict[Key, Tensor] = {}
+    for key, operand in tensors_of(use.note.args, use.note.kwargs):
+        dim = _sample_dim(operand, n, [layout.dim for layout in layouts], rank)
+        if key not in use.sources and dim is not None:
+            dims[key], samples[key] = dim, operand.detach().movedim(dim, 0)
+    if not samples:
         return None
-    samples = [operands[key].movedim(dims[key], 0) for key in having]  # type: ignore[arg-type]
 
-    def one(moving: tuple[Tensor, ...], *sample: Tensor) -> tuple[Tensor, ...]:
-        parts = tuple(part.unsqueeze(dims[key]) for key, part in zip(having, sample, strict=True))  # type: ignore[arg-type]
-        found = of([*keys, *having], (*moving, *parts))
-        return tuple(found[place].squeeze(layout.dim) for place, layout in use.layouts.items())
+    def one(moving: dict[Key, Tensor], sample: dict[Key, Tensor]) -> tuple[Tensor, ...]:
+        found = of({**moving, **{key: part.unsqueeze(dims[key]) for key, part in sample.items()}})
+        return tuple(output.squeeze(layout.dim) for output, layout in zip(found, layouts, strict=True))
 
-    def of_sample(gradients: tuple[Tensor, ...], *sample: Tensor) -> tuple[Tensor, ...]:
-        pulled = vjp(lambda *moving: one(moving, *sample), *moving)
+    def of_sample(gradients: tuple[Tensor, ...], sample: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        moving = {key: source.tensor.detach() for key, source in use.sources.items()}
+        pulled = vjp(lambda moving: one(moving, sample), moving)
         values, back = pulled[0], pulled[1]
-        return vmap(back)(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))  # type: ignore[no-any-return]
+        (found,) = vmap(back)(tuple(g.to(v.dtype) for g, v in zip(gradients, values, strict=True)))
+        return dict(found)
 
     try:
-        values = vmap(lambda *sample: one(moving, *sample))(*samples)
+        return vmap(of_sample)(tuple(use.gradients.values()), samples)
     except (RuntimeError, ValueError, TypeError, IndexError):  # from torch.func, or from the function of one sample
         return None
-    whole = of(keys, moving)
-    for place, value in zip(places, values, strict=True):
-        expected = use.layouts[place].samples_first(whole[place])
-        eps = torch.finfo(expected.dtype).eps
-        if value.shape != expected.shape or not torch.allclose(
-            value, expected, rtol=0, atol=min(1e3 * eps, 0.05) * float(expected.abs().max() if expected.numel() else 0)
-        ):
-            return None
-    gradients = tuple(use.gradients[place] for place in places)
-    try:
-        return vmap(of_sample)(gradients, *samples)
-    except RuntimeError:  # an operation without a batching rule
-        return None
 
 
-def _agrees(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> bool:
-    """Whether Σ v_nq D_nq agrees, for random v, with a plain backward pass: torch.func is wrong for some functions."""
-    places = list(use.layouts)
-    n, q = found[0].shape[:2]
-    v = torch.randn(n, q, generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(found[0])
-    vectors = [_placed(use, place, torch.einsum("nq,nq...->n...", v, use.gradients[place])) for place in places]
-    expected = _plain(of, keys, moving, places, vectors)
-    for part, other in zip(found, expected, strict=True):
+def _agrees(use: Use, passes: BackwardPasses, leaves: dict[Key, Tensor], found: dict[Key, Tensor]) -> bool:
+    """Whether Σ v_nq D_nq agrees, for random v, with a plain backward pass."""
+    like = next(iter(use.gradients.values()))
+    v = torch.randn(like.shape[:2], generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(like)
+    vector = _flat(use, [torch.einsum("nq,nq...->n...", v, b) for b in use.gradients.values()])
+    for part, expected in zip(found.values(), passes.many(vector[None], list(leaves.values())), strict=True):
         total = torch.einsum("nq,nq...->...", v, part)
-        size = part.norm()
-        if not bool((total - other).norm() <= 1e3 * torch.finfo(part.dtype).eps * size):
-            return not bool(torch.isfinite(size))
+        close = (total - expected[0]).norm() <= 1e3 * torch.finfo(part.dtype).eps * part.norm()
+        if not bool(close) and all_finite(expected):
+            return False
     return True
 
 
-def _plain(
-    of: _Function, keys: list[Any], moving: tuple[Tensor, ...], places: list[int], vectors: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """A vector-Jacobian product by torch.autograd."""
-    with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in moving]
-        outputs = of(keys, tuple(leaves))
-        pairs = [(outputs[place], v) for place, v in zip(places, vectors, strict=True) if outputs[place].requires_grad]
-        if not pairs:  # a derivative that does not depend on the parameter
-            return tuple(torch.zeros_like(part) for part in moving)
-        some, cast = [x for x, _ in pairs], [v.to(x.dtype) for x, v in pairs]
-        return torch.autograd.grad(some, leaves, cast, materialize_grads=True)
-
-
-def _by_masks(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """A product for each sample and output, many at a time; None if vmap does not support the function."""
-    places = list(use.layouts)
+def _by_backward(use: Use, passes: BackwardPasses, leaves: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """A backward pass for each sample and output, many at a time."""
     n, q = next(iter(use.gradients.values())).shape[:2]
-    pull = _pull(lambda *values: of(keys, values), moving, places)
-    entries = sum(use.shapes[place].numel() for place in places) + sum(m.numel() for m in moving)
-    step = max(1, _BYTES // (8 * max(1, entries)))
-    rows: list[list[Tensor]] = [[] for _ in keys]
+    step = max(1, _BYTES // (8 * max(1, passes.x.numel() + sum(leaf.numel() for leaf in leaves.values()))))
     numbers = [(i, j) for i in range(n) for j in range(q)]
+    blocks = []
     for start in range(0, len(numbers), step):
-        some = numbers[start : start + step]
-        vectors = tuple(torch.stack([_alone(use, place, i, j) for i, j in some]) for place in places)
-        try:
-            parts = vmap(pull)(*vectors)
-        except RuntimeError as error:  # an operation without a batching rule
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return None
-        for row, part in zip(rows, parts, strict=True):
-            row.append(part)
-    return tuple(torch.cat(row).unflatten(0, (n, q)) for row in rows)
-
-
-def _one_by_one(use: Use, of: _Function, keys: list[Any], moving: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same, one at a time."""
-    places = list(use.layouts)
-    n, q = next(iter(use.gradients.values())).shape[:2]
-    rows = [
-        _plain(of, keys, moving, places, [_alone(use, place, i, j) for place in places]) for i in range(n) for j in range(q)
-    ]
-    return tuple(torch.stack(part).unflatten(0, (n, q)) for part in zip(*rows, strict=True))
+        vectors = torch.stack([_alone(use, i, j) for i, j in numbers[start : start + step]])
+        blocks.append(passes.many(vectors, list(leaves.values())))
+    return {key: torch.cat(part).unflatten(0, (n, q)) for key, part in zip(leaves, zip(*blocks, strict=True), strict=True)}
 
 
 def _placed(use: Use, place: int, by_sample: Tensor) -> Tensor:
@@ -178,12 +119,17 @@ def _placed(use: Use, place: int, by_sample: Tensor) -> Tensor:
     return zero
 
 
-def _alone(use: Use, place: int, sample: int, output: int) -> Tensor:
-    """B of one sample and output in the layout of the function's output, zero elsewhere."""
-    b = use.gradients[place]
-    by_sample = torch.zeros_like(b[:, output])
-    by_sample[sample] = b[sample, output]
-    return _placed(use, place, by_sample)
+def _flat(use: Use, by_sample: list[Tensor]) -> Tensor:
+    """Gradients ``[N, ...]`` of all outputs in their layouts, as one vector."""
+    return torch.cat([_placed(use, place, b).reshape(-1) for place, b in zip(use.layouts, by_sample, strict=True)])
+
+
+def _alone(use: Use, sample: int, output: int) -> Tensor:
+    """B of one sample and output, zero elsewhere, as one vector."""
+    gradients = [torch.zeros_like(b[:, output]) for b in use.gradients.values()]
+    for alone, b in zip(gradients, use.gradients.values(), strict=True):
+        alone[sample] = b[sample, output]
+    return _flat(use, gradients)
 
 
 def _sample_dim(tensor: Tensor, n: int, likely: list[int], rank: int) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,11 +40,6 @@ def spans(sizes: Sequence[int]) -> list[slice]:
     """Ranges of these sizes, one after the other."""
     ends = list(itertools.accumulate(sizes))
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-
-
-def summed(vectors: list[Tensor]) -> Tensor:
-    """Their sum, in float64 if there are several."""
-    return vectors[0] if len(vectors) == 1 else torch.stack([vector.double() for vector in vectors]).sum(0)
 
 
 def norm(parts: Mapping[str, Tensor]) -> float:
@@ -91,45 +86,16 @@ def add_gram(theta: Tensor, first: Tensor, second: Tensor | None = None) -> None
             theta[row : row + tile, row:].addmm_(left[row : row + tile], left[row:].T)
 
 
-def parameter_gram(
-    blocks: Iterable[Tensor], size: int, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
-) -> tuple[Tensor, Tensor, float]:
-    """DᵀD ``[K, K]``, DᵀV ``[K, v]`` and |D|² in float64, added up over blocks of D's rows, so that D is never held.
-
-    Args:
-        blocks: Rows ``[r, K]``, in their order.
-        size: K.
-        vectors: V, ``[R, v]`` in float64.
-        weigh: Makes SᵀD of rows of D and the number of the first. With it, the first result is DᵀSSᵀD.
-    """
-    require_memory(
-        2 * 8 * size**2,
-        vectors.device,
-        f"DᵀD of {size:,} parameters",
-        'Use solver=Dense(space="sample"), or a smaller batch, which will choose it.',
-    )
-    total = torch.zeros(size, size, dtype=torch.float64, device=vectors.device)
-    products = vectors.new_zeros(size, vectors.shape[1])
-    start, square = 0, 0.0
-    for block in blocks:
-        rows = block.double()
-        products.addmm_(rows.T, vectors[start : start + len(rows)])
-        add_gram(total, (rows if weigh is None else weigh(rows, start)).T)
-        square += float(rows.square().sum())
-        start += len(rows)
-    return total.triu_().add_(total.triu(1).T), products, square
-
-
 def add_products(total: Tensor, first: Tensor, second: Tensor) -> None:
     """Add products of written-out rows of each sample, ``[N, Q, numel]`` and ``[N, R, numel]``, to ``[N, Q, R]``."""
-    for samples in ranges_of_samples(len(first), first[:1].numel()):
+    for samples in ranges(len(first), first[:1].numel()):
         left = first[samples].double()
         right = left if second is first else second[samples].double()
         total[samples].baddbmm_(left, right.transpose(1, 2))
 
 
-def ranges_of_samples(n: int, elements: int) -> Iterator[slice]:
-    """Ranges of samples, each of ``elements`` entries, that have at most 4 million entries, or one sample."""
-    step = max(1, ROWS_ELEMENTS // max(1, elements))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
+def ranges(count: int, elements: int, limit: int = ROWS_ELEMENTS) -> Iterator[slice]:
+    """Ranges of ``count`` items of ``elements`` entries each that have at most ``limit`` entries together, or one item."""
+    step = max(1, limit // max(1, elements))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))

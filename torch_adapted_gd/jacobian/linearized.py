@@ -19,7 +19,7 @@ from ..tracking.calls import without_autocast
 from ..tracking.tape import Note
 from .backward import BackwardPasses
 from .normed import lengths_and_directions
-from .products import Family, OuterProducts
+from .products import SharedLeftFactor
 from .rules import GENERIC, Term, rule_for
 from .sources import accumulated, written
 from .uses import Layout, Use
@@ -73,14 +73,14 @@ class Linearized:
     ) -> None:
         self.n = n = outputs[0].shape[0]
         with torch.enable_grad():
-            x = torch.cat([x.reshape(n, -1) for x in outputs], 1) if len(outputs) > 1 else outputs[0].reshape(n, -1)
+            x = torch.cat([x.reshape(n, -1) for x in outputs], 1)
         self._passes = BackwardPasses(x, vectorized=vectorized)
         self.q, self.device = x.shape[1], x.device
         self._parameters, self._dtype, self.eps = parameters, dtype, eps
         self._conditions = conditions
         self.unserved: dict[str, str] = {}
         self.remarks: list[str] = []
-        self._doubtful: set[str] = set()
+        self._faint: set[str] = set()  # parameters with gradients at a use that are no more than rounding errors
         self._hidden: set[str] = set()  # parameters without a known use
         generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random numbers alone
         probe = torch.randn(n, self.q, generator=generator, dtype=torch.float64, device="cpu").to(self.device)
@@ -112,7 +112,7 @@ class Linearized:
 
     def release(self) -> None:
         """Release the graph."""
-        self._passes.x = None
+        self._passes.x = self._passes.x.detach()
 
     def at(self, outputs: range) -> list[Use]:
         """The uses with B for some of the Q outputs of each sample, ``[N, len(outputs), ...]``."""
@@ -121,21 +121,13 @@ class Linearized:
             return []
         limit = _ELEMENTS_AT_ONCE if self.device.type == "cpu" else 2**40
         step = max(1, limit // max(1, self._entries))
-        uses: list[Use] = []
-        with self._running():
-            for start in range(0, len(outputs), step):
-                some = self._with(self._unit_backward(outputs[start : start + step], edges))
-                if step >= len(outputs):
-                    uses = some
-                    break
-                if start == 0:
-                    uses = [
-                        use.holding(b.new_empty(b.shape[0], len(outputs), *b.shape[2:]) for b in use.held.values())
-                        for use in some
-                    ]
-                for use, part in zip(uses, some, strict=True):
-                    for whole, b in zip(use.held.values(), part.held.values(), strict=True):
-                        whole[:, start : start + step] = b
+        units = torch.eye(self.q, dtype=self._passes.x.dtype, device=self.device)[outputs.start : outputs.stop]
+        with self._running():  # Σ_i x_iq for some q at a time
+            blocks = [self._with(self._passes.many(some[:, None].repeat(1, self.n, 1), edges)) for some in units.split(step)]
+        uses = []
+        for parts in zip(*blocks, strict=True):  # of one use
+            tensors = zip(*(part.held.values() for part in parts), strict=True)
+            uses.append(parts[0].holding(torch.cat(some, 1) if len(some) > 1 else some[0] for some in tensors))
         if self._passes.vectorized and len(outputs) == self.q > 1 and not self._is_sound(uses):
             self._passes.vectorized = False
             return self.at(outputs)
@@ -179,7 +171,7 @@ class Linearized:
             if isinstance(term, Tensor) or _PLACES * term.left.shape[4] < self.n * self.q:
                 return False
             whole = [dataclasses.replace(term, left=term.left.expand(-1, self.q, -1, -1, -1))]
-            if not Family(whole, whole).explicit_is_cheaper():
+            if not SharedLeftFactor(whole, whole).explicit_is_cheaper():
                 return False
         return True
 
@@ -221,12 +213,6 @@ class Linearized:
         with self._conditions(), without_autocast(self.device.type):
             yield
 
-    def _unit_backward(self, outputs: range, edges: list[Any]) -> list[Tensor]:
-        """Gradients of Σ_i x_iq at the edges for a few q, ``[len(outputs), ...]`` each."""
-        assert self._passes.x is not None
-        units = torch.eye(self.q, dtype=self._passes.x.dtype, device=self.device)[outputs.start : outputs.stop]
-        return self._passes.many(units[:, None].repeat(1, self.n, 1), edges)
-
     def _find_uses(
         self, notes: list[Note], plain: list[Tensor | None], scaled: list[Tensor | None], scale: Tensor
     ) -> list[Use]:
@@ -249,17 +235,18 @@ class Linearized:
             if not all(len(rule.dims(note, once.ndim)) for once, _ in reached.values()):
                 rule = GENERIC  # called without a batch
             layouts: dict[int, Layout] = {}
-            sure = True
             for place, (once, twice) in reached.items():
-                dims = rule.dims(note, once.ndim)
-                layout, certain = self._layout(once, twice, scale, dims, noise, any_order=note.mixed)
+                layout = self._layout(once, twice, scale, rule.dims(note, once.ndim), any_order=note.mixed)
                 if layout is None:
                     break
-                layouts[place], sure = layout, sure and certain
+                layouts[place] = layout
             if len(layouts) < len(reached):
-                if note.mixed and sources:
-                    use = Use(GENERIC, note, sources, {})
-                    for name in use.names:
+                use = Use(GENERIC, note, sources, {})
+                faint = all(float(once.norm()) <= noise for once, _ in reached.values())
+                for name in use.names if note.mixed else ():
+                    if faint:
+                        self._faint.add(name)
+                    else:
                         self._leave(name, f"the samples of a batch interact behind {use}")
                 continue
             if not note.mixed:
@@ -270,8 +257,6 @@ class Linearized:
             for place, layout in layouts.items():
                 use.gradients[place] = layout.samples_first(reached[place][0]).unsqueeze(1).to(self._dtype)
             uses.append(use)
-            if not sure:
-                self._doubtful |= use.names
         return [use for use in uses if not use.names <= self.unserved.keys()]
 
     def _leave(self, name: str, why: str) -> None:
@@ -280,27 +265,20 @@ class Linearized:
         if why not in self.remarks:
             self.remarks.append(why)
 
-    def _layout(
-        self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, noise: float, *, any_order: bool
-    ) -> tuple[Layout | None, bool]:
-        """The layout with which ``twice`` is ``once`` times ``scale``, and whether it is certain.
+    def _layout(self, once: Tensor, twice: Tensor, scale: Tensor, dims: range, *, any_order: bool) -> Layout | None:
+        """The layout with which ``twice`` is ``once`` times ``scale``; None if there is none."""
+        for layout in Layout.candidates(once.shape, self.n, dims):
+            expected = layout.samples_first(once)
+            expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
+            if self._close(layout.samples_first(twice), expected):
+                return layout
+        for leading in range(1, len(dims) + 1) if any_order else ():
+            places = self._places(once.flatten(0, leading - 1), twice.flatten(0, leading - 1), scale)
+            if places is not None:
+                return Layout(0, self.n, places=places, leading=leading)
+        return None
 
-        It is certain if it holds without an allowance for rounding errors elsewhere, which lets any layout pass where gradients
-        are tiny.
-        """
-        for allowed in (0.0, noise):
-            for layout in Layout.candidates(once.shape, self.n, dims):
-                expected = layout.samples_first(once)
-                expected = expected * scale.to(expected.dtype).view(-1, *[1] * (expected.ndim - 1))
-                if self._close(layout.samples_first(twice), expected, allowed):
-                    return layout, allowed == 0
-            for leading in range(1, len(dims) + 1) if any_order else ():
-                places = self._places(once.flatten(0, leading - 1), twice.flatten(0, leading - 1), scale, allowed)
-                if places is not None:
-                    return Layout(0, self.n, places=places, leading=leading), allowed == 0
-        return None, False
-
-    def _places(self, once: Tensor, twice: Tensor, scale: Tensor, noise: float) -> Tensor | None:
+    def _places(self, once: Tensor, twice: Tensor, scale: Tensor) -> Tensor | None:
         """The places of each sample along the first dimension, ``[N, S]``, −1 for none; None if a place has several samples."""
         if not once.numel():
             return None
@@ -309,13 +287,13 @@ class Linearized:
             return None  # also if rounding hides the step of s
         size, strongest = once.abs().max(1)
         rows = torch.arange(len(once), device=self.device)
-        there = size > max(noise / len(once), self.eps * float(size.max()) / len(once), torch.finfo(once.dtype).tiny)
+        there = size > max(self.eps * float(size.max()) / len(once), torch.finfo(once.dtype).tiny)
         ratio = twice[rows, strongest].double() / torch.where(there, once[rows, strongest].double(), 1.0)
         step = ((ratio + 1) * self.n - 1) / 2
         rank = step.round().clamp(0, self.n - 1).long()
         owner = torch.argsort(self._order)[rank]
         expected = once * scale[owner].to(once.dtype)[:, None]
-        if not self._close(twice[there], expected[there], noise) or bool(((step - rank).abs() > 0.1)[there].any()):
+        if not self._close(twice[there], expected[there]) or bool(((step - rank).abs() > 0.1)[there].any()):
             return None
         owner = torch.where(there, owner, self.n)
         order = torch.argsort(owner, stable=True)
@@ -331,7 +309,7 @@ class Linearized:
         places[sorted_owner[kept], column] = order[kept]
         return places
 
-    def _close(self, found: Tensor, expected: Tensor, noise: float) -> bool:
+    def _close(self, found: Tensor, expected: Tensor, noise: float = 0.0) -> bool:
         # Numbers that are not finite pass: the step reports them.
         apart, size = (float(torch.linalg.vector_norm(t)) for t in (found - expected, expected))
         return not apart > min(1e3 * self.eps, 0.05) * size + noise
@@ -339,14 +317,10 @@ class Linearized:
     def _check(self) -> None:
         """Compare Dᵀu by the rules with the backward pass; parameters for which they differ become unserved."""
         terms = [(use, self.terms(use)) for use in self.uses]
-        total = accumulated(terms, _summed, self._parameters, self._dtype)
+        total = accumulated(terms, self._parameters, self._dtype)
         self._entries = self.elements
         self.uses = [self._made(use, found) if self._is_better_made(use, found) else use for use, found in terms]
         whole = math.hypot(*(float(product.norm()) for product in self.probe_product.values()))
-        for name in sorted(self._doubtful & self.probe_product.keys()):
-            # Tiny gradients at a use do not matter if D is tiny too, as by a bias before a softmax.
-            if float(self.probe_product[name].norm()) > 64 * self.eps * whole:
-                self._leave(name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart")
         for name, p in self._parameters.items():
             expected = self.probe_product.get(name)
             got = total.get(name)
@@ -358,6 +332,9 @@ class Linearized:
             difference = expected.reshape(-1) if got is None else got.sub_(expected.reshape(-1))
             apart = float(difference.norm())
             if not apart > min(1e3 * self.eps, 0.05) * float(expected.norm()) + 16 * self.eps * whole:
+                continue
+            if name in self._faint:
+                self._leave(name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart")
                 continue
             using = [use for use in self.uses if name in use.names]
             where = f" ({', '.join(str(use) for use in using[:2])})" if using else ""
@@ -383,17 +360,8 @@ class Linearized:
                 self.remarks = [why for name, why in self.unserved.items() if name not in self._hidden]  # columns are fast
                 return {name: part.to(self._dtype) for name, part in zip(names, columns, strict=True)}
         step = max(1, min(total, 64, _ROW_BYTES // max(1, self._dtype.itemsize * width)))
-        rows = {
-            name: torch.empty(total, t.numel(), dtype=self._dtype, device=self.device)
-            for name, t in zip(names, tensors, strict=True)
-        }
+        rows = torch.empty(total, width, dtype=self._dtype, device=self.device)
         with self._running():
-            for start, parts in self._passes.rows(tensors, step):
-                for name, part in zip(names, parts, strict=True):
-                    rows[name][start : start + len(part)] = part.to_dense().reshape(len(part), -1)
-        return {name: part.view(self.n, self.q, -1) for name, part in rows.items()}
-
-
-def _summed(term: Term, dtype: torch.dtype) -> Tensor:
-    """Σ_nq D[n, q], flat."""
-    return term.weighted_sum(None, dtype) if isinstance(term, OuterProducts) else term.to(dtype).sum((0, 1)).reshape(-1)
+            self._passes.rows(tensors, step, out=rows)
+        parts = rows.view(self.n, self.q, width).split([t.numel() for t in tensors], 2)
+        return dict(zip(names, parts, strict=True))

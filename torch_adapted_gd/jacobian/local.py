@@ -35,7 +35,6 @@ class LocalJacobian(Jacobian):
         return sys.maxsize
 
     def output_blocks(self, rotations: Sequence[Tensor], numbers: Sequence[int], out: Tensor) -> None:
-        """See `Jacobian`."""
         write_output_blocks(self, dict(enumerate(numbers)), rotations, out)
 
 

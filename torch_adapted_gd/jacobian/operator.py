@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..memory import require_memory
 from ..tracking.tape import View
-from .gram import ROWS_ELEMENTS, parameter_gram
+from .gram import ROWS_ELEMENTS, add_gram
 from .normed import Directions
 from .products import OuterProducts
 
@@ -118,8 +119,29 @@ class Jacobian(ABC):
     def parameter_gram(
         self, vectors: Tensor, weigh: Callable[[Tensor, int], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, float]:
-        """DᵀD, DᵀV and |D|², summed over blocks of samples, see `parameter_gram`."""
-        return parameter_gram(self.rows(ROWS_ELEMENTS), self.shape[1], vectors, weigh)
+        """DᵀD ``[K, K]``, DᵀV ``[K, v]`` and |D|² in float64, summed over blocks of samples, so that D is never held.
+
+        Args:
+            vectors: V, ``[R, v]`` in float64.
+            weigh: Makes SᵀD of rows of D and the number of the first. With it, the first result is DᵀSSᵀD.
+        """
+        size = self.shape[1]
+        require_memory(
+            2 * 8 * size**2,
+            vectors.device,
+            f"DᵀD of {size:,} parameters",
+            'Use solver=Dense(space="sample"), or a smaller batch, which will choose it.',
+        )
+        total = torch.zeros(size, size, dtype=torch.float64, device=vectors.device)
+        products = vectors.new_zeros(size, vectors.shape[1])
+        start, square = 0, 0.0
+        for block in self.rows(ROWS_ELEMENTS):
+            rows = block.double()
+            products.addmm_(rows.T, vectors[start : start + len(rows)])
+            add_gram(total, (rows if weigh is None else weigh(rows, start)).T)
+            square += float(rows.square().sum())
+            start += len(rows)
+        return total.triu_().add_(total.triu(1).T), products, square
 
     def check_products(self) -> None:  # noqa: B027
         """Compare Dᵀu for a random u with backward passes, unless D itself comes from backward passes."""

@@ -4,9 +4,12 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .gram import ranges
 
 _TOUCH = 64  # writing and permuting an entry of an intermediate costs as much as so many multiplications
 _WRITTEN_ELEMENTS = 2**20  # entries of D that are written out at a time (8 MiB in float64)
@@ -78,21 +81,16 @@ class OuterProducts:
     def column_blocks(self, limit: int) -> Iterator[slice]:
         """Ranges of O for which `columns` and its factors have at most ``limit`` entries, or of length one."""
         n, q, g, o, t = self.left.shape
-        step = max(1, limit // max(1, n * q * g * max(self.width, t)))
-        for start in range(0, o, step):
-            yield slice(start, min(start + step, o))
+        return ranges(o, n * q * g * max(self.width, t), limit)
 
-    def weighted_sum(self, u: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Σ_nq u[n, q] D[n, q] in ``dtype``, flat in the parameter's layout; None for u = 1."""
-        return self.spread(self.contracted(u, dtype), dtype)
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """Σ_nq D[n, q] in ``dtype``, flat in the parameter's layout."""
+        return self.spread(self.left.to(dtype).sum(1), dtype)
 
-    def contracted(self, u: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Σ_q u[n, q] left[n, q], ``[N, G, O, T]``."""
+    def contracted(self, u: Tensor) -> Tensor:
+        """Σ_q u[n, q] left[n, q] in the dtype of u, ``[N, G, O, T]``."""
         n, q, g, o, t = self.left.shape
-        left = self.left.to(dtype)
-        if u is not None:
-            return (u.to(dtype).unsqueeze(1) @ left.reshape(n, q, -1)).view(n, g, o, t)
-        return left.sum(1) if q > 1 else left.squeeze(1)
+        return (u.unsqueeze(1) @ self.left.to(u.dtype).reshape(n, q, -1)).view(n, g, o, t)
 
     def spread(self, left: Tensor, dtype: torch.dtype) -> Tensor:
         """Σ_nt left[n, :, :, t] ⊗ right[n, :, :, t] for left ``[N, G, O, T]``, flat in the parameter's layout."""
@@ -114,10 +112,6 @@ class OuterProducts:
         if self.left.shape[4] == g == 1:  # one product instead of one for each sample
             return (self.right.to(v.dtype).flatten(1) @ matrix[0].T).view(-1, 1, o, 1)
         return matrix @ self.right.to(v.dtype)
-
-    def product(self, v: Tensor) -> Tensor:
-        """Σ_k D[n, q, k] v[k] in the dtype of ``v``, which is flat in the parameter's layout: ``[N, Q]``."""
-        return self.against(self.image(v))
 
     def against(self, image: Tensor) -> Tensor:
         """⟨left[n, q], image[n]⟩ for image ``[N, G, O, T]``: ``[N, Q]``."""
@@ -142,7 +136,7 @@ class OuterProducts:
         return OuterProducts(torch.cat([term.left for term in terms], 4) if left is None else left, right, terms[0].flipped)
 
 
-class Family:
+class SharedLeftFactor:
     """Parameters whose outer products have the same left factors, such as the weight and bias of a layer.
 
     Their part of Θ is Σ_ts ⟨left[n, q, t], left[m, r, s]⟩ Σ_p ⟨right_p[n, t], right_p[m, s]⟩ with a sum over the parameters p.
@@ -172,15 +166,15 @@ class Family:
         """The columns of D: the entries of all parameters."""
         return sum(term.left.shape[2] * term.left.shape[3] * term.width for term in self.first)
 
-    def of_output(self, number: int) -> "Family":
+    def of_output(self, number: int) -> "SharedLeftFactor":
         """The family for one of the Q outputs."""
         part = slice(number, number + 1)
         left1 = self._left1[:, part]
         left2 = left1 if self._left2 is self._left1 else self._left2[:, part]
         first = [OuterProducts(left1, term.right, term.flipped) for term in self.first]
         if self.second is self.first:
-            return Family(first, first)
-        return Family(first, [OuterProducts(left2, term.right, term.flipped) for term in self.second])
+            return SharedLeftFactor(first, first)
+        return SharedLeftFactor(first, [OuterProducts(left2, term.right, term.flipped) for term in self.second])
 
     def explicit_is_cheaper(self) -> bool:
         """Whether it takes fewer operations to write the Jacobian out and multiply it than to contract the factors."""
@@ -220,7 +214,7 @@ class Family:
         totals: list[Tensor] = []
         for samples in self._samples():
             parts = self._of_samples(samples, u.dtype)
-            left = parts[0].contracted(u[samples], u.dtype)
+            left = parts[0].contracted(u[samples])
             sums = [part.spread(left, u.dtype) for part in parts]
             totals = [total.add_(more) for total, more in zip(totals, sums, strict=True)] if totals else sums
         return totals
@@ -234,9 +228,7 @@ class Family:
         """Ranges of samples whose factors in float64 stay in the cache; all samples on a GPU."""
         n = len(self._left1)
         entries = self._left1[:1].numel() + sum(1 if isinstance(t.right, OneHot) else t.right[:1].numel() for t in self.first)
-        step = max(1, _CACHED_ELEMENTS // max(1, entries)) if self._left1.device.type == "cpu" else max(1, n)
-        for start in range(0, n, step):
-            yield slice(start, min(start + step, n))
+        return ranges(n, entries, _CACHED_ELEMENTS if self._left1.device.type == "cpu" else n * entries)
 
     def product(self, vectors: list[Tensor]) -> Tensor:
         """Σ over parameters of Σ_k D[n, q, k] v[k] for a flat vector v of each, ``[N, Q]`` in their dtype."""
@@ -247,45 +239,30 @@ class Family:
             total[samples] = parts[0].against(image)
         return total
 
-    def contraction(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
-        """A function of two ranges of samples and their tile of Θ, ``[n·Q, m·R]``, that writes or adds the family's part."""
-        if self.single:
-            return self._contract_single(dtype)
+    def contraction(self, dtype: torch.dtype, products: Tensor | None = None) -> Callable[[slice, slice, Tensor], Any]:
+        """A function of two ranges of samples and their tile of Θ, ``[n·Q, m·R]``, that adds the family's part.
 
-        def tile(rows: slice, columns: slice, target: Tensor, add: bool) -> None:
-            part = self._contract(rows, columns, dtype)
-            if add:
-                target += part
-            else:
-                target.copy_(part)
-
-        return tile
-
-    def _contract_single(self, dtype: torch.dtype) -> Callable[[slice, slice, Tensor, bool], None]:
-        everything = slice(None)
+        ``products`` are `right_products` of a family that is `single`, if they are known.
+        """
+        if not self.single:
+            return lambda rows, columns, tile: tile.add_(self._contract(rows, columns, dtype))
         (n, q, *_), (m, r, *_) = self._left1.shape, self._left2.shape
         plain = torch.contiguous_format
         left1 = self._left1.to(dtype, memory_format=plain).reshape(n * q, -1)
         left2 = left1 if self._left2 is self._left1 else self._left2.to(dtype, memory_format=plain).reshape(m * r, -1)
-        products = self.right_products(everything, everything, dtype)[0]  # [N, M]
+        factors = (self.right_products(slice(None), slice(None), dtype) if products is None else products)[0]  # [N, M]
         memory = left1.new_empty(0)  # reused, because allocating it for each tile would take longer than filling it
 
-        def tile(rows: slice, columns: slice, target: Tensor, add: bool) -> None:
+        def add(rows: slice, columns: slice, tile: Tensor) -> None:
             nonlocal memory
-            factor = products[rows, columns]
-            size = factor.shape[0] * q, factor.shape[1] * r
-            if memory.numel() < size[0] * size[1]:
-                memory = left1.new_empty(size[0] * size[1])
-            part = memory[: size[0] * size[1]].view(size)
+            if memory.numel() < tile.numel():
+                memory = left1.new_empty(tile.numel())
+            part = memory[: tile.numel()].view(tile.shape)
             torch.mm(left1[rows.start * q : rows.stop * q], left2[columns.start * r : columns.stop * r].T, out=part)
-            by_sample = part.view(factor.shape[0], q, factor.shape[1], r)
-            there = target.unflatten(0, (-1, q)).unflatten(2, (-1, r))
-            if add:
-                there.addcmul_(by_sample, factor[:, None, :, None])
-            else:
-                torch.mul(by_sample, factor[:, None, :, None], out=there)
+            by_sample, target = (x.unflatten(0, (-1, q)).unflatten(2, (-1, r)) for x in (part, tile))
+            target.addcmul_(by_sample, factors[rows, None, columns, None])
 
-        return tile
+        return add
 
     def _contract(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """The part of Θ for two ranges of samples: right products times the second left factor, then times the first."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ..tracking.arguments import Key, called, detached, replaced, results_of
 from ..tracking.decomposed import BATCHED
 from ..tracking.tape import Source, View
+from .backward import BackwardPasses
 from .products import OuterProducts
 from .rules import Term
 from .uses import Use
@@ -27,37 +26,18 @@ def entries_of(view: View, numel: int, device: torch.device | None = None) -> Te
 
 def is_whole(source: Source) -> bool:
     """Whether it is a parameter, with all entries in their order."""
-    if source.name is not None:
-        return True
     if source.view is None:
-        return False
-    _, offset, size, stride = source.view
+        return source.name is not None
     base = source.tensor._base
-    return base is not None and offset == 0 and source.tensor.numel() == base.numel() and _in_order(size, stride)
-
-
-def _in_order(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for extent, step in zip(reversed(size), reversed(stride), strict=True):
-        if extent != 1 and step != expected:
-            return False
-        expected *= extent
-    return True
+    return base is not None and source.tensor.numel() == base.numel() and source.tensor.is_contiguous()
 
 
 def is_transposed(source: Source) -> bool:
     """Whether it is the transpose of a matrix that is a parameter."""
-    if source.view is None:
-        return False
     base = source.tensor._base
-    _, offset, size, stride = source.view
-    return (
-        base is not None
-        and base.ndim == 2
-        and offset == 0
-        and size == (base.shape[1], base.shape[0])
-        and stride == (1, base.shape[1])
-    )
+    if source.view is None or base is None or base.ndim != 2:
+        return False
+    return source.view[1:] == (0, tuple(base.T.shape), base.T.stride())
 
 
 class Derived:
@@ -85,35 +65,19 @@ class Derived:
         """Rows of D by the parameters, ``[R, numel]`` each, from rows by the function, ``[R, numel]``."""
         leaves = list(self._leaves.values())
         vectors = rows.reshape(len(rows), *self._result.shape).to(self._result.dtype)
-
-        def pull(u: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(self._result, leaves, u, retain_graph=True, materialize_grads=True)
-
         entries = self._result.numel() + sum(leaf.numel() for leaf in leaves)
-        step = max(1, _BYTES // (4 * max(1, entries)))
-        parts: list[list[Tensor]] = [[] for _ in leaves]
-        for start in range(0, len(rows), step):
-            some = vectors[start : start + step]
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch warns that vmap runs a loop
-                    found = vmap(pull)(some) if len(some) > 1 else [part[None] for part in pull(some[0])]
-            except RuntimeError as error:  # an operation without a batching rule
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                found = [torch.stack(part) for part in zip(*(pull(u) for u in some), strict=True)]
-            for part, more in zip(parts, found, strict=True):
-                part.append(more.reshape(len(some), -1))
-        return {name: torch.cat(part).to(rows.dtype) for name, part in zip(self.names, parts, strict=True)}
+        passes = BackwardPasses(self._result, vectorized=True)
+        found = [passes.many(some, leaves) for some in vectors.split(max(1, _BYTES // (4 * max(1, entries))))]
+        parts = [torch.cat(part).reshape(len(rows), -1).to(rows.dtype) for part in zip(*found, strict=True)]
+        return dict(zip(self.names, parts, strict=True))
 
 
 def accumulated(
     terms: Iterable[tuple[Use, dict[Key, Term]]],
-    reduce: Callable[[Term, torch.dtype], Tensor],
     parameters: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """The sum of all terms over all rows of D, flat by parameter; ``reduce`` sums one term."""
+    """The sum of all terms over all rows of D, flat by parameter, in ``dtype``."""
     totals: dict[str, Tensor] = {}
     derived: dict[int, tuple[Source, Tensor]] = {}
 
@@ -125,7 +89,7 @@ def accumulated(
             source = use.sources.get(key)
             if source is None:
                 continue
-            vector = reduce(term, dtype)
+            vector = term.total(dtype) if isinstance(term, OuterProducts) else term.to(dtype).sum((0, 1)).reshape(-1)
             if is_whole(source):
                 add(next(iter(source.names)), vector)
             elif source.view is not None:

@@ -146,7 +146,8 @@ def _local_jacobian(
     blocks = [call_jacobian(model, _repeatable(call), names, chunk_size=chunk_size) for call in calls]
     numels = {name: p.numel() for name, p in parameters.items()}
     agreed(world, {name: {"written"} for name in numels}, numels)  # other processes may have factors
-    return DenseJacobian(blocks, shapes, numels, "jacobian (rows)")
+    matrix = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return DenseJacobian(matrix, shapes, numels, "jacobian (rows)")
 
 
 def _repeatable(outputs: Outputs) -> Call:
@@ -195,8 +196,5 @@ def written(jacobian: Jacobian) -> DenseJacobian:
     """The same Jacobian, held as a matrix."""
     if isinstance(jacobian, DenseJacobian):
         return jacobian
-    whole = torch.cat(list(jacobian.rows(ROWS_ELEMENTS)))
-    blocks = list(whole.split([n * q for n, q in jacobian.shapes]))
-    dense = DenseJacobian(blocks, jacobian.shapes, jacobian.numels, jacobian.description)
-    dense.remark = jacobian.remark
-    return dense
+    matrix = torch.cat(list(jacobian.rows(ROWS_ELEMENTS)))
+    return DenseJacobian(matrix, jacobian.shapes, jacobian.numels, jacobian.description, jacobian.remark)

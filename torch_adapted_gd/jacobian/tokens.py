@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .gram import add_gram
-from .products import Family, OneHot, OuterProducts
+from .products import OneHot, OuterProducts, SharedLeftFactor
 
 _ELEMENTS = 2**20  # entries of factors that are gathered at a time
 # Writing out the columns of one row of the table takes as long as this fraction of all pairs of samples one by one.
@@ -36,7 +36,7 @@ class _Rows:
         return cls(keys // term.right.size, keys % term.right.size, values.view(-1, q, o))
 
 
-def add_by_index(theta: Tensor, family: Family) -> None:
+def add_by_index(theta: Tensor, family: SharedLeftFactor) -> None:
     """Add the part of embeddings to Θ, ``[N·Q, M·R]``; to a symmetric one on and above the diagonal.
 
     A row of the table that few samples use is multiplied for each pair of them. One that many use is written out.

@@ -11,8 +11,7 @@ from ..checks import one_of, positive_integer, real_number, true_or_false
 
 PRECONDITIONERS = ("outputs", "samples", "none")
 # Relative to the mean of diag Θ:
-_ZERO = 1e-8  # the shift of the systems by which a singular one is solved
-_LEAST = 1e-6  # the least shift of the preconditioner
+_ZERO = 1e-8  # the shift of the systems by which a singular one is solved, and the least one of the preconditioner
 _ROUNDS = 30  # most of these systems
 _INNER = 0.1  # of the tolerance, for these systems
 _PATIENCE = 60  # iterations without progress of the residual after which a system without shift counts as singular
@@ -127,10 +126,10 @@ def solve_by_cg(
         if energy > 0:  # the multiple that is nearest to ψ in the energy: never farther than zero
             factor = float(start @ g) / energy
             begin = Iterate(factor * start, factor * image, 1.0, 1, False)
-    system = _System(product, shift, precondition(max(shift, _LEAST * scale)), options.max_iter, agreed)
+    system = _System(product, shift, precondition(max(shift, _ZERO * scale)), options.max_iter, agreed)
     found = system.solve(g, options.rtol * size, begin)
     if not (found.converged or shift > 0 or found.iterations >= options.max_iter):
-        regular = _System(product, _ZERO * scale, precondition(_ZERO * scale), options.max_iter, agreed)
+        regular = replace(system, shift=_ZERO * scale)
         found = regular.solve_in_rounds(g, options.rtol * size, found.iterations)
     return replace(found, residual=found.residual / size)
 
@@ -172,14 +171,14 @@ class _System:
         """
         psi, image, spent = begin.psi, begin.image, begin.iterations
         residual = g - image - self.shift * psi
-        left, aim, exhausted = self.size(residual), goal, False
+        left, exhausted = self.size(residual), False
         for _ in range(_RESTARTS):
             if left <= goal or exhausted:
                 break
-            psi, spent, exhausted = self._recur(psi, residual, aim, spent)
+            psi, spent, exhausted = self._recur(psi, residual, goal, spent)
             image = self.product(psi)
             residual = g - image - self.shift * psi
-            left, aim = self.size(residual), 0.5 * goal
+            left = self.size(residual)
         return Iterate(psi, image, left, spent, left <= goal)
 
     def _recur(self, psi: Tensor, residual: Tensor, goal: float, spent: int) -> tuple[Tensor, int, bool]:

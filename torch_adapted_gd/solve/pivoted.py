@@ -111,7 +111,7 @@ def by_pivots(matrix: Tensor, rtol: float, shift: float, truncate: bool) -> Pivo
     noise = max(rtol**2 * largest, rounding)
     exact = not truncate and shift >= MARGIN * rounding  # solved by the Cholesky factor of Θ + λ1, whatever the rank
     smooth = exact or shift >= _SMOOTH * noise
-    pivots = pivoted_cholesky(matrix, noise, 0.0 if smooth else MARGIN * noise)
+    pivots = pivoted_cholesky(matrix, noise)
     if pivots is None or not len(pivots.rows):
         return None
     found = PivotedFactorization(matrix, pivots, largest, truncate)

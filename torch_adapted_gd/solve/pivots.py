@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128  # candidates per block: products are large enough to be fast, and few candidates are rejected
-_LEAST = 16  # candidates after blocks with few pivots, as for a spectrum that decays fast
 _RELATIVE = 0.3  # pivots below this part of the largest wait; errors stay within about four times those of strict order
 
 
@@ -23,7 +22,7 @@ class Pivots:
     rows: Tensor
 
 
-def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | None:
+def pivoted_cholesky(matrix: Tensor, floor: float) -> Pivots | None:
     """Take rows of Θ as pivots, the largest remaining diagonals first, until none is above the ``floor``.
 
     Each block takes candidates by their diagonal. A candidate that others before it in the block explain (a duplicate, say)
@@ -33,23 +32,22 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
     Args:
         matrix: Θ ``[n, n]``, float64.
         floor: Diagonals of the remainder up to this are zero.
-        hopeless: Give up (return None) when the trace of a remainder above the floor falls below this: the rank will be
-            ambiguous.
+
+    Returns:
+        The pivots; None if rounding made a block of them indefinite.
     """
     n = len(matrix)
     order = torch.arange(n, device=matrix.device)
     left = matrix.diagonal().clone()  # the diagonal of the remainder, in this order
     rows = matrix.new_zeros(min(n, 4 * _BLOCK), n)
-    rank, width = 0, _BLOCK
+    rank = 0
     while rank < n:
         largest = float(left[rank:].max())
         if largest <= floor:
             break
-        if float(left[rank:].clamp_min(0).sum()) < hopeless:
-            return None
         if len(rows) < min(n, rank + _BLOCK):
             rows = torch.cat([rows, rows.new_zeros(min(n - len(rows), len(rows)), n)])
-        candidates = rank + left[rank:].topk(min(width, n - rank)).indices
+        candidates = rank + left[rank:].topk(min(_BLOCK, n - rank)).indices
         taken = rows[:rank, candidates]  # [rank, c]
         remainder = matrix[order[candidates][:, None], order[candidates]] - taken.T @ taken  # S there, [c, c]
         chosen = candidates[_independent(remainder, max(_RELATIVE * largest, floor))]
@@ -63,7 +61,7 @@ def pivoted_cholesky(matrix: Tensor, floor: float, hopeless: float) -> Pivots | 
         rows[rank:stop, rank:stop] = factor.mT
         rows[rank:stop, stop:] = torch.linalg.solve_triangular(factor, part[:, len(chosen) :], upper=False)
         left[stop:] -= rows[rank:stop, stop:].square().sum(0)
-        rank, width = stop, min(_BLOCK, max(_LEAST, 4 * len(chosen)))
+        rank = stop
     return Pivots(order, rows[:rank])
 
 

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from ..world import ALONE, World
 
-_JITTER = 4e-7  # of the mean of a block's diagonal: first shift for a block that rounding in float32 made indefinite
-_STRIP = 512  # rows of a factor that are written at a time
-
 
 class OutputBlockInverse:
     """Outputs in another basis, and blocks of Θ between all samples for each of the new outputs.
@@ -43,10 +40,11 @@ class OutputBlockInverse:
                 factor, info = torch.linalg.cholesky_ex(block, upper=True)  # reads what is on and above the diagonal alone
                 if not int(info) and bool(torch.isfinite(factor.diagonal()).all()):
                     break
-                extra = max(4 * extra, _JITTER * float(diagonal.mean()) + torch.finfo(block.dtype).tiny)
-                if not extra < torch.finfo(block.dtype).max:
+                numbers = torch.finfo(block.dtype)
+                extra = max(4 * extra, numbers.eps * float(diagonal.mean()) + numbers.tiny)
+                if not extra < numbers.max:
                     raise RuntimeError("A block of the preconditioner has no factor: Θ is not finite, or not that of a D.")
-            _keep_below(block, factor.mT)
+            block.triu_(1).add_(factor.mT)  # the factor is kept on and below the diagonal
 
     def __call__(self, r: Tensor) -> Tensor:
         """The approximation applied to r ``[N·Q]``, in float64."""
@@ -115,12 +113,3 @@ class Preconditioner:
             for span, part in zip(spans, image.split([span.stop - span.start for span in spans]), strict=True):
                 result[span] = part
         return result
-
-
-def _keep_below(block: Tensor, factor: Tensor) -> None:
-    """Write a lower triangular factor on and below the diagonal of a block, strip by strip to save memory."""
-    for i in range(0, len(block), _STRIP):
-        rows = slice(i, i + _STRIP)
-        block[rows, :i] = factor[rows, :i]
-        tile = block[rows, rows]
-        tile.copy_(factor[rows, rows].tril() + tile.triu(1))

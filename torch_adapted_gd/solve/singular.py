@@ -10,7 +10,6 @@ from ..checks import all_finite
 from .factorization import Factorization, Status
 from .spectrum import EPS
 
-_FEW = 192  # rows or columns up to which a short rank saves nothing
 _FIRST, _THIRD = 128, 3  # columns of the first sketch: as many, or a third of the rows
 _SHORT = 0.75  # share of the rows from which all of them take no longer
 _WATCHED = 16  # its last columns, which tell whether anything is left
@@ -109,7 +108,7 @@ def by_singular_values(matrix: Tensor, rtol: float) -> SingularValueFactorizatio
     wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix if wide else matrix.T
     try:
-        basis = _range(short, rtol) if len(short) > _FEW else None  # [m, r]
+        basis = _range(short, rtol)  # [m, r]
         inner = short if basis is None else basis.T @ short
         packed, scales = torch.geqrf(inner.T)  # short.T = (reflections)(triangle)(basis.T)
         first, values, second = torch.linalg.svd(packed[: len(inner)].triu().T, full_matrices=False)
@@ -144,10 +143,8 @@ def _range(matrix: Tensor, rtol: float) -> Tensor | None:
     while basis.shape[1] + width <= _SHORT * m:
         signs = torch.randint(2, (k, width), generator=generator, dtype=torch.int8, device="cpu")  # faster than others to draw
         image = matrix @ signs.to(matrix).mul_(2).sub_(1)
-        for _ in range(2 if basis.shape[1] else 0):  # twice is enough
-            image = image - basis @ (basis.T @ image)
-        found, triangle = torch.linalg.qr(image)
-        if basis.shape[1]:  # what rounding left of it
+        found, triangle = torch.linalg.qr(image - basis @ (basis.T @ image))
+        if basis.shape[1]:  # again, for what rounding left of it
             found = torch.linalg.qr(found - basis @ (basis.T @ found)).Q
         sizes = triangle.diagonal().abs()
         largest = max(largest, float(sizes.max()))

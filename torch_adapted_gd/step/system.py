@@ -285,7 +285,7 @@ class Problem:
             'Use factorization="auto", or a smaller batch.',
         )
         jacobian = written(factored)
-        d = torch.cat([block.double() for block in jacobian.blocks])
+        d = jacobian.matrix.double()
         square = float(torch.linalg.vector_norm(d)) ** 2
         if self.metric is not None:
             d = self.metric.root_transpose(d)
