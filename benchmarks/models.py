@@ -87,7 +87,7 @@ def error(model: nn.Module, x: tuple[Tensor, ...]) -> float:
     """How far the kernel is from DDᵀ, relative to its norm."""
     double = copy.deepcopy(model).double().eval()
     inputs = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, x)
-    d = output_jacobian(double, inputs)
+    d = output_jacobian(double, inputs, method="rows")
     expected = d @ d.T
     theta = ntk(double, inputs).reshape(expected.shape)
     return float((theta - expected).norm() / expected.norm())

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from torch_adapted_gd import memory, output_jacobian
-from torch_adapted_gd.jacobian.definition import call_jacobian
+from torch_adapted_gd.jacobian.definition import METHODS, call_jacobian
 from torch_adapted_gd.tracking.calls import record
 
-from .cases import CASES, MaskedMean, cnn, dense_jacobian, make, mlp
+from .cases import CASES, MaskedMean, cnn, dense_jacobian, make, mlp, pairwise
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -26,12 +26,14 @@ def test_float32(name):
     torch.testing.assert_close(matrix.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 3, 1000])
-@pytest.mark.parametrize("name", ["mlp_tanh", "cnn", "two_heads", "tied", "batchnorm_eval"])
-def test_chunks_agree(name, chunk_size):
+@pytest.mark.parametrize(
+    ("name", "method", "chunk_size"),
+    pairwise(["mlp_tanh", "cnn", "two_heads", "tied", "batchnorm_eval"], METHODS, [None, 1, 3, 1000]),
+)
+def test_methods_and_chunks_agree(name, method, chunk_size):
     model, x = make(name)
     expected = dense_jacobian(model, x)
-    matrix = output_jacobian(model, x, chunk_size=chunk_size)
+    matrix = output_jacobian(model, x, method=method, chunk_size=chunk_size)
     torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-13 * expected.abs().max().item())
 
 
@@ -96,7 +98,8 @@ def test_random_numbers_are_drawn_at_once_whatever_the_chunk():
     torch.testing.assert_close(matrix, expected)
 
 
-def test_compiled_parts_are_differentiated_as_eager_ones():
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_parts_are_differentiated_as_eager_ones(method):
     compiled_calls = []
 
     def backend(graph, inputs):
@@ -107,7 +110,7 @@ def test_compiled_parts_are_differentiated_as_eager_ones():
     outer = nn.Sequential(torch.compile(model, backend=backend))
     call = record(outer, (x,))
     compiled_calls.clear()
-    matrix = call_jacobian(outer, call, [n for n, _ in outer.named_parameters()])
+    matrix = call_jacobian(outer, call, [n for n, _ in outer.named_parameters()], method=method)
     assert not compiled_calls
     torch.testing.assert_close(matrix, expected)
     torch.compiler.reset()
@@ -129,6 +132,8 @@ def test_numpy_randomness_is_refused_with_its_reason():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="`model` should be a torch.nn.Module, but got str"):
         output_jacobian("model", torch.ones(1))
+    with pytest.raises(ValueError, match="`method` should be one of 'auto', 'rows', 'jacrev', but got 'fast'"):
+        output_jacobian(mlp(), torch.ones(1, 4), method="fast")
     with pytest.raises(ValueError, match="`chunk_size` should be at least 1, but got 0"):
         output_jacobian(mlp(), torch.ones(1, 4), chunk_size=0)
     with pytest.raises(TypeError, match="`chunk_size` should be a whole number, but got 2.5"):

@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import jacrev
 
-from ..checks import positive_integer
+from ..checks import one_of, positive_integer
 from ..memory import require_memory
 from ..tracking.calls import Call, record, stacked, underlying
-from ..tracking.replay import DisagreementError, Replay
+from ..tracking.replay import DisagreementError, Replay, State
 from .backward import BackwardPasses, allows_vmap
 
+METHODS = ("rows", "jacrev")
 _CHUNK_BYTES = 2**28  # memory for one chunk of D in addition to D itself, by default
 
 
-def output_jacobian(model: nn.Module, x: Tensor | tuple[Any, ...], *, chunk_size: int | None = None) -> Tensor:
+def output_jacobian(
+    model: nn.Module, x: Tensor | tuple[Any, ...], *, method: str = "auto", chunk_size: int | None = None
+) -> Tensor:
     """Jacobian D = ∂x/∂θ of all outputs with respect to all trainable parameters, equation (2.12).
-
-    It runs a backward pass for each output, many at a time, for any model.
 
     Row i·Q + q is output q of sample i (2.9); the columns follow ``model.named_parameters()``, frozen ones left out.
     Outputs may be any pytree of floating tensors with the batch first: a sample's Q outputs are their concatenation.
@@ -30,6 +32,8 @@ def output_jacobian(model: nn.Module, x: Tensor | tuple[Any, ...], *, chunk_size
     Args:
         model: The network f_θ.
         x: Its input with the batch first, ``[N, ...]``, or a tuple of positional inputs.
+        method: ``"rows"`` runs a backward pass for each output, many at a time, for any model. ``"jacrev"`` is
+            `torch.func.jacrev` of all outputs, for models that `torch.func` supports. ``"auto"`` is ``"rows"``.
         chunk_size: The number of samples whose rows are differentiated at a time; by default a chunk takes about 256 MiB.
 
     Returns:
@@ -39,16 +43,17 @@ def output_jacobian(model: nn.Module, x: Tensor | tuple[Any, ...], *, chunk_size
         TypeError: ``model`` is not a module.
         ValueError: No parameter is trainable, no output depends on one, or an argument is out of range.
         MemoryError: D would not fit.
-        RuntimeError: The model's call cannot be repeated with the same outputs.
+        RuntimeError: The model's call cannot be repeated with the same outputs, or `torch.func` does not support it.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
         >>> output_jacobian(model, torch.ones(5, 3)).shape
         torch.Size([10, 8])
     """
+    one_of("method", method, ("auto", *METHODS))
     with torch.inference_mode(False):
         call, names = recorded(model, x)
-        return call_jacobian(model, call, names, chunk_size=chunk_size)
+        return call_jacobian(model, call, names, method=method, chunk_size=chunk_size)
 
 
 def recorded(model: nn.Module, x: Tensor | tuple[Any, ...]) -> tuple[Call, list[str]]:
@@ -70,7 +75,9 @@ def recorded(model: nn.Module, x: Tensor | tuple[Any, ...]) -> tuple[Call, list[
     return call, list(trained)
 
 
-def call_jacobian(model: nn.Module, call: Call, names: list[str], *, chunk_size: int | None = None) -> Tensor:
+def call_jacobian(
+    model: nn.Module, call: Call, names: list[str], *, method: str = "auto", chunk_size: int | None = None
+) -> Tensor:
     """D ``[N·Q, K]`` of the outputs of a call that the loss depends on, by the parameters ``names``; see `output_jacobian`."""
     if chunk_size is not None:
         positive_integer("chunk_size", chunk_size)
@@ -89,19 +96,37 @@ def call_jacobian(model: nn.Module, call: Call, names: list[str], *, chunk_size:
         return matrix
     rows = max(1, _CHUNK_BYTES // max(1, shape[1] * dtype.itemsize)) if chunk_size is None else chunk_size * replay.q
     try:
-        given, outputs = replay.with_graph(lambda *_: contextlib.nullcontext())
+        (_by_jacrev if method == "jacrev" else _by_rows)(replay, matrix, min(rows, 256))
     except DisagreementError as error:
         raise RuntimeError(
             "The model's call could not be repeated with the same outputs, so its Jacobian is unknown. A forward pass may "
             "depend only on its inputs, parameters, buffers and torch's global random numbers (no numpy or Python random "
             f"numbers, generators or counters): {error}."
         ) from error
+    return matrix
+
+
+def _by_rows(replay: Replay, matrix: Tensor, rows: int) -> None:
+    """A backward pass for each output."""
+    given, outputs = replay.with_graph(lambda *_: contextlib.nullcontext())
     with replay.conditions():
         with torch.enable_grad():
             x = stacked(outputs)
-        passes = BackwardPasses(x, vectorized=allows_vmap(replay.model))
-        passes.rows(list(given.values()), min(rows, 256), out=matrix)
-    return matrix
+        BackwardPasses(x, vectorized=allows_vmap(replay.model)).rows(list(given.values()), rows, out=matrix)
+
+
+def _by_jacrev(replay: Replay, matrix: Tensor, rows: int) -> None:
+    """``jacrev`` of the batch's outputs as one vector."""
+
+    def batch(moving: State, rest: State, leaves: list[Any]) -> tuple[Tensor, Tensor]:
+        x = stacked(replay.forward({**rest, **moving}, *replay.call.inputs.assembled(leaves)))  # [NQ]
+        return x, x
+
+    # Buffers and inputs are arguments because torch.func lets nothing else be updated in place.
+    with replay.conditions():
+        blocks, x = jacrev(batch, has_aux=True, chunk_size=rows)(*replay.copies(), replay.call.inputs.leaves)
+    replay.check_outputs(x)
+    matrix.copy_(torch.cat([block.reshape(len(matrix), -1) for block in blocks.values()], 1))
 
 
 def dtype_and_device(parameters: list[Tensor]) -> tuple[torch.dtype, torch.device]:
