@@ -244,15 +244,6 @@ class NeuralCollapse(_ClassMomentsMetric):
             **kwargs,
         )
         self.options = FeatureOptions(weighting, rtol, hpd_lambda)
-        self._warned = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch; returns the figures of that batch alone."""
-        warned, self._warned = self._warned, True  # a batch need not have all classes
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self._warned = warned
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add a batch.
@@ -288,11 +279,9 @@ class NeuralCollapse(_ClassMomentsMetric):
         bias: Tensor | None,
         within_along: Callable[[Tensor], Tensor] | None,
     ) -> dict[str, Tensor]:
-        """The figures of moments of all samples; warns once about classes that are missing."""
         head = Head.of(weight, bias, self.targets.num_classes, self.width, moments.count.device)
         options = self.options if head is not None else replace(self.options, hpd_lambda=None)
-        if not self._warned and (text := caveat(moments)):
-            self._warned = True
+        if self._should_unsync and (text := caveat(moments)):  # not in `forward`: a batch need not have all classes
             warnings.warn(text, stacklevel=3)
         return collapse_of_features(moments, options, self.targets, head, within_along)
 
