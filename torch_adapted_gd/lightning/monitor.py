@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from ..checks import one_of, positive_integer, real_number, true_or_false
 from ..collapse.features import FeatureOptions
 from ..collapse.labels import ClassTargets
-from .batches import Step, TargetOf, WatchedModule, forward_context, outputs_and_target, target_of, to_device
+from .batches import Step, TargetOf, WatchedModule, forward_context, linear_layer, outputs_and_target, target_of, to_device
 from .evaluation import Evaluation, Figures
 from .frameworks import Callback, CollapseConfigError, LightningModule, Trainer
 from .history import History, Row
@@ -53,9 +52,8 @@ class CollapseMonitor(Callback):
     Args:
         num_classes: K.
         class_targets: y_j, ``[K, d]``; by default the unit vectors e_j.
-        reference: What the network is evaluated on: ``"train"`` or ``"val"``, for all samples of that loader, in order; or a
-            DataLoader, a list of batches, or a function of trainer and module that returns one, whose batches are taken as they
-            are.
+        reference: ``"train"`` or ``"val"``, to evaluate all samples of that loader, in order; or a DataLoader, a list of
+            batches, or a function of trainer and module that returns one, to evaluate its batches as they are.
         mode: ``"reference"`` or ``"stream"``.
         every_n_epochs: Evaluate, or log what was gathered, at the end of every n-th epoch; None for never.
         every_n_steps: Evaluate after every n-th optimizer step, too; None for never. Not in stream mode.
@@ -70,8 +68,7 @@ class CollapseMonitor(Callback):
         target_fn: From batch to target; by default y of ``(x, y)``.
         ignore_index: Label of samples to leave out.
         autocast: Evaluate under the trainer's autocast; by default in the parameters' own precision. Not in stream mode.
-        cache_bytes: The size up to which features are kept for NC4, which needs the class means first. Beyond it, the network
-            runs twice.
+        cache_bytes: Features are kept up to this size for NC4, which needs the class means first; beyond, two passes are run.
         limit_batches: The largest number of batches to evaluate. Not in stream mode.
         per_class: Log the values of each class.
         name: Root of the keys; by default ``train_ref``, ``val_ref`` or ``ref``, and ``train_stream``, ``val_stream`` and
@@ -288,21 +285,7 @@ class CollapseMonitor(Callback):
         return f"{stage}_{self.name or 'stream'}" + (f"_{index}" if index else "")
 
     def _find_head(self, module: LightningModule) -> nn.Linear | None:
-        if self.head is None:
-            return None
-        found = dict(module.named_modules()).get(self.head)
-        if not isinstance(found, nn.Linear):
-            linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-            raise CollapseConfigError(
-                f"`head` should name a Linear layer of {type(module).__name__}, but {self.head!r} is "
-                f"{'not there' if found is None else f'a {type(found).__name__}'}. It has {', '.join(linear[-5:]) or 'none'}."
-            )
-        if self.nc and not is_lazy(found.weight) and found.out_features != self.targets.num_classes:
-            raise CollapseConfigError(
-                f"`head` should have an output for each of the {self.targets.num_classes} classes for NC3 and NC4, but "
-                f"{self.head!r} has {found.out_features}. Pass nc=False to leave neural collapse out."
-            )
-        return found
+        return None if self.head is None else linear_layer(module, self.head, self.targets.num_classes if self.nc else None)
 
     def _evaluation(self, root: str, module: LightningModule) -> Evaluation:
         if root not in self._evaluations:
