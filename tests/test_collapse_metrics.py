@@ -212,7 +212,7 @@ def test_without_data():
         (
             lambda: NearestClassMeanAgreement(torch.eye(2)).update(torch.ones(2, 3), torch.eye(2)),
             ValueError,
-            r"`features` should have 2 entries for each sample, but has shape \[2, 3\]",
+            r"`features` should have the batch first and 2 entries for each sample, but has shape \[2, 3\]",
         ),
         (
             lambda: NearestClassMeanAgreement(torch.eye(2)).update(torch.eye(2), torch.eye(3)),

@@ -23,9 +23,9 @@ except Exception as error:  # RuntimeError too: torchmetrics imports torchvision
         f"torch): pip install 'torch_adapted_gd[lightning]'. It could not be imported: {error}"
     ) from error
 
-from ..checks import a_tensor, floating_tensor, one_of, positive_integer, real_number, true_or_false
+from ..checks import a_tensor, one_of, positive_integer, real_number, true_or_false
 from .features import FeatureOptions, Head, caveat, collapse_of_features, mismatches
-from .labels import ClassTargets, SampleReader, Samples, as_float64_rows
+from .labels import ClassTargets, SampleReader, Samples, float64_rows
 from .moments import ClassMoments, merge_packed
 from .outputs import OUTPUT_KEYS, decompose
 
@@ -331,18 +331,15 @@ class NearestClassMeanAgreement(Float64Metric):
             TypeError: Features are not a floating tensor, or logits not a tensor.
             ValueError: Shapes do not fit.
         """
-        floating_tensor("features", features)
-        a_tensor("logits", logits)
         classes, width = self.means.shape
-        if features.ndim == 0 or features.numel() != len(features) * width:
-            raise ValueError(f"`features` should have {width} entries for each sample, but has shape {list(features.shape)}.")
+        rows = float64_rows("features", features, width)
+        a_tensor("logits", logits)
         chosen = logits.argmax(1) if logits.shape == (len(features), classes) else logits
         if chosen.shape != (len(features),) or chosen.is_floating_point():
             raise ValueError(
                 f"`logits` should have shape {[len(features), classes]}, or be classes {[len(features)]}, but has "
                 f"{list(logits.shape)} and {logits.dtype}."
             )
-        rows = as_float64_rows(features, width)
         differs = mismatches(chosen.to(rows.device), rows, self.means.to(rows.device))
         self.mismatches = self.mismatches + differs.sum().to(self.mismatches.device)
         self.seen = self.seen + len(rows)
