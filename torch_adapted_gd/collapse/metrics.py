@@ -49,26 +49,14 @@ class Float64Metric(Metric):
         return super()._apply(keeping_the_dtype, exclude_state)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric, given as the metric or its ``metric_state``.
-
-        Raises:
-            ValueError: The other has other targets or settings.
-        """
+        """Add the samples of another metric, or of its ``metric_state``; a ValueError for other targets or settings."""
         super().merge_state(incoming_state)
         # Metric leaves both as they are: `compute` would return its cached value, or warn that there are no data.
         self._computed = None
         self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot values on a log axis.
-
-        Args:
-            val: One value of `compute` or ``forward``, or a list of them; by default the present value.
-            ax: Matplotlib axes to draw on; by default new ones.
-
-        Returns:
-            Figure and axes.
-        """
+        """Plot values as ``Metric.plot`` does, on a log axis; returns figure and axes."""
         figure, axes = self._plot(val, ax)
         for one in axes.flat if hasattr(axes, "flat") else [axes]:
             one.set_yscale("log")
@@ -123,8 +111,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         scale: Multiplies ``loss``, ``within`` and ``bias``: 0.5 for `HalfSquaredLoss`.
         per_class: Add ``within_class_{j}`` and ``bias_class_{j}``.
         ignore_index: Label of samples to leave out; ``num_dropped`` counts them.
-        nan_strategy: What to do with samples that are not finite: ``"propagate"`` (the result is NaN; nothing is checked),
-            ``"error"``, or leave them out and count them, with a warning (``"warn"``) or without (``"ignore"``).
+        nan_strategy: As for `collapse.output_collapse`; ``"propagate"`` checks nothing.
         kwargs: For `torchmetrics.Metric`.
 
     Raises:
@@ -165,16 +152,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            preds: Outputs, ``[B, ...]`` with d entries each.
-            target: Integer labels ``[B]``, one-hot rows ``[B, K]``, or rows of ``class_targets``.
-
-        Raises:
-            TypeError: An argument is not a tensor of numbers.
-            ValueError: Shapes do not agree, targets are soft or not classes, or samples are not finite with ``"error"``.
-        """
+        """Add a batch: outputs ``[B, ...]`` with d entries each, and targets, as for `collapse.output_collapse`."""
         kept = self._add(preds, target)
         residuals = kept.rows - self.targets.values.to(kept.rows.device)[kept.labels]
         self.squares = self.squares + residuals.square().sum().to(self.squares.device)
@@ -246,29 +224,11 @@ class NeuralCollapse(_ClassMomentsMetric):
         self.options = FeatureOptions(weighting, rtol, hpd_lambda)
 
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: h, ``[B, ...]`` with D entries each.
-            target: Integer labels ``[B]`` or one-hot rows ``[B, K]``.
-
-        Raises:
-            TypeError: An argument is not a tensor of numbers.
-            ValueError: Shapes do not agree, targets are soft or not classes, or samples are not finite with ``"error"``.
-        """
+        """Add a batch: features h, ``[B, ...]`` with D entries each, and targets, as for `collapse.neural_collapse`."""
         self._add(features, target)
 
     def compute(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
-        """The figures of all batches.
-
-        Args:
-            weight: W of the last layer, ``[K, D]``. ``_weights``, NC3 and the split need it.
-            bias: b, ``[K]``.
-
-        Raises:
-            TypeError: An argument is not a tensor.
-            ValueError: Shapes do not fit.
-        """
+        """The figures of all batches. ``_weights``, NC3 and the split need W, ``[K, D]``, and b, ``[K]``, of the last layer."""
         moments = self.moments
         return self._figures_of(moments, weight, bias, None if moments.pooled is None else moments.within_along)
 
@@ -321,16 +281,7 @@ class NearestClassMeanAgreement(Float64Metric):
         self.add_state("seen", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, logits: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: h, ``[B, ...]`` with D entries each.
-            logits: The classifier's outputs, ``[B, K]``, or the classes that it chooses, integers ``[B]``.
-
-        Raises:
-            TypeError: Features are not a floating tensor, or logits not a tensor.
-            ValueError: Shapes do not fit.
-        """
+        """Add a batch: features ``[B, ...]`` with D entries each, and outputs ``[B, K]`` or the chosen classes ``[B]``."""
         classes, width = self.means.shape
         rows = float64_rows("features", features, width)
         a_tensor("logits", logits)
