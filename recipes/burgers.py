@@ -6,7 +6,6 @@ with a closure, and derivatives are taken by `torch.autograd.grad`, outside of t
 and Hopf. Half of the points are denser near x = 0, where the front is, and x is scaled before the first layer.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,10 @@ from race import (
     draw_columns,
     draw_error,
     draw_map,
-    errors_in_one_line,
-    make_folder,
+    new_figure,
     new_parser,
-    parse,
     positive,
+    started,
     step_on,
     tidy,
     write_all,
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 
 VISCOSITY = 0.01 / math.pi
 TIMES = (0.25, 0.5, 0.75, 1.0)  # of the slices that are drawn
-HEADER = f"{'step':>5s} {'seconds':>8s} {'loss':>10s} {'relative L2 error':>18s}"
+COLUMNS = {"loss": "loss", "relative L2 error": "error"}
 
 
 def exact(points: Tensor, nodes: int = 2001) -> Tensor:
@@ -138,11 +136,6 @@ class Job:
         return {"loss": float(self.loss(model).detach()), "error": float(error)}
 
 
-def shown(row: dict[str, float]) -> str:
-    """A line of the table."""
-    return f"{row['steps']:5.0f} {row['seconds']:8.1f} {row['loss']:10.2e} {row['error']:18.2e}"
-
-
 def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
     """The solution, where it is off by how much, slices of it, and loss and error after each step.
 
@@ -151,11 +144,8 @@ def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
         u: The approximate solution on the grid.
         run: What was recorded.
     """
-    from matplotlib.figure import Figure
-
     solution, truth = u.view(101, 401), job.u.view(101, 401)
-    figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=75)
-    (map_ax, error_ax), (slice_ax, loss_ax) = figure.subplots(2, 2)
+    figure, ((map_ax, error_ax), (slice_ax, loss_ax)) = new_figure(10, 6.4, dpi=75, nrows=2, ncols=2)
     extent = (0.0, 1.0, -1.0, 1.0)
     draw_map(figure, map_ax, solution, extent, cmap="RdBu_r", title="u by the network")
     draw_error(figure, error_ax, (solution - truth).abs(), extent)
@@ -165,41 +155,28 @@ def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
         slice_ax.plot(x, truth[round(100 * t)].numpy(), color="black", linestyle=":", label="exact" if t == 1 else None)
     slice_ax.set(xlabel="x", ylabel="u", title="slices")
     tidy(slice_ax)
-    title = f"relative L2 error {run.rows[-1]['error']:.1e}"
-    draw_columns(loss_ax, run, {"loss": "loss", "relative L2 error": "error"}, title)
+    draw_columns(loss_ax, run, COLUMNS, f"relative L2 error {run.rows[-1]['error']:.1e}")
     return figure
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = new_parser(__doc__, "results/burgers", "metrics.csv and solution.png", "200 + 32 points, width 8, 15 steps")
-    add = parser.add_argument
-    add("--points", type=positive, default=1500, help="points inside (1500)")
-    add("--given", type=positive, default=134, help="points at the start, half as many at both ends (134)")
-    add("--width", type=positive, default=16, help="units of each of the three hidden layers (16)")
-    add("--steps", type=positive, default=100, help="steps (100)")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
-    parser = build_parser()
-    options = parse(parser, arguments, {"points": 200, "given": 22, "width": 8, "steps": 15})
-    with errors_in_one_line(parser):
-        make_folder(options.out)
+    parser.add_argument("--points", type=positive, default=1500, help="points inside (1500)")
+    parser.add_argument("--given", type=positive, default=134, help="points at the start, half as many at both ends (134)")
+    parser.add_argument("--width", type=positive, default=16, help="units of each of the three hidden layers (16)")
+    parser.add_argument("--steps", type=positive, default=100, help="steps (100)")
+    with started(parser, arguments, {"points": 200, "given": 22, "width": 8, "steps": 15}) as options:
         torch.manual_seed(options.seed)
         model = Network(options.width)
         job = Job(inner_points(options.points, options.seed), given_points(options.given))
         num_params = sum(p.numel() for p in model.parameters())
         print(f"{len(job.inside):,} points inside, {len(job.given):,} at the start and ends, K = {num_params:,} parameters")
-        print(HEADER)
         optimizer = AdaptedGD(model, criterion=job.criterion)
-        run = step_on(optimizer, partial(job.loss, model), options.steps, partial(job.measure, model), show=shown)
+        run = step_on(optimizer, partial(job.loss, model), options.steps, partial(job.measure, model), shown=COLUMNS)
         with torch.no_grad():
-            files = write_all(options.out, [run], {"solution.png": plot_solution(job, model(job.grid), run)})
-    print(f"wrote {', '.join(map(str, files))}")
-    return 0
+            write_all(options.out, [run], {"solution.png": plot_solution(job, model(job.grid), run)})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

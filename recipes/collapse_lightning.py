@@ -186,8 +186,17 @@ def draw(rows: dict[str, tuple[CollapseMonitor, dict[str, Any]]], out: Path) -> 
     return files
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def quiet() -> None:
+    """Without what Lightning says of machines, products, and loaders without worker processes."""
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
+    warnings.filterwarnings("ignore", message="The number of training batches")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = race.new_parser(__doc__, "results/collapse", "logs and figures", "40 images, 6 steps, 6 epochs")
     parser.add_argument(
         "--optimizer", nargs="+", choices=[*NAMES], default=["adapted", "sgd"], help="one or several (adapted sgd)"
@@ -201,28 +210,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=race.positive, default=32, help="of SGD and Adam (32)")
     parser.add_argument("--lr", type=race.above_zero, help="of SGD and Adam (0.1 and 1e-3)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (cpu)")
-    return parser
-
-
-def quiet() -> None:
-    """Without what Lightning says of machines, products, and loaders without worker processes."""
-    for name in ("pytorch_lightning", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message=".*LeafSpec")
-    warnings.filterwarnings("ignore", message="The number of training batches")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
-    parser = build_parser()
-    options = race.parse(parser, arguments, {"samples": 40, "width": 32, "steps": 6, "epochs": 6})
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch finds no CUDA device here")
     quiet()
-    names = list(dict.fromkeys(options.optimizer))
-    with race.errors_in_one_line(parser):
-        race.make_folder(options.out)
+    with race.started(parser, arguments, {"samples": 40, "width": 32, "steps": 6, "epochs": 6}) as options:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device here.")
+        names = list(dict.fromkeys(options.optimizer))
         print(
             f"{options.samples} images of {options.data}, MLP 784-{options.width}-{options.width}-10 tanh: "
             f"{', '.join(NAMES[name] for name in names)}"
@@ -235,8 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         off = max(abs(math.sqrt(row[key] / first[key]) - (1 - row["s"])) for row in later for key in ("within", "bias"))
         print(f"AdaptedGD: √within and √bias differ from (1 − t) of their starts by at most {off:.1e} of these.")
     print(f"wrote {', '.join(map(str, files))}; logs in {', '.join(str(options.out / name) for name in rows)}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

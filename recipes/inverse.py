@@ -5,7 +5,6 @@ residual, outside of the module. The loss is the mean square of the residual at 
 u − data. Nothing is given at the start or at the ends. The data are u = exp(−κπ²t) sin πx with κ = 0.1; training starts at 1.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,10 @@ from race import (
     draw_columns,
     draw_error,
     draw_map,
-    errors_in_one_line,
-    make_folder,
+    new_figure,
     new_parser,
-    parse,
     positive,
+    started,
     step_on,
     write_all,
 )
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KAPPA = 0.1
-HEADER = f"{'step':>5s} {'seconds':>8s} {'loss':>10s} {'relative L2 error':>18s} {'error of κ':>13s}"
+COLUMNS = {"loss": "loss", "relative L2 error": "error", "|κ − 0.1|": "kappa_error"}
 
 
 def exact(points: Tensor) -> Tensor:
@@ -112,11 +110,6 @@ class Job:
         return {"loss": float(self.loss(model).detach()), "error": float(error), "kappa_error": kappa_error}
 
 
-def shown(row: dict[str, float]) -> str:
-    """A line of the table."""
-    return f"{row['steps']:5.0f} {row['seconds']:8.1f} {row['loss']:10.2e} {row['error']:18.2e} {row['kappa_error']:13.2e}"
-
-
 def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
     """The solution, where it is off by how much, and the loss and the error of κ after each step.
 
@@ -125,10 +118,7 @@ def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
         u: The approximate solution on the grid.
         run: What was recorded.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=75)
-    map_ax, error_ax, loss_ax = figure.subplots(1, 3)
+    figure, (map_ax, error_ax, loss_ax) = new_figure(12, 3.6, dpi=75, ncols=3)
     extent = (0.0, 1.0, 0.0, 1.0)
     draw_map(figure, map_ax, u.view(101, 101), extent, cmap="viridis", title="u by the network, and the data's points")
     draw_error(figure, error_ax, (u - exact(job.grid)).abs().view(101, 101), extent)
@@ -138,37 +128,25 @@ def plot_solution(job: Job, u: Tensor, run: Run) -> "Figure":
     return figure
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = new_parser(__doc__, "results/inverse", "metrics.csv and solution.png", "6² points, width 8, 20 steps")
-    add = parser.add_argument
-    add("--points", type=positive, default=12, help="n: n² points of the equation (12)")
-    add("--data", type=positive, default=60, help="points of the data (60)")
-    add("--width", type=positive, default=12, help="units of each of the two hidden layers (12)")
-    add("--steps", type=positive, default=80, help="steps (80)")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
-    parser = build_parser()
-    options = parse(parser, arguments, {"points": 6, "width": 8, "steps": 20})
-    with errors_in_one_line(parser):
-        make_folder(options.out)
+    parser.add_argument("--points", type=positive, default=12, help="n: n² points of the equation (12)")
+    parser.add_argument("--data", type=positive, default=60, help="points of the data (60)")
+    parser.add_argument("--width", type=positive, default=12, help="units of each of the two hidden layers (12)")
+    parser.add_argument("--steps", type=positive, default=80, help="steps (80)")
+    with started(parser, arguments, {"points": 6, "width": 8, "steps": 20}) as options:
         torch.manual_seed(options.seed)
         model = Network(options.width)
         ticks = (torch.arange(options.points, dtype=torch.float64) + 0.5) / options.points
         job = Job(torch.cartesian_prod(ticks, ticks), torch.rand(options.data, 2, dtype=torch.float64))
         num_params = sum(p.numel() for p in model.parameters())
         print(f"{len(job.inside):,} points of the equation, {len(job.measured):,} of data, K = {num_params:,} parameters")
-        print(HEADER)
         optimizer = AdaptedGD(model, criterion=job.criterion)
-        run = step_on(optimizer, partial(job.loss, model), options.steps, partial(job.measure, model), show=shown)
+        run = step_on(optimizer, partial(job.loss, model), options.steps, partial(job.measure, model), shown=COLUMNS)
         with torch.no_grad():
-            files = write_all(options.out, [run], {"solution.png": plot_solution(job, model(job.grid), run)})
-    print(f"wrote {', '.join(map(str, files))}")
-    return 0
+            write_all(options.out, [run], {"solution.png": plot_solution(job, model(job.grid), run)})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -147,10 +147,7 @@ def kernel_spectra(job: Job, models: dict[str, nn.Module], seed: int) -> tuple[d
 
 def draw_spectrum(eigenvalues: dict[str, Tensor], rtol: float, title: str) -> "Figure":
     """Singular values of D, the square roots of the kernel's eigenvalues, relative to the largest, with the rank cut."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
-    ax = figure.subplots()
+    figure, ax = race.new_figure()
     for name, values in eigenvalues.items():
         sigma = values.double().clamp_min(0).sqrt().sort(descending=True).values
         relative = sigma / sigma[0].clamp_min(torch.finfo(torch.float64).tiny)
@@ -292,8 +289,8 @@ def prepare(options: argparse.Namespace) -> Job:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = build_parser()
     options = race.parse(parser, arguments, {"samples": 20, "width": 32, "steps": 10})
     if options.lr is not None and options.optimizer == "adapted":
@@ -319,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs.append(run_torch(job, name, adapted.rows[-1]["seconds"], options.lr)[0])
         spectra = kernel_spectra(job, {"at the start": start, "at the end": trained}, options.seed)
         if mine.start:  # the first process writes
-            return 0
+            return
         write(job, runs, options, num_params, rtol, options.out)
         figures = draw(job, runs, spectra, default_rtol(CLASSES * spectra[1], eps), options.out)
         print()
@@ -333,8 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"test {test}"
             )
         print(f"wrote {', '.join(str(path) for path in (options.out / 'metrics.csv', options.out / 'summary.json', *figures))}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -6,7 +6,6 @@ straight line and a bend, both ending at the class targets. Where the rank is sh
 out of reach, and how far outputs were from path and target, in units of |x₀ − y|.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,22 +36,14 @@ def describe(name: str, found: PathResult, y: Tensor) -> str:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = race.new_parser(__doc__, "results/paths", "metrics.csv and the figure", "8 images, a narrow network")
     parser.add_argument("--samples", type=race.positive, default=20, help="images (20)")
     parser.add_argument("--width", type=race.positive, default=48, help="of both hidden layers (48)")
     parser.add_argument("--bend", type=race.above_zero, default=0.7, help="how far off the line the detour is half-way (0.7)")
     parser.add_argument("--tolerance", type=race.above_zero, default=1e-7, help="of the integration, relative (1e-7)")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
-    parser = build_parser()
-    options = race.parse(parser, arguments, {"samples": 8, "width": 24, "tolerance": 1e-5})
-    with race.errors_in_one_line(parser):
-        race.make_folder(options.out)
+    with race.started(parser, arguments, {"samples": 8, "width": 24, "tolerance": 1e-5}) as options:
         digits = load_digits("mnist5k", Path("data"), options.samples, options.seed)
         x, labels = digits.train_images, digits.train_labels
         y = nn.functional.one_hot(labels, CLASSES).double()
@@ -72,17 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path = kind(model(inputs), targets, **extra)
             results[name] = follow_path(model, inputs, path, steps=40, rtol=options.tolerance, atol=options.tolerance / 100)
             print(describe(name, results[name], targets), flush=True)
-        runs = []
-        for name, found in results.items():
-            columns = {"s": found.s, "rank": found.ranks, "off_range": found.off_range, "distance": found.distance}
-            runs.append(race.Run(name, race.rows_of(columns)))
+        runs = [
+            race.Run.of(name, {"s": found.s, "rank": found.ranks, "off_range": found.off_range, "distance": found.distance})
+            for name, found in results.items()
+        ]
         figure = plot_output_paths(
             {name: found.outputs for name, found in results.items()}, labels, torch.eye(CLASSES, dtype=torch.float64)
         )
-        files = race.write_all(options.out, runs, {"paths.png": figure})
-    print(f"wrote {', '.join(map(str, files))}")
-    return 0
+        race.write_all(options.out, runs, {"paths.png": figure})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -18,12 +18,11 @@ from race import (
     Run,
     above_zero,
     adam,
-    errors_in_one_line,
     lbfgs,
-    make_folder,
+    new_figure,
     new_parser,
-    parse,
     positive,
+    started,
     step_on,
     train,
     write_all,
@@ -113,14 +112,13 @@ def plot_maps(solutions: Mapping[str, Tensor], u: Tensor) -> "Figure":
         u: The exact solution.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     errors = {name: (solution - u).abs().nan_to_num(math.inf) for name, solution in solutions.items()}
     name, solution = next(iter(solutions.items()))
     least = 10.0 ** math.floor(math.log10(float(errors[name].median())) - 1)  # drawn for what is less, where signs change
     most = max(float(error[error.isfinite()].max()) for error in errors.values() if error.isfinite().any())
-    figure = Figure(figsize=(3.2 * (len(solutions) + 1) + 1, 3.3), layout="constrained", dpi=100)
-    first, *others = figure.subplots(1, len(solutions) + 1)
+    columns = len(solutions) + 1
+    figure, (first, *others) = new_figure(3.2 * columns + 1, 3.3, dpi=100, ncols=columns)
     frame: dict[str, Any] = {"origin": "lower", "extent": (0, 1, 0, 1), "interpolation": "nearest"}
     image = first.imshow(solution.T.numpy(), cmap="viridis", **frame)
     first.set_title(f"u by {name}", fontsize="medium")
@@ -145,23 +143,14 @@ def prepare(options: argparse.Namespace) -> Job:
     return Job(*collocation_points(options.points), torch.cartesian_prod(ticks, ticks), build)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = new_parser(__doc__, "results/pinn", "metrics.csv and figures", "6² points, width 12, 20 steps")
-    add = parser.add_argument
-    add("--points", type=positive, default=15, help="n: n² points inside, n on each edge (15)")
-    add("--width", type=positive, default=20, help="units of each of the two hidden layers (20)")
-    add("--steps", type=positive, default=40, help="steps of AdaptedGD (40)")
-    add("--lr", type=above_zero, default=1e-2, help="first learning rate of Adam (1e-2)")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
-    parser = build_parser()
-    options = parse(parser, arguments, {"points": 6, "width": 12, "steps": 20})
-    with errors_in_one_line(parser):
-        make_folder(options.out)
+    parser.add_argument("--points", type=positive, default=15, help="n: n² points inside, n on each edge (15)")
+    parser.add_argument("--width", type=positive, default=20, help="units of each of the two hidden layers (20)")
+    parser.add_argument("--steps", type=positive, default=40, help="steps of AdaptedGD (40)")
+    parser.add_argument("--lr", type=above_zero, default=1e-2, help="first learning rate of Adam (1e-2)")
+    with started(parser, arguments, {"points": 6, "width": 12, "steps": 20}) as options:
         job = prepare(options)
         models = {name: job.build() for name in ("AdaptedGD", "Adam", "LBFGS")}
         num_params = sum(p.numel() for p in models["Adam"].parameters())
@@ -189,11 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             solutions = {name: model(job.grid).view(side, side) for name, model in models.items()}
         error = plot_loss({run.name: (run.column("seconds"), run.column("error")) for run in runs}, xlabel="seconds")
         error.axes[0].set(ylabel="relative L2 error", title="Physics-informed network for −Δu = f")
-        figures = {"error.png": error, "solution.png": plot_maps(solutions, u.view(side, side))}
-        files = write_all(options.out, runs, figures)
-    print(f"wrote {', '.join(map(str, files))}")
-    return 0
+        write_all(options.out, runs, {"error.png": error, "solution.png": plot_maps(solutions, u.view(side, side))})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -34,6 +34,12 @@ class Run:
     rows: list[dict[str, float]] = field(default_factory=list)
     _began: float = field(default_factory=time.perf_counter, repr=False)
 
+    @classmethod
+    def of(cls, name: str, columns: Mapping[str, Tensor]) -> "Run":
+        """One that is at hand by columns ``[T]``."""
+        lists = (column.tolist() for column in columns.values())
+        return cls(name, [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)])
+
     @property
     def seconds(self) -> float:
         """How long it has run."""
@@ -147,7 +153,7 @@ def step_on(
     steps: int,
     measure: Callable[[], dict[str, float]],
     count: str = "steps",
-    show: Callable[[dict[str, float]], str] | None = None,
+    shown: Mapping[str, str] | None = None,
 ) -> Run:
     """Take steps with a closure, and record each.
 
@@ -157,17 +163,28 @@ def step_on(
         steps: How many.
         measure: What to record beside the time.
         count: Name of the column that counts steps.
-        show: Makes the line of a row that is printed every ten steps; None for printing nothing.
+        shown: What is printed every ten steps beside the time: headings and names of columns. None prints nothing.
     """
     closure = gradient_of(optimizer, loss)
     run = Run(type(optimizer).__name__)
     run.record(measure, **{count: 0})
+    if shown is not None:
+        print(f"{'step':>5s} {'seconds':>8s} " + " ".join(f"{heading:>10s}" for heading in shown))
     for step in run.times(steps):
         optimizer.step(closure)  # type: ignore[arg-type]
         run.record(measure, **{count: step})
-        if show is not None and (step % 10 == 0 or step == steps):
-            print(show(run.rows[-1]), flush=True)
+        if shown is not None and (step % 10 == 0 or step == steps):
+            cells = (f"{run.rows[-1][key]:{max(len(heading), 10)}.2e}" for heading, key in shown.items())
+            print(f"{step:5d} {run.rows[-1]['seconds']:8.1f} " + " ".join(cells), flush=True)
     return run
+
+
+def new_figure(width: float = 6.4, height: float = 4.4, dpi: int = 150, **grid: Any) -> tuple["Figure", Any]:
+    """A figure and its axes, in a grid as for ``Figure.subplots``."""
+    from matplotlib.figure import Figure  # not by pyplot: no window, and no global state
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=dpi)
+    return figure, figure.subplots(**grid)
 
 
 def draw_map(figure: "Figure", ax: "Axes", values: Tensor, extent: tuple[float, ...], **style: Any) -> None:
@@ -209,11 +226,6 @@ def tidy(ax: "Axes") -> None:
     ax.legend(frameon=False, fontsize="small")
 
 
-def rows_of(columns: Mapping[str, Tensor]) -> list[dict[str, float]]:
-    """Rows of a table that is at hand by columns ``[T]``."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
-
-
 def write_rows(path: Path, key: str, runs: Sequence[Run]) -> Path:
     """Write the rows of all runs as CSV, the first column, ``key``, being the run's name."""
     with path.open("w", newline="") as file:
@@ -223,8 +235,8 @@ def write_rows(path: Path, key: str, runs: Sequence[Run]) -> Path:
     return path
 
 
-def write_all(out: Path, runs: Sequence[Run], figures: Mapping[str, "Figure"]) -> list[Path]:
-    """Write the rows of all methods and the figures, by file name.
+def write_all(out: Path, runs: Sequence[Run], figures: Mapping[str, "Figure"]) -> None:
+    """Write the rows of all methods, and the figures by file name; prints where.
 
     Args:
         out: The folder.
@@ -235,7 +247,7 @@ def write_all(out: Path, runs: Sequence[Run], figures: Mapping[str, "Figure"]) -
     for name, figure in figures.items():
         files.append(out / name)
         figure.savefig(files[-1])
-    return files
+    print(f"wrote {', '.join(map(str, files))}")
 
 
 def positive(text: str) -> int:
@@ -247,10 +259,7 @@ def positive(text: str) -> int:
 
 def above_zero(text: str) -> float:
     """A number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"should be a number above 0, but got {text!r}")
     return value
@@ -258,13 +267,17 @@ def above_zero(text: str) -> float:
 
 def not_negative(text: str) -> float:
     """A number, at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"should be a number, at least 0, but got {text!r}")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def seed(text: str) -> int:
@@ -340,3 +353,14 @@ def make_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: name a folder.")
     out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def started(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, smoke: Mapping[str, Any]
+) -> Iterator[argparse.Namespace]:
+    """The options, as `parse` reads them, with the folder of ``--out`` made; errors of users end in one line."""
+    options = parse(parser, arguments, smoke)
+    with errors_in_one_line(parser):
+        make_folder(options.out)
+        yield options

@@ -11,7 +11,6 @@ sums of outputs depend on the last layer's parameters alone, and the rank falls 
 sums is zero, too, so no target gets out of reach. The recipe trains such a network and shows the spectrum.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +108,13 @@ def report(case: Case, found: InterpolationDeviation) -> str:
     return "\n".join(lines)
 
 
-def draw(cases: Sequence[Case], results: Sequence[InterpolationDeviation]) -> "Figure":
+def draw(runs: Sequence[race.Run]) -> "Figure":
     """Deviation from the line, in units of |x₀ − y|: observed (lines) and predicted (circles)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
-    ax = figure.subplots()
+    figure, ax = race.new_figure()
     circles: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "none", "markerfacecolor": "white"}
-    for case, found in zip(cases, results, strict=True):
-        observed, predicted = (part.flatten(1).norm(dim=1) / found.distance for part in (found.observed, found.predicted))
-        (line,) = ax.plot(found.t, observed, linewidth=1.6, label=case.name)
-        ax.plot(found.t, predicted, color=line.get_color(), **circles)
+    for run in runs:
+        (line,) = ax.plot(run.column("t"), run.column("observed"), linewidth=1.6, label=run.name)
+        ax.plot(run.column("t"), run.column("predicted"), color=line.get_color(), **circles)
     ax.plot([], [], color="grey", label="predicted", **circles)
     ax.set(xlabel="t", ylabel="|x̃(t) − line| / |x₀ − y|", title="Deviation from the straight line", ylim=(0, None))
     race.tidy(ax)
@@ -187,10 +182,7 @@ def one_hot_targets(images: Tensor, labels: Tensor, hidden: int, features: int, 
 
 def draw_spectra(found: OneHot) -> "Figure":
     """The spectrum of Θ before and after, and where the rank should fall to."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
-    ax = figure.subplots()
+    figure, ax = race.new_figure()
     for name, values in zip(("at the start", f"after {len(found.rows) - 1} steps"), found.spectra, strict=True):
         ax.plot(range(1, len(values) + 1), values.clamp_min(1e-20), linewidth=1.6, label=name)
     kept = found.images * CLASSES - (found.images - found.features - 1)
@@ -200,23 +192,15 @@ def draw_spectra(found: OneHot) -> "Figure":
     return figure
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = race.new_parser(__doc__, "results/rank_loss", "metrics.csv and the figures", "8 images, narrow networks")
     parser.add_argument("--samples", type=race.positive, default=20, help="images (20)")
     parser.add_argument("--width", type=race.positive, default=32, help="of hidden layers (32)")
     parser.add_argument("--tolerance", type=race.above_zero, default=1e-8, help="of the integration, relative (1e-8)")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
-    parser = build_parser()
-    options = race.parse(parser, arguments, {"samples": 8, "width": 8, "tolerance": 1e-6})
-    with race.errors_in_one_line(parser):
-        race.make_folder(options.out)
+    with race.started(parser, arguments, {"samples": 8, "width": 8, "tolerance": 1e-6}) as options:
         digits = load_digits("mnist5k", Path("data"), options.samples, options.seed)
-        cases, results, runs = [], [], []
+        runs = []
         for build in BUILDERS:
             torch.manual_seed(options.seed)
             case = build(digits.train_images, digits.train_labels, options.width)
@@ -225,18 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             columns = {"t": found.t, "rank": found.ranks, "loss": found.losses, "off_range": found.off_range}
             for name, part in (("observed", found.observed), ("predicted", found.predicted)):
                 columns[name] = part.flatten(1).norm(dim=1) / found.distance
-            cases.append(case)
-            results.append(found)
-            runs.append(race.Run(case.name, race.rows_of(columns)))
+            runs.append(race.Run.of(case.name, columns))
         torch.manual_seed(options.seed)
         digits = load_digits("mnist5k", Path("data"), max(80, 4 * options.samples), options.seed)
         learnt = one_hot_targets(digits.train_images, digits.train_labels, *LAYERS, STEPS)
         print(learnt.report())
-        files = race.write_all(options.out, runs, {"deviation.png": draw(cases, results), "one_hot.png": draw_spectra(learnt)})
-        files.append(race.write_rows(options.out / "one_hot.csv", "method", [race.Run("one-hot targets", learnt.rows)]))
-    print(f"wrote {', '.join(map(str, files))}")
-    return 0
+        race.write_rows(options.out / "one_hot.csv", "method", [race.Run("one-hot targets", learnt.rows)])
+        race.write_all(options.out, runs, {"deviation.png": draw(runs), "one_hot.png": draw_spectra(learnt)})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -5,7 +5,6 @@ runs with its defaults; Adam, LBFGS on all points, and torch-levenberg-marquardt
 same time, from the same weights.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from race import Run, above_zero, adam, errors_in_one_line, lbfgs, make_folder, new_parser, parse, positive, train, write_all
+from race import Run, above_zero, adam, lbfgs, new_figure, new_parser, positive, started, tidy, train, write_all
 from torch import Tensor, nn
 
 from torch_adapted_gd import AdaptedGD
@@ -126,39 +125,26 @@ def plot_fit(fits: Mapping[str, Tensor], x: Tensor, y: Tensor) -> "Figure":
         x: Points, ``[N]``, in order.
         y: Targets, ``[N]``.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 6.4), layout="constrained", dpi=100)
-    above, below = figure.subplots(2, sharex=True, height_ratios=(2, 3))
+    figure, (above, below) = new_figure(7.2, 6.4, dpi=100, nrows=2, sharex=True, height_ratios=(2, 3))
     above.plot(x, y, color="black", linestyle="--", linewidth=1.2, label="y = sinc(10x)", zorder=5)
     for name, fit in fits.items():
         error = (fit - y).abs()
         above.plot(x, fit, linewidth=1.6, alpha=0.8, label=name)
         below.plot(x, error.clamp_min(torch.finfo(y.dtype).eps / 2), linewidth=0.9, alpha=0.8, label=name)
     above.set(title="sinc(10x) by a network 1-20-1 of 61 parameters", ylabel="y")
-    above.legend(frameon=False)
     below.set(yscale="log", xlabel="x", ylabel="|error|")
-    for ax in (above, below):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
+    tidy(above)
+    tidy(below)
     return figure
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe."""
     parser = new_parser(__doc__, "results/regression", "metrics.csv and figures", "2,000 points, batches of 100, 2 epochs")
     parser.set_defaults(points=POINTS, batch=BATCH)
     parser.add_argument("--epochs", type=positive, default=50, help="of AdaptedGD (50)")
     parser.add_argument("--lr", type=above_zero, default=1e-2, help="first learning rate of Adam (1e-2)")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the recipe; returns the exit status."""
-    parser = build_parser()
-    options = parse(parser, arguments, {"points": POINTS // 10, "batch": BATCH // 10, "epochs": 2})
-    with errors_in_one_line(parser):
-        make_folder(options.out)
+    with started(parser, arguments, {"points": POINTS // 10, "batch": BATCH // 10, "epochs": 2}) as options:
         x = torch.linspace(-1, 1, options.points).unsqueeze(1)
         job = Job(x, torch.sinc(10 * x), options.batch, options.seed)
         runs: list[Run] = []
@@ -184,10 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loss = plot_loss({run.name: (run.column("seconds"), run.column("loss")) for run in runs}, xlabel="seconds")
         loss.axes[0].set(ylabel="loss over all points", title="sinc(10x) in mini-batches")
         fit = plot_fit(fits, x.squeeze(1), job.y.squeeze(1))
-        files = write_all(options.out, runs, {"loss.png": loss, "fit.png": fit})
-    print(f"wrote {', '.join(map(str, files))}")
-    return 0
+        write_all(options.out, runs, {"loss.png": loss, "fit.png": fit})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

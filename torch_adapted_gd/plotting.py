@@ -38,11 +38,6 @@ def _class_colours(count: int) -> list[Any]:
     return [palette(i if count <= 10 else i / (count - 1)) for i in range(count)]
 
 
-def _positive(values: Sequence[float]) -> list[float]:
-    """NaN for zero, which a log axis cannot show."""
-    return [value if value > 0 else math.nan for value in values]
-
-
 def plot_loss(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     theory: tuple[Sequence[float], Sequence[float]] | None = None,
@@ -63,11 +58,12 @@ def plot_loss(
     """
     figure, (ax,) = _figure()
     for name, (x, y) in curves.items():
-        ax.plot(x, _positive(y), marker="o" if len(x) <= 60 else None, markersize=3.5, label=name)
+        ax.plot(x, y, marker="o" if len(x) <= 60 else None, markersize=3.5, label=name)
     if theory is not None:
         x, y = theory
-        ax.plot(x, _positive(y), label=theory_label, **_THEORY)
-    ax.set(yscale="log", xlabel=xlabel, ylabel="loss C", title="Training loss")
+        ax.plot(x, y, label=theory_label, **_THEORY)
+    ax.set_yscale("log", nonpositive="mask")
+    ax.set(xlabel=xlabel, ylabel="loss C", title="Training loss")
     ax.legend(frameon=False)
     return figure
 
@@ -159,12 +155,13 @@ def plot_collapse_page(histories: Mapping[str, Sequence[Mapping[str, Any]]], *, 
             if not curves:
                 by_class = [r[key] for r in rows]
                 for j, colour in enumerate(_class_colours(len(by_class[0]))):
-                    ax.plot(xs, _positive([values[j] for values in by_class]), color=colour, linewidth=1.2, label=str(j))
+                    ax.plot(xs, [values[j] for values in by_class], color=colour, linewidth=1.2, label=str(j))
             for curve, label in curves.items():
                 if curve in rows[-1]:
                     values = [r.get(curve, math.nan) for r in rows]
-                    ax.plot(xs, _positive(values), marker=".", markersize=4, linewidth=1.2, label=label)
-            ax.set(yscale="log", xlabel=x)
+                    ax.plot(xs, values, marker=".", markersize=4, linewidth=1.2, label=label)
+            ax.set_yscale("log", nonpositive="mask")
+            ax.set_xlabel(x)
             ax.set_title(f"{name}\n{title}" if line == 0 else title, fontsize="medium")
         if len(row[-1].lines) <= 10:
             row[-1].legend(frameon=False, fontsize="x-small", ncols=1 if curves else 2)

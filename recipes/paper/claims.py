@@ -1,4 +1,4 @@
-"""What `paper.py` is made of: claims in the paper's order, each a row; and the objects they are about, computed once."""
+"""What `check.py` is made of: claims in the paper's order, each a row; and the objects they are about, computed once."""
 
 import copy
 import math
@@ -280,7 +280,7 @@ def slopes(values: Tensor, h: float, stride: int = 1) -> Tensor:
     """∂_s of values in equal steps h, ``[T, n]``, all but the first and the last four: ``[T - 8, n]``.
 
     Args:
-        values: They.
+        values: Records, ``[T, n]``.
         h: The steps.
         stride: 1 or 2: how many steps lie between the values that differences are taken of, which err by (stride·h)⁴∂_s⁵/30.
     """

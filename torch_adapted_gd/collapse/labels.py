@@ -145,18 +145,12 @@ class SampleReader:
 
     def __call__(self, values: Tensor, target: Tensor) -> Samples:
         """Read values ``[B, ...]`` of any floating dtype, and a target as `ClassTargets.labels` takes it."""
-        floating_tensor(self.name, values)
-        if values.ndim == 0 or (len(values) and math.prod(values.shape[1:]) != self.width):
-            raise ValueError(
-                f"`{self.name}` should have the batch first and {self.width} entries for each sample, but has shape "
-                f"{list(values.shape)}."
-            )
+        rows = float64_rows(self.name, values, self.width)
         labels = self.targets.labels(target, self.ignore_index)
         if len(labels) != len(values):
             raise ValueError(
                 f"`{self.name}` and `target` should have as many samples, but got {len(values)} and {len(labels)}."
             )
-        rows = as_float64_rows(values, self.width)
         labels = labels.to(rows.device)
         keep = labels >= 0
         if self.nan_strategy == "propagate":
@@ -174,7 +168,12 @@ class SampleReader:
         return Samples(rows[places], labels[places], places, (~keep).sum())
 
 
-def as_float64_rows(values: Tensor, width: int) -> Tensor:
+def float64_rows(name: str, values: Tensor, width: int) -> Tensor:
     """Values as ``[B, width]``, float64, cast before anything is subtracted; on the CPU where MPS has no float64."""
+    floating_tensor(name, values)
+    if values.ndim == 0 or (len(values) and math.prod(values.shape[1:]) != width):
+        raise ValueError(
+            f"`{name}` should have the batch first and {width} entries for each sample, but has shape {list(values.shape)}."
+        )
     rows = values.detach().reshape(len(values), width)
     return rows.cpu().double() if rows.device.type == "mps" else rows.double()

@@ -23,9 +23,9 @@ except Exception as error:  # RuntimeError too: torchmetrics imports torchvision
         f"torch): pip install 'torch_adapted_gd[lightning]'. It could not be imported: {error}"
     ) from error
 
-from ..checks import a_tensor, floating_tensor, one_of, positive_integer, real_number, true_or_false
+from ..checks import a_tensor, one_of, positive_integer, real_number, true_or_false
 from .features import FeatureOptions, Head, caveat, collapse_of_features, mismatches
-from .labels import ClassTargets, SampleReader, Samples, as_float64_rows
+from .labels import ClassTargets, SampleReader, Samples, float64_rows
 from .moments import ClassMoments, merge_packed
 from .outputs import OUTPUT_KEYS, decompose
 
@@ -49,26 +49,14 @@ class Float64Metric(Metric):
         return super()._apply(keeping_the_dtype, exclude_state)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric, given as the metric or its ``metric_state``.
-
-        Raises:
-            ValueError: The other has other targets or settings.
-        """
+        """Add the samples of another metric, or of its ``metric_state``; a ValueError for other targets or settings."""
         super().merge_state(incoming_state)
         # Metric leaves both as they are: `compute` would return its cached value, or warn that there are no data.
         self._computed = None
         self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot values on a log axis.
-
-        Args:
-            val: One value of `compute` or ``forward``, or a list of them; by default the present value.
-            ax: Matplotlib axes to draw on; by default new ones.
-
-        Returns:
-            Figure and axes.
-        """
+        """Plot values as ``Metric.plot`` does, on a log axis; returns figure and axes."""
         figure, axes = self._plot(val, ax)
         for one in axes.flat if hasattr(axes, "flat") else [axes]:
             one.set_yscale("log")
@@ -123,8 +111,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         scale: Multiplies ``loss``, ``within`` and ``bias``: 0.5 for `HalfSquaredLoss`.
         per_class: Add ``within_class_{j}`` and ``bias_class_{j}``.
         ignore_index: Label of samples to leave out; ``num_dropped`` counts them.
-        nan_strategy: What to do with samples that are not finite: ``"propagate"`` (the result is NaN; nothing is checked),
-            ``"error"``, or leave them out and count them, with a warning (``"warn"``) or without (``"ignore"``).
+        nan_strategy: As for `collapse.output_collapse`; ``"propagate"`` checks nothing.
         kwargs: For `torchmetrics.Metric`.
 
     Raises:
@@ -165,16 +152,7 @@ class FinalLayerCollapse(_ClassMomentsMetric):
         self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            preds: Outputs, ``[B, ...]`` with d entries each.
-            target: Integer labels ``[B]``, one-hot rows ``[B, K]``, or rows of ``class_targets``.
-
-        Raises:
-            TypeError: An argument is not a tensor of numbers.
-            ValueError: Shapes do not agree, targets are soft or not classes, or samples are not finite with ``"error"``.
-        """
+        """Add a batch: outputs ``[B, ...]`` with d entries each, and targets, as for `collapse.output_collapse`."""
         kept = self._add(preds, target)
         residuals = kept.rows - self.targets.values.to(kept.rows.device)[kept.labels]
         self.squares = self.squares + residuals.square().sum().to(self.squares.device)
@@ -244,40 +222,13 @@ class NeuralCollapse(_ClassMomentsMetric):
             **kwargs,
         )
         self.options = FeatureOptions(weighting, rtol, hpd_lambda)
-        self._warned = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch; returns the figures of that batch alone."""
-        warned, self._warned = self._warned, True  # a batch need not have all classes
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self._warned = warned
 
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: h, ``[B, ...]`` with D entries each.
-            target: Integer labels ``[B]`` or one-hot rows ``[B, K]``.
-
-        Raises:
-            TypeError: An argument is not a tensor of numbers.
-            ValueError: Shapes do not agree, targets are soft or not classes, or samples are not finite with ``"error"``.
-        """
+        """Add a batch: features h, ``[B, ...]`` with D entries each, and targets, as for `collapse.neural_collapse`."""
         self._add(features, target)
 
     def compute(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
-        """The figures of all batches.
-
-        Args:
-            weight: W of the last layer, ``[K, D]``. ``_weights``, NC3 and the split need it.
-            bias: b, ``[K]``.
-
-        Raises:
-            TypeError: An argument is not a tensor.
-            ValueError: Shapes do not fit.
-        """
+        """The figures of all batches. ``_weights``, NC3 and the split need W, ``[K, D]``, and b, ``[K]``, of the last layer."""
         moments = self.moments
         return self._figures_of(moments, weight, bias, None if moments.pooled is None else moments.within_along)
 
@@ -288,11 +239,9 @@ class NeuralCollapse(_ClassMomentsMetric):
         bias: Tensor | None,
         within_along: Callable[[Tensor], Tensor] | None,
     ) -> dict[str, Tensor]:
-        """The figures of moments of all samples; warns once about classes that are missing."""
         head = Head.of(weight, bias, self.targets.num_classes, self.width, moments.count.device)
         options = self.options if head is not None else replace(self.options, hpd_lambda=None)
-        if not self._warned and (text := caveat(moments)):
-            self._warned = True
+        if self._should_unsync and (text := caveat(moments)):  # not in `forward`: a batch need not have all classes
             warnings.warn(text, stacklevel=3)
         return collapse_of_features(moments, options, self.targets, head, within_along)
 
@@ -332,28 +281,16 @@ class NearestClassMeanAgreement(Float64Metric):
         self.add_state("seen", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, logits: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: h, ``[B, ...]`` with D entries each.
-            logits: The classifier's outputs, ``[B, K]``, or the classes that it chooses, integers ``[B]``.
-
-        Raises:
-            TypeError: Features are not a floating tensor, or logits not a tensor.
-            ValueError: Shapes do not fit.
-        """
-        floating_tensor("features", features)
-        a_tensor("logits", logits)
+        """Add a batch: features ``[B, ...]`` with D entries each, and outputs ``[B, K]`` or the chosen classes ``[B]``."""
         classes, width = self.means.shape
-        if features.ndim == 0 or features.numel() != len(features) * width:
-            raise ValueError(f"`features` should have {width} entries for each sample, but has shape {list(features.shape)}.")
+        rows = float64_rows("features", features, width)
+        a_tensor("logits", logits)
         chosen = logits.argmax(1) if logits.shape == (len(features), classes) else logits
         if chosen.shape != (len(features),) or chosen.is_floating_point():
             raise ValueError(
                 f"`logits` should have shape {[len(features), classes]}, or be classes {[len(features)]}, but has "
                 f"{list(logits.shape)} and {logits.dtype}."
             )
-        rows = as_float64_rows(features, width)
         differs = mismatches(chosen.to(rows.device), rows, self.means.to(rows.device))
         self.mismatches = self.mismatches + differs.sum().to(self.mismatches.device)
         self.seen = self.seen + len(rows)

@@ -26,8 +26,7 @@ def decompose(
     target and that were left out.
     """
     count, total = residuals.count, residuals.total
-    by_class = of_classes(residuals)
-    variance, distance = (torch.where(count > 0, by_class[name], 0.0) for name in ("within", "bias"))
+    variance, distance = residuals.scatter / count.clamp_min(1), residuals.mean.square().sum(1)  # [K]
     loss = scale * squares / total  # 0/0 = NaN without samples
     within = scale * residuals.scatter.sum() / total
     bias = scale * (count * distance).sum() / total
@@ -46,12 +45,7 @@ def decompose(
         "num_dropped": dropped.double(),
     }
     if per_class:
-        for name, values in by_class.items():
-            result |= {f"{name}_class_{j}": value for j, value in enumerate((scale * values).unbind())}
+        for name, values in (("within", variance), ("bias", distance)):
+            of_classes = torch.where(count > 0, scale * values, torch.nan)
+            result |= {f"{name}_class_{j}": value for j, value in enumerate(of_classes.unbind())}
     return result
-
-
-def of_classes(residuals: ClassMoments) -> dict[str, Tensor]:
-    """``within``, (1/N_j) Σ |Δx_i|², and ``bias``, |x̄_j − y_j|², of each class, ``[K]``; NaN for a class without samples."""
-    values = {"within": residuals.scatter / residuals.count, "bias": residuals.mean.square().sum(1)}
-    return {name: torch.where(residuals.count > 0, value, torch.nan) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""From a batch of a loader to outputs and targets, and a module's one call for that batch."""
+"""From a batch of a loader to outputs and targets, and the call of the last layer, or of the module, for that batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .frameworks import CollapseConfigError, LightningModule, Trainer
 
@@ -61,6 +62,23 @@ def _unexpected(batch: Any) -> CollapseConfigError:
         f"Batches should be (x, y), but one is a {kind}. Pass `target_fn`, from a batch to its target, or in reference mode "
         "`step_fn`, from module and batch to outputs and target."
     )
+
+
+def linear_layer(module: nn.Module, name: str, num_classes: int | None) -> nn.Linear:
+    """The last layer that a user named, with an output for each class if their number is given."""
+    found = dict(module.named_modules()).get(name)
+    if not isinstance(found, nn.Linear):
+        linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+        raise CollapseConfigError(
+            f"`head` should name a Linear layer of {type(module).__name__}, but {name!r} is "
+            f"{'not there' if found is None else f'a {type(found).__name__}'}. It has {', '.join(linear[-5:]) or 'none'}."
+        )
+    if num_classes is not None and not is_lazy(found.weight) and found.out_features != num_classes:
+        raise CollapseConfigError(
+            f"`head` should have an output for each of the {num_classes} classes for NC3 and NC4, but {name!r} has "
+            f"{found.out_features}. Pass nc=False to leave neural collapse out."
+        )
+    return found
 
 
 class WatchedModule:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..collapse.features import FeatureOptions, mismatches
-from ..collapse.labels import ClassTargets
-from ..collapse.metrics import FinalLayerCollapse, Float64Metric, NeuralCollapse
+from ..collapse.features import FeatureOptions
+from ..collapse.labels import ClassTargets, Samples
+from ..collapse.metrics import FinalLayerCollapse, NearestClassMeanAgreement, NeuralCollapse
 from ..collapse.moments import ClassMoments
-from ..collapse.outputs import of_classes
 from .batches import WatchedModule
 
 Figures = dict[str, Tensor]
@@ -32,29 +31,26 @@ class Evaluated(NamedTuple):
     chosen: Tensor
 
 
-class SecondPass(Float64Metric):
+class SecondPass(NearestClassMeanAgreement):
     """What needs the class means first: u_kᵀ Σ_W u_k for directions ``[D, r]``, without the D² entries of Σ_W, and NC4."""
 
     squares: Tensor
-    differ: Tensor
-    seen: Tensor
 
     def __init__(self, moments: ClassMoments, directions: Tensor) -> None:
-        super().__init__()
-        self.moments, self.directions, self.means = moments, directions, moments.mean_or_nan
+        super().__init__(moments.mean_or_nan)
+        self.moments, self.directions = moments, directions
         self.add_state("squares", directions.new_zeros(directions.shape[1]), dist_reduce_fx="sum")
-        self.add_state("differ", directions.new_zeros(()), dist_reduce_fx="sum")
-        self.add_state("seen", directions.new_zeros(()), dist_reduce_fx="sum")
+        self.to(directions.device)
 
-    def update(self, features: Tensor, labels: Tensor, chosen: Tensor) -> None:
-        """Add a batch: features ``[B, D]``, float64, their classes ``[B]``, and the classes that the last layer chose."""
-        self.squares = self.squares + (self.moments.deviations(features, labels) @ self.directions).square().sum(0)
-        self.differ = self.differ + mismatches(chosen.to(features.device), features, self.means).sum()
-        self.seen = self.seen + len(labels)
+    def add(self, samples: Samples, chosen: Tensor) -> None:
+        """Add features and their classes, and the classes ``[B]`` that the last layer chose."""
+        self.update(samples.rows, chosen)
+        deviations = self.moments.deviations(samples.rows, samples.labels)
+        self.squares = self.squares + (deviations @ self.directions).square().sum(0)
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """The scatter along the directions, ``[r]``, and the share of samples whose nearest mean is of another class."""
-        return self.squares / self.seen, self.differ / self.seen
+    def compute(self) -> Tensor:
+        """``[r + 1]``: the scatter along the directions, and NC4."""
+        return torch.cat([self.squares / self.seen, super().compute()[None]])
 
 
 class Evaluation:
@@ -74,11 +70,10 @@ class Evaluation:
         one_pass: bool,
         ignore_index: int | None,
     ) -> None:
-        self.targets = targets
         self.head = head
         self.cache_bytes = cache_bytes
         given = targets.values if targets.given else None
-        self.outputs = FinalLayerCollapse(targets.num_classes, given, ignore_index=ignore_index)
+        self.outputs = FinalLayerCollapse(targets.num_classes, given, per_class=True, ignore_index=ignore_index)
         self.features: NeuralCollapse | None = None
         if head is not None:
             pooled = one_pass or options.hpd_lambda is not None
@@ -101,17 +96,12 @@ class Evaluation:
             self.features.update(features, target)
 
     def figures(self) -> Figures:
-        """The figures of the batches that all processes added: scalars, and ``within_class`` and ``bias_class``, ``[K]``."""
-        result = self._of_outputs()
+        """The figures of the batches that all processes added."""
+        outputs: Any = self.outputs.compute()
+        result: Figures = {**outputs}
         if self.features is not None and self.head is not None:
             result |= self.features.compute(self.head.weight, self.head.bias)
         return result
-
-    def _of_outputs(self) -> Figures:
-        result = self.outputs.compute()
-        assert isinstance(result, dict)
-        by_class = of_classes(self.outputs.synced_moments().relative_to(self.targets.values))
-        return result | {f"{name}_class": values for name, values in by_class.items()}
 
     def run(self, batches: Callable[[], Iterable[Any]], step: StepOnBatch, device: torch.device) -> Figures:
         """Evaluate the network, on a device, in two passes if its last layer is known.
@@ -128,9 +118,8 @@ class Evaluation:
                 kept.append(batch)
             else:
                 kept.clear()
-        result = self._of_outputs()
         if self.features is None or self.head is None:
-            return result
+            return self.figures()
         features, moments = self.features, self.features.synced_moments()
         nc4: Figures = {}
 
@@ -138,10 +127,13 @@ class Evaluation:
             second = SecondPass(moments, directions)
             for batch in kept if size <= self.cache_bytes else joined(self._pass(batches(), step)):
                 samples = features.reader(batch.features, batch.target)
-                second.update(samples.rows, samples.labels, batch.chosen[samples.places])
-            along, nc4["nc4_mismatch"] = second.compute()
-            return along
+                second.add(samples, batch.chosen[samples.places])
+            found = second.compute().reshape(-1)  # torchmetrics squeezes a single entry
+            nc4["nc4_mismatch"] = found[-1]
+            return found[:-1]
 
+        outputs: Any = self.outputs.compute()
+        result: Figures = {**outputs}
         return result | features._figures_of(moments, self.head.weight, self.head.bias, within_along) | nc4
 
     def _pass(self, batches: Iterable[Any], step: StepOnBatch) -> Iterator[Evaluated]:

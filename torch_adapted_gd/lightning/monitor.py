@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from ..checks import one_of, positive_integer, real_number, true_or_false
 from ..collapse.features import FeatureOptions
 from ..collapse.labels import ClassTargets
-from .batches import Step, TargetOf, WatchedModule, forward_context, outputs_and_target, target_of, to_device
+from .batches import Step, TargetOf, WatchedModule, forward_context, linear_layer, outputs_and_target, target_of, to_device
 from .evaluation import Evaluation, Figures
 from .frameworks import Callback, CollapseConfigError, LightningModule, Trainer
+from .history import History, Row
 from .reference import Reference, ReferenceSet, frozen, isolated_rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Row = dict[str, Any]
 
 _SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
@@ -55,9 +52,8 @@ class CollapseMonitor(Callback):
     Args:
         num_classes: K.
         class_targets: y_j, ``[K, d]``; by default the unit vectors e_j.
-        reference: What the network is evaluated on: ``"train"`` or ``"val"``, for all samples of that loader, in order; or a
-            DataLoader, a list of batches, or a function of trainer and module that returns one, whose batches are taken as they
-            are.
+        reference: ``"train"`` or ``"val"``, to evaluate all samples of that loader, in order; or a DataLoader, a list of
+            batches, or a function of trainer and module that returns one, to evaluate its batches as they are.
         mode: ``"reference"`` or ``"stream"``.
         every_n_epochs: Evaluate, or log what was gathered, at the end of every n-th epoch; None for never.
         every_n_steps: Evaluate after every n-th optimizer step, too; None for never. Not in stream mode.
@@ -72,8 +68,7 @@ class CollapseMonitor(Callback):
         target_fn: From batch to target; by default y of ``(x, y)``.
         ignore_index: Label of samples to leave out.
         autocast: Evaluate under the trainer's autocast; by default in the parameters' own precision. Not in stream mode.
-        cache_bytes: The size up to which features are kept for NC4, which needs the class means first. Beyond it, the network
-            runs twice.
+        cache_bytes: Features are kept up to this size for NC4, which needs the class means first; beyond, two passes are run.
         limit_batches: The largest number of batches to evaluate. Not in stream mode.
         per_class: Log the values of each class.
         name: Root of the keys; by default ``train_ref``, ``val_ref`` or ``ref``, and ``train_stream``, ``val_stream`` and
@@ -170,12 +165,10 @@ class CollapseMonitor(Callback):
         self.prog_bar = true_or_false("prog_bar", prog_bar)
         self.log_figure = true_or_false("log_figure", log_figure)
         self.time_fn = time_fn
-        self.keep_history = true_or_false("keep_history", keep_history)
         self.step_fn = step_fn
         self.target_fn = target_fn
         self.autocast = true_or_false("autocast", autocast)
-        self._rows: list[Row] = []
-        self._newest: dict[str, Row] = {}  # by root
+        self._history = History(true_or_false("keep_history", keep_history))
         self._resumed = False  # from a checkpoint, in this run
         self._part = 0.0  # of the epoch that was done after the newest training batch
         self._set: ReferenceSet | None = None
@@ -185,7 +178,7 @@ class CollapseMonitor(Callback):
     @property
     def history(self) -> list[Row]:
         """A row for each evaluation, in plain numbers."""
-        return self._rows
+        return self._history.rows
 
     def plot(self, x: str = "epoch") -> Figure:
         """A page of the curves in ``history``, on log axes: outputs by class, their squared distances, NC1 to NC4.
@@ -197,12 +190,7 @@ class CollapseMonitor(Callback):
             ImportError: Matplotlib is not installed.
             ValueError: There is no history.
         """
-        from ..plotting import plot_collapse_page
-
-        runs: dict[str, list[Row]] = {}
-        for row in self._rows:
-            runs.setdefault(row["name"], []).append(row)
-        return plot_collapse_page(runs, x=x)
+        return self._history.plot(x)
 
     # Both modes.
 
@@ -232,10 +220,10 @@ class CollapseMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the reference samples, and evaluate the network before training."""
         if not (self._resumed or trainer.global_step):
-            self._newest = {}  # another training: rates do not span both
+            self._history.newest = {}  # another training: rates do not span both
         if self.mode == "reference":
-            self._set = ReferenceSet.of(self.reference, trainer, pl_module, self._limit(trainer))
-            if self.at_start and not self._is_at(trainer.global_step):
+            self._set = ReferenceSet.of(self.reference, trainer, pl_module, self.limit_batches)
+            if self.at_start and not self._history.is_at(self._root("train"), trainer.global_step):
                 self._evaluate(trainer, pl_module, float(trainer.current_epoch), bar=False)
 
     def on_train_batch_end(
@@ -247,7 +235,8 @@ class CollapseMonitor(Callback):
             self._gather(trainer, pl_module, outputs, batch, batch_idx)
             return
         step, n = trainer.global_step, self.every_n_steps
-        if n is not None and step and step % n == 0 and not self._is_at(step):  # the step repeats while gradients accumulate
+        due = n is not None and step > 0 and step % n == 0
+        if due and not self._history.is_at(self._root("train"), step):  # the step repeats while gradients accumulate
             self._evaluate(trainer, pl_module, trainer.current_epoch + self._part)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,7 +247,7 @@ class CollapseMonitor(Callback):
             self._log_gathered(trainer, pl_module)
         else:
             epoch = float(trainer.current_epoch + 1)
-            if not self._is_at(trainer.global_step, epoch):  # by `every_n_steps`
+            if not self._history.is_at(self._root("train"), trainer.global_step, epoch):  # by `every_n_steps`
                 self._evaluate(trainer, pl_module, epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -282,11 +271,11 @@ class CollapseMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain numbers."""
-        return {"rows": list(self._rows), "newest": dict(self._newest)}
+        return {"rows": list(self.history), "newest": dict(self._history.newest)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of a checkpoint."""
-        self._rows, self._newest = list(state_dict["rows"]), dict(state_dict["newest"])
+        self._history.rows, self._history.newest = list(state_dict["rows"]), dict(state_dict["newest"])
         self._resumed = True
 
     def _root(self, stage: str, index: int = 0) -> str:
@@ -296,21 +285,7 @@ class CollapseMonitor(Callback):
         return f"{stage}_{self.name or 'stream'}" + (f"_{index}" if index else "")
 
     def _find_head(self, module: LightningModule) -> nn.Linear | None:
-        if self.head is None:
-            return None
-        found = dict(module.named_modules()).get(self.head)
-        if not isinstance(found, nn.Linear):
-            linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-            raise CollapseConfigError(
-                f"`head` should name a Linear layer of {type(module).__name__}, but {self.head!r} is "
-                f"{'not there' if found is None else f'a {type(found).__name__}'}. It has {', '.join(linear[-5:]) or 'none'}."
-            )
-        if self.nc and not is_lazy(found.weight) and found.out_features != self.targets.num_classes:
-            raise CollapseConfigError(
-                f"`head` should have an output for each of the {self.targets.num_classes} classes for NC3 and NC4, but "
-                f"{self.head!r} has {found.out_features}. Pass nc=False to leave neural collapse out."
-            )
-        return found
+        return None if self.head is None else linear_layer(module, self.head, self.targets.num_classes if self.nc else None)
 
     def _evaluation(self, root: str, module: LightningModule) -> Evaluation:
         if root not in self._evaluations:
@@ -323,22 +298,9 @@ class CollapseMonitor(Callback):
     def _record(self, root: str, figures: Figures, trainer: Trainer, module: LightningModule, epoch: float) -> Figures:
         """Add a row to the history; returns what to log, by its full name."""
         s = float(trainer.global_step if self.time_fn is None else self.time_fn(trainer, module))
-        row: Row = {"name": root, "epoch": epoch, "step": int(trainer.global_step), "s": s}
-        flat = torch.cat([value.flatten() for value in figures.values()]).cpu()  # one transfer for all
-        numbers = flat.split([value.numel() for value in figures.values()])
-        row |= {key: part.tolist() if figures[key].ndim else part.item() for key, part in zip(figures, numbers, strict=True)}
-        last = self._newest.get(root)
-        if last is not None:
-            for key in ("loss", "within", "bias"):
-                row[f"rate_{key}"] = _rate(last[key], row[key], s - last["s"])
-                figures[f"rate_{key}"] = torch.tensor(row[f"rate_{key}"], dtype=torch.float64)
-        self._newest[root] = row
-        if self.keep_history:
-            self._rows.append(row)
-        by_class = {key: figures.pop(key) for key in ("within_class", "bias_class")}
-        if self.per_class:
-            figures |= {f"{key}_{j}": value for key, values in by_class.items() for j, value in enumerate(values.unbind())}
-        return {f"{root}{self.sep}{key}": value for key, value in figures.items()}
+        figures = self._history.add(figures, name=root, epoch=epoch, step=int(trainer.global_step), s=s)
+        shown = {key: value for key, value in figures.items() if self.per_class or "_class_" not in key}
+        return {f"{root}{self.sep}{key}": value for key, value in shown.items()}
 
     def _publish(self, trainer: Trainer, values: Figures, module: LightningModule | None) -> None:
         """Send values to the loggers and to callbacks that read metrics; to the module's progress bar, if it has one now.
@@ -355,23 +317,15 @@ class CollapseMonitor(Callback):
 
     # Reference mode.
 
-    def _is_at(self, step: int, epoch: float | None = None) -> bool:
-        """Whether the newest row is of this step, and of this epoch."""
-        row = self._newest.get(self._root("train"))
-        return row is not None and row["step"] == step and epoch in (None, row["epoch"])
-
-    def _limit(self, trainer: Trainer) -> int | None:
-        return 1 if trainer.fast_dev_run else self.limit_batches  # type: ignore[attr-defined]
-
     def _evaluate(self, trainer: Trainer, module: LightningModule, epoch: float, *, bar: bool = True) -> None:
         """Evaluate the network as it is now, and log the figures."""
         if self._set is None or trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-            self._set = ReferenceSet.of(self.reference, trainer, module, self._limit(trainer))
+            self._set = ReferenceSet.of(self.reference, trainer, module, self.limit_batches)
         batches, root = self._set, self._root("train")
         hidden = None if trainer.progress_bar_callback is not None and trainer.is_global_zero else True
 
         def one_pass() -> Iterator[Any]:
-            with tqdm(batches, desc=root, total=batches.num_batches, leave=False, delay=2.0, disable=hidden) as shown:
+            with tqdm(batches, desc=root, leave=False, delay=2.0, disable=hidden) as shown:
                 for batch in shown:
                     yield to_device(trainer, module, batch)
 
@@ -437,10 +391,3 @@ class CollapseMonitor(Callback):
 
 def _stage(trainer: Trainer) -> str:
     return "train" if trainer.training else "test" if trainer.testing else "val"
-
-
-def _rate(before: float, now: float, elapsed: float) -> float:
-    """−Δ ln(q)/Δs; infinite if q has become zero, NaN if it was zero or no time has passed."""
-    if not (elapsed > 0 and before > 0 and now >= 0):
-        return math.nan
-    return math.inf if now == 0 else math.log(before / now) / elapsed

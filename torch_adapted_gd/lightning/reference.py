@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -97,18 +97,14 @@ class ReferenceSet:
         seed_all(0, *self.generators)
         yield from islice(self._batches, self._rank, self._limit, self._world)
 
-    @property
-    def num_batches(self) -> int | None:
-        """The number of batches of this process; None if the loader does not know it."""
-        if not isinstance(self._batches, Sized):
-            return None
-        total = len(self._batches) if self._limit is None else min(len(self._batches), self._limit)
-        return len(range(self._rank, total, self._world))
+    def __len__(self) -> int:
+        """The number of batches of this process; a TypeError if the loader does not know it."""
+        return len(range(len(self._batches))[self._rank : self._limit : self._world])  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, reference: Reference, trainer: Trainer, module: LightningModule, limit: int | None) -> "ReferenceSet":
         """The batches that a user named, at most ``limit`` in all processes together: see `CollapseMonitor`."""
-        share = (trainer.global_rank, trainer.world_size)
+        share, limit = (trainer.global_rank, trainer.world_size), 1 if trainer.fast_dev_run else limit  # type: ignore[attr-defined]
         with isolated_rng():
             if isinstance(reference, str):
                 return cls(_in_order(reference, _loader_of(reference, trainer), trainer, *share, limit))

@@ -63,16 +63,14 @@ class DetourPath(LinearPath):
 
 def motion(path: OutputPath, at: float, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Place x(s) and velocity ∂_s x(s) at s = ``at``, flat and float64, for outputs of a shape."""
-    with torch.inference_mode(False), torch.enable_grad():
-        s = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+
+    def checked(s: Tensor) -> Tensor:
         place = path(s)
         if not isinstance(place, Tensor) or tuple(place.shape) != shape:
             found = list(place.shape) if isinstance(place, Tensor) else type(place).__name__
             raise ValueError(f"`path` should give outputs of shape {list(shape)}, but gave {found}.")
-        velocity = torch.zeros_like(place)
-        if place.requires_grad:  # two backward passes give the forward derivative
-            weights = torch.zeros_like(place, requires_grad=True)
-            (pulled,) = torch.autograd.grad(place, s, weights, create_graph=True, allow_unused=True)
-            if pulled is not None:
-                (velocity,) = torch.autograd.grad(pulled, weights)
-    return place.detach().flatten().double(), velocity.detach().flatten().double()
+        return place
+
+    with torch.inference_mode(False):
+        place, velocity = torch.autograd.functional.jvp(checked, torch.tensor(at, dtype=torch.float64))
+    return place.flatten().double(), velocity.flatten().double()
