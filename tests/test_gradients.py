@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, HalfSquaredLoss
+from torch_adapted_gd import AdaptedGD, Dense, HalfSquaredLoss
 
 from .cases import MSE, assert_at, flat, mlp, pinv_step, problem
 
@@ -44,6 +44,30 @@ def test_clipping_the_gradients_changes_nothing_and_is_warned_of():
     assert optimizer.last_step.off_output_fraction == 0
     MSE(model(x), y).backward()  # .grad holds the last step's as well, which is not worth a second word
     optimizer.step()
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("kernel", ["structured", "jacobian"])
+def test_hooks_that_clip_gradients_of_parameters_change_nothing_and_are_warned_of(kernel, before):
+    model, x, y = problem()
+    expected = pinv_step(model, x, y, 0.5)
+    seen = []
+
+    def clip(gradient):
+        seen.append(gradient)
+        return gradient.clamp(-1e-3, 1e-3)
+
+    if before:
+        model[0].weight.register_hook(clip)
+    optimizer = AdaptedGD(model, lr=0.5, solver=Dense(kernel=kernel))
+    if not before:
+        model[0].weight.register_hook(clip)
+    MSE(model(x), y).backward()
+    assert model[0].weight.grad.abs().max() <= 1e-3
+    with pytest.warns(UserWarning, match="`.grad` of '0.weight' is not what backward delivered"):
+        optimizer.step()
+    assert_at(model, expected)
+    assert len(seen) == 1  # it sees the passes of the user alone
 
 
 def test_sparse_gradients():

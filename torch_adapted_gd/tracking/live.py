@@ -12,6 +12,7 @@ from ..jacobian.definition import dtype_and_device
 from ..jacobian.factored import Piece, budget_of
 from ..jacobian.linearized import Linearized
 from ..memory import available_bytes
+from . import private
 from .calls import Outputs, hides_its_graph
 from .replay import precision
 from .state import unwatched
@@ -32,7 +33,7 @@ def linearized_live(of: Outputs, place: int, model: nn.Module, parameters: dict[
     if x.ndim == 0 or x.numel() == 0 or len({p.device for p in parameters.values()}) > 1:
         return  # the step raises the error
     dtype, _ = dtype_and_device(list(parameters.values()))
-    with unwatched(), _gradients_kept(of.tapes), warnings.catch_warnings():
+    with unwatched(), private.without_hooks(parameters.values()), _gradients_kept(of.tapes), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of functorch, and of the model, which the user's pass gave
         if any(tape.without_graph for tape in of.tapes) and hides_its_graph(x):
             of.tapes = []

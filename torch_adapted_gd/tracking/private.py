@@ -1,10 +1,11 @@
 """All use of private parts of torch."""
 
+import contextlib
 import functools
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -115,6 +116,29 @@ def dtype_at(node: Any) -> torch.dtype | None:
     """The dtype of the output of a node of the graph."""
     known = getattr(node, "_input_metadata", None)
     return known[0].dtype if known else None
+
+
+def see_first(parameter: Tensor, handle: torch.utils.hooks.RemovableHandle) -> None:
+    """Let a hook of a parameter see gradients before hooks of the user edit them."""
+    hooks = cast(OrderedDict[int, Any], parameter._backward_hooks)
+    others = {key: hook for key, hook in hooks.items() if key != handle.id}
+    own = hooks[handle.id]
+    hooks.clear()  # torch reads the plain dict, whose order move_to_end leaves as it is
+    hooks.update({handle.id: own, **others})
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Context in which backward passes to parameters run none of their hooks, which may edit gradients."""
+    hooked = [cast(OrderedDict[int, Any], p._backward_hooks) for p in parameters if p._backward_hooks]
+    before = [dict(hooks) for hooks in hooked]
+    for hooks in hooked:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, known in zip(hooked, before, strict=True):
+            hooks.update(known)
 
 
 def passes(module: nn.Module) -> int:

@@ -75,7 +75,9 @@ class CallRecorder:
             return
         hook = gradient_hook(self._reached, weakref.ref(parameter))
         torch.utils.hooks.unserializable_hook(hook)  # a saved parameter goes without it
-        weakref.finalize(self, parameter.register_hook(hook).remove)
+        handle = parameter.register_hook(hook)
+        private.see_first(parameter, handle)
+        weakref.finalize(self, handle.remove)
 
     def drop(self, by: str, *, spent: bool = False) -> None:
         """Forget all calls and gradients, because of a ``"step"`` or ``"zero_grad"``.
@@ -96,6 +98,7 @@ class CallRecorder:
         self.calls, self.terms = [], []
         self.kept = []
         self.gradients = {}
+        self.unusable_criterion = False
         self._pending.clear()
 
     def why_no_call(self) -> str:
