@@ -100,7 +100,7 @@ def accumulated(m, c, d):
     return 3 * c(m(d.x2), d.y2) / 4
 
 
-class Parts(nn.Module):
+class ParameterVector(nn.Module):
     """Returns the whole and what it is made of."""
 
     def forward(self, a, b):
@@ -180,8 +180,8 @@ CASES = {
     "binary": Case(BCE, lambda m, c, d: c(m(d.x), d.binary), close=0.03),
     "binary, weighted": Case(nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), lambda m, c, d: c(m(d.x), d.binary), close=0.03),
     "probabilities made outside": Case(nn.BCELoss(), lambda m, c, d: c(torch.sigmoid(m(d.x)), d.binary), close=0.3),
-    "parts beside the whole": Case(Parts(), lambda m, c, d: c(m(d.x), d.y)["loss"], close=None),
-    "some of the parts": Case(Parts(), lambda m, c, d: sum(c(m(d.x).sinh(), d.y).values()), close=None),
+    "parts beside the whole": Case(ParameterVector(), lambda m, c, d: c(m(d.x), d.y)["loss"], close=None),
+    "some of the parts": Case(ParameterVector(), lambda m, c, d: sum(c(m(d.x).sinh(), d.y).values()), close=None),
     "in place": Case(InPlace(), lambda m, c, d: c(m(d.x), d.y.clone())),
     "cast": Case(MSE, lambda m, c, d: c(m(d.x).float().double(), d.y), close=None),
     "the same twice": Case(MSE, lambda m, c, d: (lambda z: c(z, d.y) + 2 * c(z, d.y2))(m(d.x).sinh()), close=None),

@@ -46,14 +46,14 @@ def test_tiles_blocks_and_chunks_of_all_sizes(name, written, monkeypatch):
 def test_the_cheaper_order_is_chosen():
     """By operations: written out where the weight is small, contracted where there are many inputs or few places."""
 
-    def family(n, q, o, i, t):
+    def shared(n, q, o, i, t):
         term = OuterProducts(torch.zeros(n, q, 1, o, t), torch.zeros(n, 1, i, t))
         return products.SharedLeftFactor([term], [term])
 
-    assert not family(64, 10, 256, 784, 1).explicit_is_cheaper()
-    assert family(64, 10, 16, 9, 784).explicit_is_cheaper()
-    assert not family(64, 10, 768, 768, 16).explicit_is_cheaper()
-    assert family(64, 10, 10, 1, 1).explicit_is_cheaper()
+    assert not shared(64, 10, 256, 784, 1).explicit_is_cheaper()
+    assert shared(64, 10, 16, 9, 784).explicit_is_cheaper()
+    assert not shared(64, 10, 768, 768, 16).explicit_is_cheaper()
+    assert shared(64, 10, 10, 1, 1).explicit_is_cheaper()
 
 
 class Centred(nn.Module):
@@ -246,10 +246,10 @@ def test_embeddings_of_few_and_many_tokens(size, many, monkeypatch):
 
     for first, second in ((term(6, 4, 8), term(7, 3, 9)), (term(6, 4, 8), None)):
         one = [first]
-        family = products.SharedLeftFactor(one, one if second is None else [second])
+        shared = products.SharedLeftFactor(one, one if second is None else [second])
         rows, columns = (each.explicit().flatten(0, 1) for each in (first, second or first))
         theta = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-        tokens.add_by_index(theta, family)
+        tokens.add_by_index(theta, shared)
         apart = theta - rows @ columns.T
         assert float((apart if second else apart.triu()).norm()) <= 1e-12 * float(rows.norm() * columns.norm())
 

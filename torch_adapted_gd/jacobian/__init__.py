@@ -3,7 +3,7 @@
 from . import functions as functions  # the rules register themselves
 from .definition import output_jacobian
 from .gram import norm
-from .operator import Jacobian, Parts
+from .operator import Jacobian, ParameterVector
 from .products import OuterProducts
 from .rules import register_rule
 from .tangent import METHODS, ntk, tangent_jacobian, written, written_if_small
@@ -13,7 +13,7 @@ __all__ = [
     "METHODS",
     "Jacobian",
     "OuterProducts",
-    "Parts",
+    "ParameterVector",
     "Use",
     "norm",
     "ntk",

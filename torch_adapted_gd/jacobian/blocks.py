@@ -23,12 +23,12 @@ class SortedTerms:
 
     Attributes:
         terms: The Jacobians that the rules returned.
-        families: Parameters whose Jacobians are outer products with the same left factors.
+        shared_left: Parameters whose Jacobians are outer products with the same left factors.
         written: Parameters whose Jacobian is written out, ``[N, Q, numel]``, and that of the columns; None if it is the same.
     """
 
     terms: Terms
-    families: list[tuple[list[Part], SharedLeftFactor]]
+    shared_left: list[tuple[list[Part], SharedLeftFactor]]
     written: dict[Part, tuple[Tensor, Tensor | None]]
 
     @classmethod
@@ -55,17 +55,17 @@ class SortedTerms:
             mine.append(joined)
             if second is not None:
                 theirs.append(OuterProducts.joined(products[len(terms) :], theirs[0].left if theirs else None))
-        families = [
+        shared_left = [
             (names, SharedLeftFactor(mine, mine if second is None else theirs)) for names, mine, theirs in outer.values()
         ]
-        return cls(first, families, written)
+        return cls(first, shared_left, written)
 
     def rows(self, samples: slice) -> Iterator[tuple[Part, Tensor]]:
         """The Jacobians of some samples, written out in float64, ``[n, Q, numel]``, by parameter."""
         for name, (jacobian, _) in self.written.items():
             yield name, jacobian[samples].double()
-        for names, family in self.families:
-            for name, term in zip(names, family.first, strict=True):
+        for names, shared in self.shared_left:
+            for name, term in zip(names, shared.first, strict=True):
                 yield name, term.of_samples(samples, torch.float64).explicit()
 
     @property
@@ -116,28 +116,33 @@ def fill_block(theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool,
     for parts in components:
         for jacobian, other in parts.written.values():
             add_gram(theta, jacobian.flatten(0, 1), None if other is None else other.flatten(0, 1))
-        for _, family in parts.families:
-            if family.by_index:
-                add_by_index(theta, family)
-            elif family.explicit_is_cheaper():
-                for first, second in family.blocks(theta.dtype):
+        for _, shared in parts.shared_left:
+            if shared.by_index:
+                add_by_index(theta, shared)
+            elif shared.explicit_is_cheaper():
+                for first, second in shared.blocks(theta.dtype):
                     add_gram(theta, first, second)
-            elif family.single:
-                single.append(family)
+            elif shared.single:
+                single.append(shared)
             else:
-                _add_tiles(theta, shape, symmetric, [family])
+                _add_tiles(theta, shape, symmetric, [shared])
     _add_tiles(theta, shape, symmetric, single, mirror=symmetric)
 
 
 def _add_tiles(
-    theta: Tensor, shape: tuple[int, int, int, int], symmetric: bool, families: list[SharedLeftFactor], *, mirror: bool = False
+    theta: Tensor,
+    shape: tuple[int, int, int, int],
+    symmetric: bool,
+    shared_left: list[SharedLeftFactor],
+    *,
+    mirror: bool = False,
 ) -> None:
-    """Add families tile by tile, and with ``mirror`` copy each tile above the diagonal to below it."""
+    """Add their parts tile by tile, and with ``mirror`` copy each tile above the diagonal to below it."""
     n, q, m, r = shape
     # Tiles on the diagonal also compute entries below it, so a small kernel has smaller tiles.
     rows = min(TILE_ROWS, max(TILE_ROWS // 2, n * q // 4)) if theta.device.type == "cpu" else 4096
-    step = min((family.samples_at_a_time(rows) for family in families), default=max(1, rows // max(1, q, r)))
-    contractions = [family.contraction(theta.dtype) for family in families]
+    step = min((shared.samples_at_a_time(rows) for shared in shared_left), default=max(1, rows // max(1, q, r)))
+    contractions = [shared.contraction(theta.dtype) for shared in shared_left]
     for i, j in tiles(n, m, step, symmetric):
         tile = theta[i.start * q : i.stop * q, j.start * r : j.stop * r]
         for add in contractions:

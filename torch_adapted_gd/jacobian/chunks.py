@@ -33,7 +33,7 @@ def views_in(pieces: Iterable[Linearized], numels: dict[str, int]) -> dict[str, 
             for source in use.sources.values():
                 for name in source.names & views.keys():
                     views[name].add(_view(source))
-        for name in piece.unserved.keys() & views.keys():
+        for name in piece.unsupported.keys() & views.keys():
             views[name].add("written")
     return views
 
@@ -139,7 +139,7 @@ class Chunk(Rows):
                     derived[id(source)] = (source, rows if before is None else before[1] + rows)
         for source, rows in derived.values():
             for name, pulled in Derived(source, self.parameters).pulled(rows.flatten(0, 1)).items():
-                if name in self.ways and name not in self.piece.unserved:
+                if name in self.ways and name not in self.piece.unsupported:
                     terms.setdefault(name, []).append(pulled.view(*rows.shape[:2], -1))
         for name in names & self.piece.rows.keys():
             rows = self.piece.rows[name][:, self._own.start : self._own.stop]
@@ -156,7 +156,7 @@ class Chunk(Rows):
         if view == "normed":
             return self._normed(source, term)
         (name,) = source.names
-        if name not in self.ways or name in self.piece.unserved:
+        if name not in self.ways or name in self.piece.unsupported:
             return []
         if view == "whole":
             term = term if is_whole(source) else turned(term, source.tensor.shape)
@@ -171,7 +171,7 @@ class Chunk(Rows):
         """The terms of a weight in lengths and directions; None if they cannot be had in factors."""
         names = lengths_and_directions(source)
         assert names is not None
-        if any(self.ways.get(name) != "normed" or name in self.piece.unserved for name in names):
+        if any(self.ways.get(name) != "normed" or name in self.piece.unsupported for name in names):
             return None
         if not isinstance(term, OuterProducts) or not isinstance(term.right, Tensor) or term.flipped:
             return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gram import ROWS_ELEMENTS, add_products, gram, product, spans, transpose_product
 from .local import LocalJacobian
-from .operator import Components, Factors, Parts
+from .operator import Components, Factors, ParameterVector
 
 
 class DenseJacobian(LocalJacobian):
@@ -35,10 +35,10 @@ class DenseJacobian(LocalJacobian):
         self.description, self.remark = description, remark
         self._spans = spans([n * q for n, q in shapes])
 
-    def mv(self, v: Parts) -> Tensor:
+    def mv(self, v: ParameterVector) -> Tensor:
         return product(self.matrix, self.flat(v))
 
-    def rmv(self, u: Tensor) -> Parts:
+    def rmv(self, u: Tensor) -> ParameterVector:
         return self.parts(transpose_product(self.matrix, u))
 
     def gram(self, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002

@@ -56,14 +56,14 @@ def add_output_blocks(out: Tensor, rows: Components, columns: Components | None)
         for first, second in parts.written.values():
             for c, block in enumerate(out):
                 add_gram(block, first[:, c], None if second is None else second[:, c])
-        for _, family in parts.families:
-            _add_family(out, family, columns is None)
+        for _, shared in parts.shared_left:
+            _add_shared(out, shared, columns is None)
 
 
-def _add_family(out: Tensor, family: SharedLeftFactor, symmetric: bool) -> None:
-    """Add the part of a family to the block of each combination."""
+def _add_shared(out: Tensor, shared: SharedLeftFactor, symmetric: bool) -> None:
+    """Add the part of parameters with shared left factors to the block of each combination."""
     count, n, m = out.shape
-    singles = [family.of_output(c) for c in range(count)]
+    singles = [shared.of_output(c) for c in range(count)]
     if singles[0].explicit_is_cheaper():
         for block, single in zip(out, singles, strict=True):
             for first, second in single.blocks(out.dtype):
@@ -71,7 +71,7 @@ def _add_family(out: Tensor, family: SharedLeftFactor, symmetric: bool) -> None:
         return
     step = singles[0].samples_at_a_time(_TILE_ROWS if out.device.type == "cpu" else 4096)
     # The right factors are the same for all combinations.
-    products = family.right_products(slice(None), slice(None), out.dtype) if family.single else None
+    products = shared.right_products(slice(None), slice(None), out.dtype) if shared.single else None
     for block, single in zip(out, singles, strict=True):
         add = single.contraction(out.dtype, products)
         for i, j in tiles(n, m, step, symmetric):
@@ -89,8 +89,8 @@ def _add_sample_blocks(total: Tensor, first: Chunk, second: Chunk) -> None:
             parts = SortedTerms.of(parts.terms, terms_of(names, theirs))
         for jacobian, other_jacobian in parts.written.values():
             add_products(part, jacobian, jacobian if other_jacobian is None else other_jacobian)
-        for _, family in parts.families:
-            for a, b in zip(family.first, family.second, strict=True):
+        for _, shared in parts.shared_left:
+            for a, b in zip(shared.first, shared.second, strict=True):
                 _add_outer_products(part, a, b)
     if first is not second:
         total[:, rows, columns] += part

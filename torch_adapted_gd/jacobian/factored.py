@@ -20,7 +20,7 @@ from .gram import ROWS_ELEMENTS, new_kernel, norm, product, ranges, spans, trans
 from .linearized import Linearized
 from .local import LocalJacobian
 from .normed import Directions
-from .operator import Components, Factors, Parts, Rows
+from .operator import Components, Factors, ParameterVector, Rows
 from .uses import Use
 
 _MANY_ENTRIES = 2**26  # with more entries, rows by weights that are computed from parameters take seconds
@@ -81,9 +81,9 @@ class FactoredJacobian(LocalJacobian):
                 chunk.piece.release()
 
     @property
-    def unserved(self) -> dict[str, str]:
+    def unsupported(self) -> dict[str, str]:
         """Parameters whose Jacobian comes from rows of D, and the reason."""
-        return {name: why for piece in self._pieces for name, why in piece.unserved.items() if name in self.numels}
+        return {name: why for piece in self._pieces for name, why in piece.unsupported.items() if name in self.numels}
 
     @property
     def remarks(self) -> list[str]:
@@ -97,8 +97,8 @@ class FactoredJacobian(LocalJacobian):
             return self._remark_on_computed_weights()
         why = "; ".join(self.remarks[:3]) + (f"; and {len(self.remarks) - 3} more" if len(self.remarks) > 3 else "")
         return (
-            f"Rows of the output Jacobian are taken for {len(self.unserved)} of {len(self.numels)} parameters: {why}. This is "
-            "exact, but needs a backward pass per output and more memory. BatchNorm in training mode and all else that mixes "
+            f"Rows of the output Jacobian are taken for {len(self.unsupported)} of {len(self.numels)} parameters: {why}. This "
+            "is exact, but needs a backward pass per output and more memory. BatchNorm in training mode and all that mixes "
             'the samples of a batch needs it. To choose it without this warning, use solver=Dense(kernel="jacobian").'
         )
 
@@ -124,7 +124,7 @@ class FactoredJacobian(LocalJacobian):
     @property
     def description(self) -> str:  # type: ignore[override]
         """How D is computed, for the report."""
-        left = len(self.unserved)
+        left = len(self.unsupported)
         if not left:
             return "structured"
         if left == len(self.numels):
@@ -172,26 +172,26 @@ class FactoredJacobian(LocalJacobian):
             self._check(float(probe[:rows] @ (theta @ probe[rows:])), range(1), range(1, 2), dtype)
         return theta
 
-    def rmv(self, u: Tensor) -> Parts:
+    def rmv(self, u: Tensor) -> ParameterVector:
         """Dᵀu from the same factors as Θ.
 
         A backward pass with u is the same in exact arithmetic. But for ψ = Θ⁻¹g its rounding error in float32 is |D||ψ|ε, which
         can be as large as Dᵀψ if D is ill-conditioned. The factors are those of a matrix close to D, and Θ is the Gram matrix
         of this same matrix to the precision of float64. So rounding costs κ(D)ε and not κ(D)²ε.
         """
-        totals: Parts = {}
+        totals: ParameterVector = {}
         with self._computing():
             for chunk in self._chunks:
                 part = chunk.of(u)
                 for _, parts in chunk.sorted():
                     for key, (jacobian, _) in parts.written.items():
                         chunk.scatter(key, transpose_product(jacobian.flatten(0, 1), part.reshape(-1)), totals)
-                    for keys, family in parts.families:
-                        for key, vector in zip(keys, family.weighted_sums(part), strict=True):
+                    for keys, shared in parts.shared_left:
+                        for key, vector in zip(keys, shared.weighted_sums(part), strict=True):
                             chunk.scatter(key, vector, totals)
         return {name: totals[name] if name in totals else u.new_zeros(numel) for name, numel in self.numels.items()}
 
-    def mv(self, v: Parts) -> Tensor:
+    def mv(self, v: ParameterVector) -> Tensor:
         """Dv from the same factors as Θ."""
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
         with self._computing():
@@ -200,8 +200,8 @@ class FactoredJacobian(LocalJacobian):
                 for _, parts in chunk.sorted():
                     for key, (jacobian, _) in parts.written.items():
                         part += product(jacobian.flatten(0, 1), chunk.gather(key, v)).view_as(part)
-                    for keys, family in parts.families:
-                        part += family.product([chunk.gather(key, v) for key in keys])
+                    for keys, shared in parts.shared_left:
+                        part += shared.product([chunk.gather(key, v) for key in keys])
         return total
 
     def rows(self, limit: int = ROWS_ELEMENTS) -> Iterator[Tensor]:
@@ -253,9 +253,9 @@ class FactoredJacobian(LocalJacobian):
         ]
         return torch.cat([u.reshape(-1) for u in of_calls])
 
-    def _probe_product(self, numbers: range) -> Parts:
+    def _probe_product(self, numbers: range) -> ParameterVector:
         """Dᵀu by backward passes, of the rows of some calls."""
-        totals: Parts = {}
+        totals: ParameterVector = {}
         for number in numbers:
             for piece in self._calls[number]:
                 for name, tensor in piece.linearized.probe_product.items():
@@ -263,7 +263,7 @@ class FactoredJacobian(LocalJacobian):
                         totals[name] = totals[name] + tensor if name in totals else tensor
         return totals
 
-    def _check_probe(self, found: Parts) -> None:
+    def _check_probe(self, found: ParameterVector) -> None:
         """Compare Dᵀu for the random u with backward passes."""
         u = self._probe_product(range(len(self._calls)))
         apart = norm({name: part - u[name].reshape(-1) if name in u else part for name, part in found.items()})

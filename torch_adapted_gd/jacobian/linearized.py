@@ -55,7 +55,7 @@ class Linearized:
         uses: The uses of parameters with Σ_q u_q B_q in place of B, as if Q were 1.
         probe: u, ``[NQ]`` in float64.
         probe_product: Dᵀu by a plain backward pass, by parameter, for those that the outputs depend on.
-        unserved: Parameters whose Jacobian comes from rows of D, and the reason.
+        unsupported: Parameters whose Jacobian comes from rows of D, and the reason.
         remarks: The reasons that the user should know.
         rows: These rows by parameter, ``[N, Q, numel]``.
     """
@@ -78,7 +78,7 @@ class Linearized:
         self.q, self.device = x.shape[1], x.device
         self._parameters, self._dtype, self.eps = parameters, dtype, eps
         self._conditions = conditions
-        self.unserved: dict[str, str] = {}
+        self.unsupported: dict[str, str] = {}
         self.remarks: list[str] = []
         self._faint: set[str] = set()  # parameters with gradients at a use that are no more than rounding errors
         self._hidden: set[str] = set()  # parameters without a known use
@@ -102,8 +102,8 @@ class Linearized:
         with self._running(), torch.no_grad():
             self._check()
         self.rows: dict[str, Tensor] = {}
-        if self.unserved:
-            self.rows = self._rows_of([name for name in parameters if name in self.unserved])
+        if self.unsupported:
+            self.rows = self._rows_of([name for name in parameters if name in self.unsupported])
 
     @property
     def elements(self) -> int:
@@ -216,7 +216,7 @@ class Linearized:
     def _find_uses(
         self, notes: list[Note], plain: list[Tensor | None], scaled: list[Tensor | None], scale: Tensor
     ) -> list[Use]:
-        """The uses among the notes, with the gradients of u. Parameters of a note that can be no use become unserved."""
+        """The uses among the notes, with the gradients of u. Parameters of a note that can be no use become unsupported."""
         noise = 4 * self.eps * max((float(g.norm()) for g in plain if g is not None), default=0.0)
         gradients = iter(zip(plain, scaled, strict=True))
         of_samples: set[tuple[int, int]] = set()  # outputs computed from parameters alone that have the samples
@@ -229,7 +229,7 @@ class Linearized:
                 continue
             if any(a.is_complex() for a, _ in reached.values()):
                 for name in {name for source in sources.values() for name in source.names} if note.mixed else ():
-                    self._leave(name, f"parameter '{name}' is used with complex numbers")
+                    self._mark_unsupported(name, f"parameter '{name}' is used with complex numbers")
                 continue
             rule = rule_for(note.function)
             if not all(len(rule.dims(note, once.ndim)) for once, _ in reached.values()):
@@ -247,7 +247,7 @@ class Linearized:
                     if faint:
                         self._faint.add(name)
                     else:
-                        self._leave(name, f"the samples of a batch interact behind {use}")
+                        self._mark_unsupported(name, f"the samples of a batch interact behind {use}")
                 continue
             if not note.mixed:
                 of_samples |= {(id(note), place) for place in reached}
@@ -257,11 +257,11 @@ class Linearized:
             for place, layout in layouts.items():
                 use.gradients[place] = layout.samples_first(reached[place][0]).unsqueeze(1).to(self._dtype)
             uses.append(use)
-        return [use for use in uses if not use.names <= self.unserved.keys()]
+        return [use for use in uses if not use.names <= self.unsupported.keys()]
 
-    def _leave(self, name: str, why: str) -> None:
+    def _mark_unsupported(self, name: str, why: str) -> None:
         """Let the Jacobian by a parameter come from rows of D."""
-        self.unserved.setdefault(name, why)
+        self.unsupported.setdefault(name, why)
         if why not in self.remarks:
             self.remarks.append(why)
 
@@ -315,7 +315,7 @@ class Linearized:
         return not apart > min(1e3 * self.eps, 0.05) * size + noise
 
     def _check(self) -> None:
-        """Compare Dᵀu by the rules with the backward pass; parameters for which they differ become unserved."""
+        """Compare Dᵀu by the rules with the backward pass; parameters for which they differ become unsupported."""
         terms = [(use, self.terms(use)) for use in self.uses]
         total = accumulated(terms, self._parameters, self._dtype)
         self._entries = self.elements
@@ -324,7 +324,7 @@ class Linearized:
         for name, p in self._parameters.items():
             expected = self.probe_product.get(name)
             got = total.get(name)
-            if name in self.unserved or (expected is None and got is None):
+            if name in self.unsupported or (expected is None and got is None):
                 continue
             expected = (
                 torch.zeros(p.shape, dtype=self._dtype, device=self.device) if expected is None else expected.to(self._dtype)
@@ -334,19 +334,21 @@ class Linearized:
             if not apart > min(1e3 * self.eps, 0.05) * float(expected.norm()) + 16 * self.eps * whole:
                 continue
             if name in self._faint:
-                self._leave(name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart")
+                self._mark_unsupported(
+                    name, f"the gradients where parameter '{name}' is used are too small to tell the samples apart"
+                )
                 continue
             using = [use for use in self.uses if name in use.names]
             where = f" ({', '.join(str(use) for use in using[:2])})" if using else ""
             if not using:
                 self._hidden.add(name)
             share = apart / max(float(expected.norm()), 1e-300)
-            self._leave(
+            self._mark_unsupported(
                 name,
                 f"parameter '{name}' has a use that AdaptedGD cannot see, or a wrong rule{where}: the Jacobian from its known "
                 f"uses differs from a backward pass by {share:.2g} of its size",
             )
-        self.uses = [use for use in self.uses if not use.names <= self.unserved.keys()]
+        self.uses = [use for use in self.uses if not use.names <= self.unsupported.keys()]
 
     def _rows_of(self, names: list[str]) -> dict[str, Tensor]:
         """D by some parameters: by columns if these are few, else by rows, with a backward pass for each output of a sample."""
@@ -357,7 +359,7 @@ class Linearized:
             with self._running():
                 columns = self._passes.columns(tensors)
             if columns is not None:
-                self.remarks = [why for name, why in self.unserved.items() if name not in self._hidden]  # columns are fast
+                self.remarks = [why for name, why in self.unsupported.items() if name not in self._hidden]  # columns are fast
                 return {name: part.to(self._dtype) for name, part in zip(names, columns, strict=True)}
         step = max(1, min(total, 64, _ROW_BYTES // max(1, self._dtype.itemsize * width)))
         rows = torch.empty(total, width, dtype=self._dtype, device=self.device)

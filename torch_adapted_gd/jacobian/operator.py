@@ -15,7 +15,7 @@ from .gram import ROWS_ELEMENTS, add_gram
 from .normed import Directions
 from .products import OuterProducts
 
-Parts = dict[str, Tensor]  # a vector over all parameters: by name, flat
+ParameterVector = dict[str, Tensor]  # a vector over all parameters: by name, flat
 Part = str | tuple[str, View] | Directions  # a parameter's name, a view of a parameter, or directions of weight norm
 Terms = dict[Part, list[Tensor | OuterProducts]]  # one for each use
 Components = list[tuple[set[str], Terms]]  # groups of parameters that have uses in common: their names and terms
@@ -77,20 +77,20 @@ class Jacobian(ABC):
         """R and K."""
         return sum(n * q for n, q in self.shapes), sum(self.numels.values())
 
-    def flat(self, parts: Parts) -> Tensor:
+    def flat(self, parts: ParameterVector) -> Tensor:
         """A vector over all parameters as one tensor, ``[K]``."""
         return torch.cat([parts[name] for name in self.numels])
 
-    def parts(self, vector: Tensor) -> Parts:
+    def parts(self, vector: Tensor) -> ParameterVector:
         """A vector ``[K]`` over all parameters by name."""
         return dict(zip(self.numels, vector.split(list(self.numels.values())), strict=True))
 
     @abstractmethod
-    def mv(self, v: Parts) -> Tensor:
+    def mv(self, v: ParameterVector) -> Tensor:
         """Dv in float64, ``[R]``, for v in float64."""
 
     @abstractmethod
-    def rmv(self, u: Tensor) -> Parts:
+    def rmv(self, u: Tensor) -> ParameterVector:
         """Dᵀu in the dtype of u ``[R]``: float64, unless float32 is precise enough."""
 
     @abstractmethod

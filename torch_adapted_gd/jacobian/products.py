@@ -1,4 +1,4 @@
-"""Parts of Θ from layer Jacobians in factors: outer products, contracted in the cheaper order."""
+"""ParameterVector of Θ from layer Jacobians in factors: outer products, contracted in the cheaper order."""
 
 import functools
 import math
@@ -167,7 +167,7 @@ class SharedLeftFactor:
         return sum(term.left.shape[2] * term.left.shape[3] * term.width for term in self.first)
 
     def of_output(self, number: int) -> "SharedLeftFactor":
-        """The family for one of the Q outputs."""
+        """The same for one of the Q outputs."""
         part = slice(number, number + 1)
         left1 = self._left1[:, part]
         left2 = left1 if self._left2 is self._left1 else self._left2[:, part]
@@ -240,9 +240,9 @@ class SharedLeftFactor:
         return total
 
     def contraction(self, dtype: torch.dtype, products: Tensor | None = None) -> Callable[[slice, slice, Tensor], Any]:
-        """A function of two ranges of samples and their tile of Θ, ``[n·Q, m·R]``, that adds the family's part.
+        """A function of two ranges of samples and their tile of Θ, ``[n·Q, m·R]``, that adds their part.
 
-        ``products`` are `right_products` of a family that is `single`, if they are known.
+        ``products`` are `right_products` for T = 1, see `single`, if they are known.
         """
         if not self.single:
             return lambda rows, columns, tile: tile.add_(self._contract(rows, columns, dtype))

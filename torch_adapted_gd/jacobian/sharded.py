@@ -15,7 +15,7 @@ from .blocks import between
 from .factored import fill
 from .gram import ROWS_ELEMENTS, new_kernel, spans
 from .local import LocalJacobian, write_output_blocks
-from .operator import Jacobian, Parts
+from .operator import Jacobian, ParameterVector
 
 T = TypeVar("T")
 
@@ -46,11 +46,11 @@ class ShardedJacobian(Jacobian):
         self.description = "; ".join(dict.fromkeys(text for _, text, _ in said if text))
         self.remark = next((remark for *_, remark in said if remark), None)
 
-    def mv(self, v: Parts) -> Tensor:
+    def mv(self, v: ParameterVector) -> Tensor:
         own = torch.zeros(0, dtype=torch.float64, device=self.device) if self.local is None else self.local.mv(v)
         return self._world.gather(own, self.lengths)
 
-    def rmv(self, u: Tensor) -> Parts:
+    def rmv(self, u: Tensor) -> ParameterVector:
         total = torch.zeros(sum(self.numels.values()), dtype=torch.float64, device=self.device)
         if self.local is not None:
             total = self.flat(self.local.rmv(u[self.here])).double()

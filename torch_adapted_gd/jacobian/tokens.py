@@ -36,12 +36,12 @@ class _Rows:
         return cls(keys // term.right.size, keys % term.right.size, values.view(-1, q, o))
 
 
-def add_by_index(theta: Tensor, family: SharedLeftFactor) -> None:
+def add_by_index(theta: Tensor, shared: SharedLeftFactor) -> None:
     """Add the part of embeddings to Θ, ``[N·Q, M·R]``; to a symmetric one on and above the diagonal.
 
     A row of the table that few samples use is multiplied for each pair of them. One that many use is written out.
     """
-    for first, second in zip(family.first, family.second, strict=True):
+    for first, second in zip(shared.first, shared.second, strict=True):
         assert isinstance(first.right, OneHot)
         size, n, m = first.right.size, len(first.left), len(second.left)
         rows = _Rows.of(first, theta.dtype)

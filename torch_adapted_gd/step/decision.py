@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..jacobian import Parts, norm
+from ..jacobian import ParameterVector, norm
 from .remembered import State
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Step:
     linear: Linearization  # the loss around the present parameters
     propose: TrialMaker  # makes trials
     judge: Judge | None  # tells what they do to the loss; None if the policy does not ask
-    momentum: Parts | None  # μφ₋ of the last step
+    momentum: ParameterVector | None  # μφ₋ of the last step
     state: State  # what the policy remembers
 
     def direction(self, damping: float, *, with_momentum: bool = True) -> Direction:
@@ -98,7 +98,7 @@ class Step:
         return trial, change
 
     def _bent(
-        self, plain: Trial, part: Parts | None, bend: Tensor, direction: Direction, *, raising: bool
+        self, plain: Trial, part: ParameterVector | None, bend: Tensor, direction: Direction, *, raising: bool
     ) -> tuple[Trial | None, Direction]:
         """The trial with what mends a bend added to its part, if all of that is short enough; and with which λ."""
         while True:

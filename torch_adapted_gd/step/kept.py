@@ -15,7 +15,7 @@ from ..policies import LevenbergMarquardt, Policy
 from .remembered import State
 
 if TYPE_CHECKING:
-    from ..jacobian import Parts
+    from ..jacobian import ParameterVector
     from .linearization import Linearization
     from .recorded import TotalLoss
     from .trials import Trial
@@ -68,7 +68,7 @@ class Kept:
         found = self._state.get(self._first, {}).get("psi")
         return None if found is None else found.double()
 
-    def momentum(self, trained: Mapping[str, nn.Parameter], decay: float) -> Parts | None:
+    def momentum(self, trained: Mapping[str, nn.Parameter], decay: float) -> ParameterVector | None:
         """μφ of the last step for a decay μ, zero where a parameter has none; None if there is nothing of it."""
         known = {name: self._state.get(p, {}).get("momentum") for name, p in trained.items()}
         if not decay or all(part is None for part in known.values()):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import all_finite
-from ..jacobian import Parts, norm
+from ..jacobian import ParameterVector, norm
 from ..solve import ConjugateGradients
 from ..tracking.calls import Call, underlying, without_autocast
 from ..tracking.closure import Given
@@ -170,7 +170,7 @@ class Linearization:
         """The divisor that makes losses of batches of different sizes comparable."""
         return self.num_outputs if self.objective is not None and self.objective.is_sum else 1
 
-    def direction(self, damping: float, momentum: Parts | None = None) -> Direction:
+    def direction(self, damping: float, momentum: ParameterVector | None = None) -> Direction:
         """φ = D⁺g, damped: φ = Dᵀ(Θ + λ1)⁻¹g = (DᵀD + λ1)⁻¹Dᵀg; with S where a metric asks for it.
 
         With a momentum it is that of SPRING (Goldshlager, Abrahamsen & Lin, arXiv:2401.10190). The momentum counts as a part of
@@ -189,16 +189,16 @@ class Linearization:
             adapted = {name: part + self.curvature * momentum[name] for name, part in adapted.items()}
         return Direction(adapted, weights, size, shift)
 
-    def correction(self, bend: Tensor, direction: Direction) -> Parts:
+    def correction(self, bend: Tensor, direction: Direction) -> ParameterVector:
         """−D⁺(x(θ + δ) − x(θ) − Dδ), with the damping of a direction: the second-order part of a step; ``bend`` is ``[R]``."""
         parts, _ = self.system.solve(self.system.right_of(bend), direction.damping, beside=True)
         return {name: -part for name, part in parts.items()}
 
-    def linear(self, change: Parts) -> Tensor:
+    def linear(self, change: ParameterVector) -> Tensor:
         """Dδ, ``[R]``."""
         return self.system.jacobian.mv(change)
 
-    def slope(self, change: Parts) -> float:
+    def slope(self, change: ParameterVector) -> float:
         """∇_θC·δ."""
         return sum(float(self.gradient[name].double().reshape(-1) @ part) for name, part in change.items())
 
@@ -231,7 +231,7 @@ class Linearization:
         moved = torch.where(there == self._outputs, 0.0, there - self._outputs)
         return moved if all_finite(moved) else None
 
-    def loss_change(self, moved: Tensor, change: Parts) -> float:
+    def loss_change(self, moved: Tensor, change: ParameterVector) -> float:
         """C(θ + δ) − C(θ) for outputs that moved by Δx; terms that do not depend on x count to first order in δ."""
         beside = sum(float(part @ change[name]) for name, part in (self.off_output or {}).items())
         return self.criteria_change(moved) + beside
@@ -294,7 +294,7 @@ class Linearization:
         self.off_output = None if negligible else {name: t.reshape(-1).double() for name, t in off_output.items()}
         self.off_output_fraction = 0.0 if negligible else size / max(whole, size)
 
-    def _mean_beside(self, own_g: Tensor) -> Parts:
+    def _mean_beside(self, own_g: Tensor) -> ParameterVector:
         """The mean over processes of the part that did not come through x, in the shapes of the parameters."""
         through = self.system.jacobian.rmv(self._shares.gathered(own_g))  # Σ over processes of theirs
         jacobian = self.system.jacobian

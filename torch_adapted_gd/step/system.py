@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import all_finite, one_of, positive_integer, real_number
-from ..jacobian import METHODS, Jacobian, Parts, tangent_jacobian, written, written_if_small
+from ..jacobian import METHODS, Jacobian, ParameterVector, tangent_jacobian, written, written_if_small
 from ..memory import fits, require_memory
 from ..solve import (
     ConjugateGradients,
@@ -79,7 +79,7 @@ class Dense:
 class Direction:
     """The direction of a step for one damping."""
 
-    adapted: Parts  # φ = D⁺g, damped and with momentum: the step is −η φ at α = 1
+    adapted: ParameterVector  # φ = D⁺g, damped and with momentum: the step is −η φ at α = 1
     weights: Tensor | None  # ψ̃ in sample space, None in parameter space
     size: float  # |Dᵀψ|, without momentum
     damping: float  # λ in the units of the kernel
@@ -152,7 +152,7 @@ class System:
         rank = self.factorization.rank
         return "full_rank" if rank == self.rows else "rank_deficient" if rank else "zero"
 
-    def solve(self, right: Tensor, shift: float, *, beside: bool = False) -> tuple[Parts, Tensor | None]:
+    def solve(self, right: Tensor, shift: float, *, beside: bool = False) -> tuple[ParameterVector, Tensor | None]:
         """The step for a right-hand side and the damping ``shift``; and ψ̃, None if there is none.
 
         With ``beside`` it is not the step itself, so that an iterative solution is not kept as a start.

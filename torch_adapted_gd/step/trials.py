@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import all_finite
-from ..jacobian import Parts
+from ..jacobian import ParameterVector
 from ..policies import Backtracking, LevenbergMarquardt, Policy
 from ..tracking.closure import Closure
 from .linearization import Linearization
@@ -23,9 +23,9 @@ class Trial:
 
     direction: Direction  # where it goes
     fraction: float  # how much of the step it is
-    part: Parts | None  # what was added to that
+    part: ParameterVector | None  # what was added to that
     values: dict[str, Tensor]  # θ + δ, by name, without weight decay, which is no part of what lowers the loss
-    change: Parts  # δ before rounding
+    change: ParameterVector  # δ before rounding
 
 
 class TrialMaker:
@@ -49,7 +49,7 @@ class TrialMaker:
         """Whether damping shortens all of a step: there is no part of a plain gradient in it."""
         return self._linear.off_output is None and all(self._groups[id(p)]["alpha"] == 1 for p in self._linear.trained.values())
 
-    def __call__(self, direction: Direction, fraction: float = 1.0, part: Parts | None = None) -> Trial:
+    def __call__(self, direction: Direction, fraction: float = 1.0, part: ParameterVector | None = None) -> Trial:
         """The parameters after a step, but for weight decay; changes nothing.
 
         Args:
@@ -60,7 +60,7 @@ class TrialMaker:
         linear = self._linear
         largest = self.largest_lr
         values: dict[str, Tensor] = {}
-        changes: Parts = {}
+        changes: ParameterVector = {}
         for name, p in linear.trained.items():
             group = self._groups[id(p)]
             lr, alpha = fraction * float(group["lr"]), group["alpha"]
