@@ -35,6 +35,22 @@ def assert_step_refused(optimizer, model, error, match):
         assert (p.grad is None) if gradient is None else torch.equal(p.grad.nan_to_num(7.0), gradient.nan_to_num(7.0))
 
 
+def test_a_forward_pass_that_fails_when_it_is_repeated():
+    class Once(nn.Linear):
+        called = False
+
+        def forward(self, x):
+            if self.called:
+                raise ValueError("a second call")
+            self.called = True
+            return super().forward(x)
+
+    model, x, y = Once(4, 3).double(), *problem()[1:]
+    optimizer = AdaptedGD(model, criterion=MSE)
+    MSE(model(x), y).backward()
+    assert_step_refused(optimizer, model, RuntimeError, r"repeated with the present .* a number\. The error: .*a second call")
+
+
 def test_step_without_backward():
     model, x, y = problem()
     optimizer = AdaptedGD(model)

@@ -254,6 +254,35 @@ def test_a_forward_pass_that_changes_its_input():
     assert torch.equal(given, changed)
 
 
+@pytest.mark.parametrize("look", [lambda h: h.register_hook(torch.neg_), lambda h: h.retain_grad()])
+def test_a_trial_of_a_model_that_looks_at_hidden_gradients(look):
+    """Which a tensor without a graph does not allow."""
+
+    class Looks(nn.Module):
+        def __init__(self, looks):
+            super().__init__()
+            self.first, self.last, self.looks = nn.Linear(4, 9), nn.Linear(9, 3), looks
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            if self.looks:
+                look(h.clone())
+            return self.last(h)
+
+    plain = Looks(False).double()
+    models = plain, Looks(True).double()
+    models[1].load_state_dict(plain.state_dict())
+    _, x, y = problem()
+    for model in models:
+        optimizer = AdaptedGD(model, criterion=MSE)
+        for _ in range(3):
+            optimizer.zero_grad()
+            MSE(model(x), y).backward()
+            optimizer.step()
+        assert optimizer.last_step.status != "rejected"
+    assert torch.equal(flat(models[1]), flat(plain))
+
+
 class Coupled(nn.Module):
     """Samples interact, but a head of zeros hides it from the outputs."""
 

@@ -19,6 +19,7 @@ from .recorded import Recorded
 from .system import Dense, Direction, Problem
 
 METRICS = ("euclidean", "ggn")
+_REFUSALS = (ArithmeticError, AssertionError, RuntimeError, ValueError)  # of a forward pass
 
 
 class Linearization:
@@ -206,15 +207,27 @@ class Linearization:
         """x(θ') − x(θ), ``[R]``, from repeated calls with values θ' by name; None if it is unknown or not finite."""
         if not self.repeatable:
             return None
-        model, names, there = underlying(self._recorded.model), list(self.trained), None
+        there = None
         try:
-            parts = [Replay(model, call, names).outputs_with(values).double() for call in self._recorded.calls]
-            there = torch.cat([self._outputs.new_zeros(0), *parts])
+            there = self._repeated(values)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except (ArithmeticError, AssertionError, RuntimeError, ValueError):  # from a model that checks its values
-            pass
+        except _REFUSALS as refused:  # of a model that checks its values, if it takes the present ones
+            try:
+                self._repeated({})
+            except _REFUSALS:
+                raise RuntimeError(
+                    "The model's forward pass raised an error when it was repeated for a trial, and also when it was repeated "
+                    "with the present parameters. Nothing was changed. Let a second call do what the first one does, or avoid "
+                    f'trials: use judge="closure" or judge="next", or give `damping` a number. The error: {refused!r}'
+                ) from refused
         return self._moved_to(there)
+
+    def _repeated(self, values: dict[str, Tensor]) -> Tensor:
+        """x(θ') of this process, from repeated calls with values θ' by name."""
+        model, names = underlying(self._recorded.model), list(self.trained)
+        parts = [Replay(model, call, names).outputs_with(values).double() for call in self._recorded.calls]
+        return torch.cat([self._outputs.new_zeros(0), *parts])
 
     def outputs_moved_in(self, given: Given, before: int) -> Tensor | None:
         """The same, from the arguments of criteria in a closure; see `Objective.outputs_in`."""

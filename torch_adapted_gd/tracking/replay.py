@@ -79,11 +79,24 @@ class Replay:
         return given, outputs
 
     def outputs_with(self, values: State) -> Tensor:
-        """Outputs ``[NQ]`` for other values of parameters, by name, without a graph."""
+        """Outputs ``[NQ]`` for other values of parameters, by name.
+
+        Without a graph, unless the model asks for one, as by ``h.register_hook`` or ``h.retain_grad``.
+        """
+        try:
+            return self._outputs_with(values, graph=False)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError):
+            return self._outputs_with(values, graph=True)
+
+    def _outputs_with(self, values: State, *, graph: bool) -> Tensor:
         with self.conditions(), torch.enable_grad():  # the grad mode of the call, for models that take derivatives
             inputs = self.call.inputs.assembled()
-            # Copies: a forward pass may change them in place.
-            given = {name: values.get(name, p).detach().clone() for name, p in self.model.named_parameters()}
+            given = {}
+            for name, p in self.model.named_parameters():
+                value = values.get(name, p).detach().requires_grad_(graph and p.requires_grad)
+                given[name] = value.clone()  # no leaf: a forward pass may change it in place
             return stacked(self.forward({**given, **self.call.buffers(self.model)}, *inputs)).detach()
 
     def check_outputs(self, x: Tensor) -> None:
