@@ -248,6 +248,8 @@ class CallRecorder:
         if wanted and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model))):
             linearized_live(outputs, place, model, self.named(model))
         gradient = gradient.detach().to(torch.float64, copy=True)
+        if not isinstance(outputs, Call):
+            gradient = gradient.reshape(gradient.shape or (1,))  # a number is one sample
 
         def confirmed() -> None:
             _add(outputs.gradients, place, gradient)
