@@ -90,6 +90,17 @@ def test_options_of_the_matrix(options, error, match):
         Dense(**options)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_scripted_parts_are_refused():
+    for scripted in (torch.jit.script(nn.Linear(3, 2)), torch.jit.trace(nn.Linear(3, 2), torch.randn(4, 3))):
+        with pytest.raises(
+            TypeError, match="should not be scripted or traced, .* but it is. Pass the model that it was made from"
+        ):
+            AdaptedGD(scripted)
+        with pytest.raises(TypeError, match="but '1' in it is"):
+            AdaptedGD(nn.Sequential(nn.Linear(3, 3), scripted))
+
+
 def test_the_model_is_asked_for():
     with pytest.raises(TypeError, match=r"but got generator. Pass the model itself, not model.parameters\(\)"):
         AdaptedGD(mlp().parameters(), lr=0.1)

@@ -346,6 +346,51 @@ def test_a_backward_pass_that_raised_before_it_reached_a_parameter_leaves_nothin
     assert_at(model, expected)
 
 
+def test_a_backward_pass_that_raised_leaves_nothing_to_one_that_begins_at_a_parameter():
+    class Watched(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.scale = inner, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, x, y = problem()
+    watched = Watched(model)
+    optimizer = AdaptedGD(watched, lr=0.5)
+    outputs = watched(x)
+    outputs.register_hook(lambda gradient: raise_(MemoryError))
+    with pytest.raises(MemoryError):
+        MSE(outputs, y).backward()
+    expected = pinv_step(model, x, y, 0.5)
+    loss = MSE(watched(x), y) + watched.scale.square()  # the gradient of the scale arrives first
+    loss.backward()
+    with pytest.warns(UserWarning, match="did not come through the model's outputs"):
+        optimizer.step()
+    assert optimizer.last_step.num_calls == 1
+    assert_at(model, expected)
+    assert watched.scale.item() == 0
+
+
+def test_parameters_that_are_frozen_between_forward_and_backward_stay():
+    model, x, y = problem()
+    optimizer = AdaptedGD(model, lr=0.5)
+    expected = torch.cat([flat(model[:4]), pinv_step(model[4], model[:4](x).detach(), y, 0.5)])
+    loss = MSE(model(x), y)
+    model[:4].requires_grad_(False)
+    loss.backward()
+    optimizer.step()
+    model.requires_grad_(True)
+    assert_at(model, expected)
+    loss = MSE(model(x), y)
+    model.requires_grad_(False)
+    optimizer.zero_grad()
+    loss.backward()  # fills nothing
+    model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="found no call of the model"):
+        optimizer.step()
+
+
 def test_threads_with_models_of_their_own():
     from concurrent.futures import ThreadPoolExecutor
 

@@ -160,6 +160,8 @@ CASES = {
     "stacked calls": Case(MSE, lambda m, c, d: c(torch.cat([m(d.x), m(d.x2)]), torch.cat([d.y, d.y2]))),
     "physics outside of the model": Case(MSE, physics, model=lambda: net(1, 1), close=1e-4),
     "a function of outputs": Case(MSE, lambda m, c, d: c(m(d.x).sinh(), d.y)),
+    "a number": Case(MSE, lambda m, c, d: c(m(d.x).mean(), d.y[0, 0])),
+    "a number beside the outputs": Case(MSE, lambda m, c, d: c(m(d.x), d.y) + c(m(d.x2).mean(), d.y[0, 0])),
     "difference of two calls": Case(MSE, lambda m, c, d: c(m(d.x) - m(d.x2), d.y)),
     "classes": Case(CE, lambda m, c, d: c(m(d.x), d.labels), close=0.03),
     "sum over classes": Case(nn.CrossEntropyLoss(reduction="sum"), lambda m, c, d: c(m(d.x), d.labels), close=0.03),

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from torch_adapted_gd import AdaptedGD, Dense, ntk, register_rule, solve_kernel
+from torch_adapted_gd import AdaptedGD, Dense, ntk, output_jacobian, register_rule, solve_kernel
 
 from .cases import COUPLED, MSE, assert_at, dense_jacobian, mlp, pinv_step
 from .layers import Scale
@@ -155,6 +155,24 @@ def test_a_backward_pass_that_vmap_makes_fail():
             return Twice.apply(torch.tanh(self.layer(x)))
 
     assert_exact(Model().double(), torch.randn(3, 4).double(), method="structured")
+
+
+def test_rows_of_an_operation_that_vmap_gets_wrong():
+    class Distances(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            z = self.layer(x)
+            return torch.cdist(z, z + 0.1)
+
+    model, x = Distances().double(), torch.randn(6, 4).double()
+    d = dense_jacobian(model, x, by_rows=True)
+    torch.testing.assert_close(output_jacobian(model, x), d)
+    with pytest.warns(UserWarning, match="the samples of a batch interact"):
+        theta = ntk(model, x)
+    torch.testing.assert_close(theta.view(36, 36), d @ d.T)
 
 
 def test_inference_mode():

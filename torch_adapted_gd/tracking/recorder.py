@@ -141,6 +141,8 @@ class CallRecorder:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the inputs and conditions of a forward pass, and start its tape."""
         private.outermost(model, *self._handles)
+        if private.backward_pass() < 0:
+            self._pending.clear()  # of a backward pass that raised; the next one may begin at a parameter, without outputs
         for parameter in [p for p in self._frozen.values() if p.requires_grad]:
             del self._frozen[id(parameter)]
             self.watch(parameter)
@@ -222,7 +224,7 @@ class CallRecorder:
             self._pending.clear()
             self._notice_new_pass()
         parameters = (reference() for reference in self.parameters.values())
-        return any(_will_be_filled(p) for p in parameters if p is not None and p.requires_grad)
+        return any(_will_be_filled(p) for p in parameters if p is not None)
 
     def factor_arrived(self, term: Term, number: int, factor: Tensor) -> None:
         """The value of a criterion has received a gradient."""
@@ -249,6 +251,8 @@ class CallRecorder:
         if wanted and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model))):
             linearized_live(outputs, place, model, self.named(model))
         gradient = gradient.detach().to(torch.float64, copy=True)
+        if not isinstance(outputs, Call):
+            gradient = gradient.reshape(gradient.shape or (1,))  # a number is one sample
 
         def confirmed() -> None:
             _add(outputs.gradients, place, gradient)
@@ -292,7 +296,8 @@ class CallRecorder:
 
 def _will_be_filled(parameter: nn.Parameter) -> bool:
     """Whether the backward pass in progress will fill ``.grad`` of a parameter."""
-    return private.will_reach(get_gradient_edge(parameter).node, else_=False)
+    # A gradient may reach one that was frozen after the forward pass, and torch then drops it.
+    return parameter.requires_grad and private.will_reach(get_gradient_edge(parameter).node, else_=False)
 
 
 def _add(totals: dict[int, Tensor], key: int, tensor: Tensor) -> None:
