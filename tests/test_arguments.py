@@ -91,14 +91,10 @@ def test_options_of_the_matrix(options, error, match):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
-def test_scripted_parts_are_refused():
+def test_scripted_models_are_refused():
     for scripted in (torch.jit.script(nn.Linear(3, 2)), torch.jit.trace(nn.Linear(3, 2), torch.randn(4, 3))):
-        with pytest.raises(
-            TypeError, match="should not be scripted or traced, .* but it is. Pass the model that it was made from"
-        ):
+        with pytest.raises(TypeError, match="should not be scripted or traced, .* Pass the model that it was made from"):
             AdaptedGD(scripted)
-        with pytest.raises(TypeError, match="but '1' in it is"):
-            AdaptedGD(nn.Sequential(nn.Linear(3, 3), scripted))
 
 
 def test_the_model_is_asked_for():

@@ -1,5 +1,7 @@
 """Ways to use layers, hooks and modes that once led the structured kernel astray."""
 
+import contextlib
+import copy
 import warnings
 
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_adapted_gd import AdaptedGD, Dense, ntk, output_jacobian, register_rule, solve_kernel
 
-from .cases import COUPLED, MSE, assert_at, dense_jacobian, mlp, pinv_step
+from .cases import COUPLED, MSE, assert_at, dense_jacobian, flat, mlp, pinv_step
 from .layers import Scale
 
 
@@ -173,6 +175,24 @@ def test_rows_of_an_operation_that_vmap_gets_wrong():
     with pytest.warns(UserWarning, match="the samples of a batch interact"):
         theta = ntk(model, x)
     torch.testing.assert_close(theta.view(36, 36), d @ d.T)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("trained", [True, False])
+def test_scripted_parts_of_a_model(trained):
+    model, x, y = mlp().double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    model[0].requires_grad_(trained)
+    scripted = copy.deepcopy(model)
+    scripted[0] = torch.jit.script(scripted[0])
+    for each in (model, scripted):
+        optimizer = AdaptedGD(each, criterion=MSE)
+        rows = trained and each is scripted
+        with pytest.warns(UserWarning, match="Rows of the output") if rows else contextlib.nullcontext():
+            for _ in range(3):
+                optimizer.zero_grad()
+                MSE(each(x), y).backward()
+                optimizer.step()
+    assert (flat(scripted) - flat(model)).norm() <= 1e-8 * flat(model).norm()
 
 
 def test_inference_mode():

@@ -26,12 +26,11 @@ def check_model(model: Any) -> None:
             f"`model` should be on one device for AdaptedGD, but is an nn.DataParallel over {len(model.device_ids)}. Pass "
             "model.module, and call that."
         )
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"`model` should not be scripted or traced, because AdaptedGD cannot see what such modules compute, but "
-                f"{f'{name!r} in it' if name else 'it'} is. Pass the model that it was made from, and call that."
-            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "`model` should not be scripted or traced, because that takes no hooks, but it is. Pass the model that it was made "
+            "from, and call that; scripted parts of a model work."
+        )
 
 
 def check_normalization(model: nn.Module) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from . import private
+
 _thread = threading.local()
 
 
@@ -53,7 +55,7 @@ class RandomNumbers:
 @contextlib.contextmanager
 def unharmed(module: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
     """Context at whose end a module has its attributes, parameters and buffers again, and some tensors have their values."""
-    held = [d for each in module.modules() for d in (each._parameters, each._buffers, each.__dict__)]
+    held = [d for each in private.visible_modules(module) for d in (each._parameters, each._buffers, each.__dict__)]
     kept = [(now, dict(now)) for now in held]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:

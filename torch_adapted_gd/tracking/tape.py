@@ -250,7 +250,7 @@ class Tape(TorchFunctionMode):
 def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
     """The tensors of a model that are the same for all samples, except the parameters."""
     ours = {id(p) for p in parameters.values()}
-    for module in model.modules():
+    for module in private.visible_modules(model):
         held: list[Any] = [module._parameters, module._buffers, module.__dict__]
         held += [value for value in module.__dict__.values() if type(value) in (dict, list, tuple)]
         for tensors in held:
