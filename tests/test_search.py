@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt
+from torch_adapted_gd import AdaptedGD, Backtracking, LevenbergMarquardt, LossFunction
 
-from .cases import MSE, dense_jacobian, flat, mlp, move
+from .cases import MSE, dense_jacobian, flat, mlp, move, problem
 from .trials import SEARCHES, by_closure, closure_of, wave
 
 CE = nn.CrossEntropyLoss()
@@ -311,3 +311,17 @@ def test_a_fit_that_cannot_improve_is_stationary(dtype, policy):
     assert set(statuses[:5]) == {"full_rank"}
     assert set(statuses[-20:]) == {"stationary"}
     assert loss < 100 * torch.finfo(dtype).eps ** 1.5
+
+
+def test_a_loss_below_zero_is_corrected_once_in_each_trial():
+    model, x, y = problem()
+    criterion = LossFunction(lambda a, b: nn.functional.mse_loss(a, b) - 100)
+    optimizer = AdaptedGD(model, criterion=criterion, damping=LevenbergMarquardt(initial=1e-3))
+    passes = []
+    model[0].register_forward_hook(lambda *_: passes.append(1))
+    for _ in range(6):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        passes.clear()
+        optimizer.step()
+        assert len(passes) <= 2 * optimizer.last_step.num_trials

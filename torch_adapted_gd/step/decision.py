@@ -91,7 +91,8 @@ class Step:
             with_part, moved = self.look(bent)
             if not with_part < change:
                 break
-            halved = self.known().before + with_part <= 0.5 * (self.known().before + change)
+            # A loss below 0 has another minimum, and any decrease would halve it.
+            halved = 0 <= self.known().before + with_part <= 0.5 * (self.known().before + change)
             trial, change = bent, with_part
             if not halved:
                 break
