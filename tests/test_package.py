@@ -64,3 +64,23 @@ def test_the_oldest_versions_are_those_that_setup_allows(setup):
     extras = ("plot", "lightning", "cli", "flow", "recipes", "peers", "test")
     needed = "\n".join([setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)])
     assert set(re.findall(r"^([\w-]+)", needed, re.MULTILINE)) - {"torch_adapted_gd"} <= set(pins)
+
+
+BELOW = {
+    "tracking": set(),
+    "solve": set(),
+    "collapse": set(),
+    "jacobian": {"tracking"},
+    "step": {"tracking", "solve", "jacobian"},
+    "theory": {"tracking", "solve", "jacobian"},
+    "lightning": {"collapse"},
+}
+
+
+def test_folders_import_from_those_below_them_alone():
+    package = Path(torch_adapted_gd.__file__).parent
+    assert {path.parent.name for path in package.glob("*/__init__.py")} == BELOW.keys()
+    for folder, below in BELOW.items():
+        for path in (package / folder).rglob("*.py"):
+            imported = re.findall(r"^ *from \.\.(\w+)", path.read_text(), re.MULTILINE)
+            assert set(imported) & BELOW.keys() <= below, path

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.join import Join, Joinable
 from . import options
 from .checks import checksum, one_of
 from .full_batch import full_loss, repeated_samples
+from .jacobian.live import linearize_live
 from .losses import check_criteria
 from .policies import Backtracking, Fixed, LevenbergMarquardt, StraightLine
 from .report import StepReport
@@ -137,7 +138,7 @@ class AdaptedGD(WatchingOptimizer):
         if metric == "ggn" and not self._criteria:
             raise ValueError('`criterion` should be given for metric="ggn", which is the Hessian of that loss, but got None.')
         self._solver = options.check_solver(solver)
-        self._recorder = CallRecorder(model, self._criteria)
+        self._recorder = CallRecorder(model, self._criteria, linearize_live)
         self._process_group = process_group
         self._said: set[str] = set()
         self._rejected = 0

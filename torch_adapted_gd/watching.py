@@ -12,6 +12,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from . import options
+from .jacobian.live import linearize_live
 from .report import StepReport
 from .tracking.calls import underlying
 from .tracking.recorder import CallRecorder
@@ -120,7 +121,7 @@ class WatchingOptimizer(Optimizer, Joinable):
         self.__dict__.setdefault("_process_group", None)  # none can be saved
         Joinable.__init__(self)
         if "_recorder" not in self.__dict__:  # unpickled or copied: watch the model that came along
-            self._recorder = CallRecorder(self._model, self._criteria)
+            self._recorder = CallRecorder(self._model, self._criteria, linearize_live)
             for p in self._groups_parameters():
                 self._recorder.watch(p)
 

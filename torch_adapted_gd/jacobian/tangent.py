@@ -20,6 +20,7 @@ from .dense import DenseJacobian
 from .factored import FactoredJacobian, Piece
 from .gram import ROWS_ELEMENTS
 from .linearized import Linearized
+from .live import pieces_of
 from .local import LocalJacobian
 from .operator import Jacobian
 from .sharded import ShardedJacobian
@@ -135,7 +136,7 @@ def _local_jacobian(
     dtype, _ = dtype_and_device(list(parameters.values()))
     shapes = [batch_and_outputs(call) for call in calls]
     if method != "jacobian" and not any(0 in shape for shape in shapes):
-        pieces = [call.pieces() or _traced(model, call, names, dtype) for call in calls]
+        pieces = [pieces_of(call) or _traced(model, call, names, dtype) for call in calls]
         factored = FactoredJacobian(pieces, parameters, dtype=dtype, chunk_size=chunk_size, world=world)
         if method == "structured" and factored.remarks:
             raise RuntimeError(

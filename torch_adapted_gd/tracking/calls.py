@@ -1,11 +1,10 @@
 """A call of a model: its inputs, conditions, outputs and their gradients, and its exact replay."""
 
 import contextlib
-import itertools
 import weakref
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .state import RandomNumbers, unharmed, unwatched
 
 if TYPE_CHECKING:
-    from ..jacobian.factored import Piece
     from .tape import Tape
 
 
@@ -95,7 +93,7 @@ class Outputs:
         selected: The places of which a criterion was given entries.
         tapes: The operations with parameters that they depend on, while the graph is alive; empty if it cannot be followed.
         behind: The tensors in the graph, while it is alive.
-        linearized: Their linearizations, from the first backward pass that reached each.
+        linearized: Their linearizations, a `Piece` of a Jacobian each, from the first backward pass that reached them.
         calls: The calls that they were computed from, unless this is a call itself.
         eps: Machine epsilon of the coarsest dtype on the way from these calls.
     """
@@ -105,7 +103,7 @@ class Outputs:
     selected: set[int] = field(default_factory=set)
     tapes: "list[Tape]" = field(default_factory=list)
     behind: dict[int, Tensor] = field(default_factory=dict)
-    linearized: "dict[int, Piece]" = field(default_factory=dict)
+    linearized: dict[int, Any] = field(default_factory=dict)
     calls: "list[Call]" = field(default_factory=list)
     eps: float = 0.0
     _parameters: dict[str, tuple[int, torch.dtype, torch.device]] = field(default_factory=dict)
@@ -114,14 +112,6 @@ class Outputs:
     def places(self) -> list[int]:
         """The outputs that the loss depends on; before any backward pass, all of them."""
         return sorted(self.selected or self.gradients or self.outputs)
-
-    def pieces(self) -> "list[Piece]":
-        """The linearizations from while the graph was alive, by output; empty if one is missing."""
-        if any(place not in self.linearized for place in self.places):
-            return []
-        pieces = [self.linearized[place] for place in self.places]
-        starts = itertools.accumulate((piece.linearized.q for piece in pieces), initial=0)
-        return [replace(piece, first=start) for piece, start in zip(pieces, starts, strict=False)]
 
     def remember(self, model: nn.Module) -> None:
         """Record the versions of the parameters."""

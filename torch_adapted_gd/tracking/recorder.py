@@ -17,16 +17,22 @@ from . import private
 from .calls import Call, Conditions, Inputs, Outputs, compiled, graph, output_leaves, underlying
 from .criteria import CriterionWatch
 from .hooks import Passes, gradient_hook, watch_calls
-from .live import linearized_live
 from .state import replaying
 from .tape import Tape, constants_of
 from .terms import MARK, Term
+
+Linearize = Callable[[Outputs, int, nn.Module, dict[str, Tensor]], None]
 
 _KEPT = 256  # most calls that are kept in case a criterion is given derivatives of their outputs
 
 
 class CallRecorder:
     """Watches a model, the parameters to be stepped, and the criteria of the loss.
+
+    Args:
+        model: The model.
+        criteria: The criteria.
+        linearize: Linearizes an output, by its place, in the parameters while its graph is alive; fills ``linearized``.
 
     Attributes:
         calls: The calls that a loss depends on since the last `drop`, in the order of the calls.
@@ -44,7 +50,8 @@ class CallRecorder:
         unusable_output: The type of the last output, if no gradient can reach any of it.
     """
 
-    def __init__(self, model: nn.Module, criteria: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(self, model: nn.Module, criteria: tuple[nn.Module, ...], linearize: Linearize) -> None:
+        self._linearize = linearize
         self.calls: list[Call] = []
         self.terms: list[Term] = []
         self.criterion_calls = 0
@@ -249,7 +256,7 @@ class CallRecorder:
         wanted = place not in outputs.linearized and (place in outputs.selected or not self._criteria)
         # Without tapes a call is repeated instead. A compiled graph allows no backward passes besides the user's.
         if wanted and (outputs.tapes or not (isinstance(outputs, Call) or compiled(model))):
-            linearized_live(outputs, place, model, self.named(model))
+            self._linearize(outputs, place, model, self.named(model))
         gradient = gradient.detach().to(torch.float64, copy=True)
         if not isinstance(outputs, Call):
             gradient = gradient.reshape(gradient.shape or (1,))  # a number is one sample

@@ -130,5 +130,5 @@ def precision(call: Outputs, dtype: torch.dtype) -> float:
     kinds = {x.device.type for x in call.outputs.values()}
     autocast = call.conditions.autocast if isinstance(call, Call) else []
     lowered = [low for kind, low, enabled in autocast if enabled and kind in kinds]
-    found = [piece.linearized.eps for piece in call.linearized.values()]
+    found: list[float] = [piece.linearized.eps for piece in call.linearized.values()]
     return max(call.eps, *(torch.finfo(t).eps for t in (dtype, *lowered, *(x.dtype for x in call.outputs.values()))), *found)

@@ -1,27 +1,29 @@
 """Linearizing outputs within the user's backward pass, from the user's graph."""
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..jacobian.backward import allows_vmap
-from ..jacobian.definition import dtype_and_device
-from ..jacobian.factored import Piece, budget_of
-from ..jacobian.linearized import Linearized
 from ..memory import available_bytes
-from . import private
-from .calls import Outputs, hides_its_graph
-from .replay import precision
-from .state import unwatched
-from .tape import Tape
+from ..tracking import private
+from ..tracking.calls import Outputs, hides_its_graph
+from ..tracking.replay import precision
+from ..tracking.state import unwatched
+from ..tracking.tape import Tape
+from .backward import allows_vmap
+from .definition import dtype_and_device
+from .factored import Piece, budget_of
+from .linearized import Linearized
 
 _ASK = 2**26  # above so many bytes, ask the system for the available memory
 
 
-def linearized_live(of: Outputs, place: int, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+def linearize_live(of: Outputs, place: int, model: nn.Module, parameters: dict[str, Tensor]) -> None:
     """Linearize output ``place`` of ``of`` by parameters, before the backward pass that has just reached it frees the graph.
 
     If checkpointing hides the graph, or if B would need more memory than there is, the call will be repeated instead.
@@ -52,6 +54,15 @@ def linearized_live(of: Outputs, place: int, model: nn.Module, parameters: dict[
             note.keep_data()
         of.linearized[place] = Piece(found, 0, found.at(range(found.q)))
         found.release()
+
+
+def pieces_of(outputs: Outputs) -> list[Piece]:
+    """The linearizations from while the graph was alive, by output; empty if one is missing."""
+    if any(place not in outputs.linearized for place in outputs.places):
+        return []
+    pieces: list[Piece] = [outputs.linearized[place] for place in outputs.places]
+    starts = itertools.accumulate((piece.linearized.q for piece in pieces), initial=0)
+    return [replace(piece, first=start) for piece, start in zip(pieces, starts, strict=False)]
 
 
 @contextlib.contextmanager
