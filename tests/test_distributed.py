@@ -10,7 +10,7 @@ import torch
 
 from .distributed import CASES, CHECKS, SIZE
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # one process runs all cases
+pytestmark = pytest.mark.slow  # with pytest-xdist: --dist loadfile, so that one worker runs all cases
 
 # What little damping on a singular D makes of rounding: κ of 1e8 and more.
 BOUNDS = {"equation": 1e-8, "backtracking": 1e-10}
