@@ -1,7 +1,9 @@
 import os
+import shutil
 
 import pytest
 import torch
+from filelock import FileLock  # torch needs it too
 
 from torch_adapted_gd.jacobian import rules
 
@@ -12,6 +14,25 @@ def _seed():
     yield
     # A function mode that stays behind would have all that follows go through it.
     assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Has a function fill a folder of a name, once for all of pytest-xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name, make):
+        path, part = base / name, base / f"{name}.part"
+        with FileLock(base / f"{name}.lock"):
+            if not path.exists():
+                shutil.rmtree(part, ignore_errors=True)  # of a worker that failed
+                part.mkdir()
+                make(part)
+                part.rename(path)
+        return path
+
+    return folder
 
 
 @pytest.fixture

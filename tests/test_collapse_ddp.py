@@ -22,15 +22,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(made_once):
     if sys.platform == "win32":
         pytest.skip("processes are forked")
-    path = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.lightning_ddp", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return path
+
+    def run(path):
+        command = [sys.executable, "-m", "tests.lightning_ddp", str(path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    return made_once("processes", run)
 
 
 def notes(folder, case):

@@ -69,9 +69,8 @@ def process(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(process, (str(folder),), nprocs=3)
+def processes(made_once):
+    folder = made_once("gloo", lambda path: mp.spawn(process, (str(path),), nprocs=3))
     return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
 
 

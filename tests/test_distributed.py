@@ -10,7 +10,7 @@ import torch
 
 from .distributed import CASES, CHECKS, SIZE
 
-pytestmark = pytest.mark.slow  # with pytest-xdist: --dist loadfile, so that one worker runs all cases
+pytestmark = pytest.mark.slow
 
 # What little damping on a singular D makes of rounding: κ of 1e8 and more.
 BOUNDS = {"equation": 1e-8, "backtracking": 1e-10}
@@ -27,8 +27,9 @@ def run(path, *names, device="cpu"):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("distributed") / "results.pt")
+def results(made_once):
+    folder = made_once("distributed", lambda path: run(path / "results.pt"))
+    return torch.load(folder / "results.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,12 +11,15 @@ pytest.importorskip("pytorch_lightning")
 
 
 @pytest.fixture(scope="module")
-def notes(tmp_path_factory):
+def notes(made_once):
     """The results of training, by case and process."""
-    folder = tmp_path_factory.mktemp("steps")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.lightning_steps", str(folder)]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
+
+    def run(path):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.lightning_steps", str(path)]
+        ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+
+    folder = made_once("steps", run)
     return lambda case, rank=0: json.loads((folder / f"{case}.{rank}.json").read_text())
 
 
