@@ -198,39 +198,6 @@ def test_autocast_that_a_wrapper_puts_around_forward():
     assert optimizer.last_step.kernel == "structured"
 
 
-class Interrupted(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.now = nn.Linear(4, 3), True
-
-    def forward(self, x):
-        h = self.layer(x)
-        if self.now:
-            raise KeyboardInterrupt
-        return h
-
-
-def test_an_interrupted_forward_pass_leaves_nothing_at_work():
-    depth = torch._C._len_torch_function_stack()
-    model, x = Interrupted().double(), torch.randn(5, 4).double()
-    optimizer = AdaptedGD(model, lr=0.5)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    (running,) = optimizer._recorder._passes.under_way
-    for _ in range(300):  # operations of the user's own, elsewhere
-        model.layer.weight + 1
-    assert running.tapes[-1].finished
-    model.now = False
-    MSE(model(x), torch.zeros(5, 3).double()).backward()
-    optimizer.step()
-    assert torch._C._len_torch_function_stack() == depth
-    model.now = True
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    del optimizer
-    assert torch._C._len_torch_function_stack() == depth
-
-
 @pytest.mark.filterwarnings("ignore")  # of torch, on its own future
 @pytest.mark.parametrize("copied", [False, True], ids=["watched", "copied"])
 def test_exports_of_a_watched_model(copied):

@@ -57,7 +57,10 @@ class BackwardPasses:
             self._write_rows(inputs, at_once, out)
 
     def _is_sound(self, inputs: list[Any], rows: Tensor) -> bool:
-        """Whether rows agree with one plain backward pass: some of torch's operations, as cdist, are wrong under vmap."""
+        """Whether rows agree with one plain backward pass: some of torch's operations, as cdist, are wrong under vmap.
+
+        By far; layers within may round to bfloat16, which is not known here.
+        """
         u = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device).cos()  # any vector without a pattern
         plain = self._filled(u.view(self.x.shape).to(self.x.dtype), inputs)
         expected = torch.cat([part.to_dense().reshape(-1) for part in plain]).to(rows.dtype)

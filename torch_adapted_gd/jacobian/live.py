@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..memory import available_bytes
+from ..memory import fits
 from ..tracking import private
 from ..tracking.calls import Outputs, hides_its_graph
 from ..tracking.replay import precision
@@ -19,8 +19,6 @@ from .backward import allows_vmap
 from .definition import dtype_and_device
 from .factored import Piece, budget_of
 from .linearized import Linearized
-
-_ASK = 2**26  # above so many bytes, ask the system for the available memory
 
 
 def linearize_live(of: Outputs, place: int, model: nn.Module, parameters: dict[str, Tensor]) -> None:
@@ -47,8 +45,7 @@ def linearize_live(of: Outputs, place: int, model: nn.Module, parameters: dict[s
             del tape.notes[count:]
             tape.derived = derived
         size = dtype.itemsize * 2 * found.elements * found.q
-        free = available_bytes(x.device) if size > _ASK else None  # other calls may hold B too
-        if size > budget_of(found.n * found.q, x.device) or (free is not None and size > free // 2):
+        if size > budget_of(found.n * found.q, x.device) or not fits(2 * size, x.device):  # other calls may hold B too
             return
         for note in notes:
             note.keep_data()

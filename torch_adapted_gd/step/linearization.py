@@ -19,7 +19,7 @@ from .recorded import Recorded
 from .system import Dense, Direction, Problem
 
 METRICS = ("euclidean", "ggn")
-_REFUSALS = (ArithmeticError, AssertionError, RuntimeError, ValueError)  # of a forward pass
+_MODEL_ERRORS = (ArithmeticError, AssertionError, RuntimeError, ValueError)  # that a forward pass may raise
 
 
 class Linearization:
@@ -212,10 +212,10 @@ class Linearization:
             there = self._repeated(values)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except _REFUSALS as refused:  # of a model that checks its values, if it takes the present ones
+        except _MODEL_ERRORS as refused:  # of a model that checks its values, if it takes the present ones
             try:
                 self._repeated({})
-            except _REFUSALS:
+            except _MODEL_ERRORS:
                 raise RuntimeError(
                     "The model's forward pass raised an error when it was repeated for a trial, and also when it was repeated "
                     "with the present parameters. Nothing was changed. Let a second call do what the first one does, or avoid "

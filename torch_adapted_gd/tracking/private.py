@@ -99,11 +99,6 @@ def is_exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
-def visible_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model whose attributes are Python's: all but those that were scripted or traced."""
-    return (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
-
-
 @functools.cache
 def opened(function: types.FunctionType) -> Callable[..., Any]:
     """A copy of a Python function of torch whose operations a function mode sees one by one.

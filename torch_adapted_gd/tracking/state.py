@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from . import private
-
 _thread = threading.local()
 
 
@@ -52,10 +50,15 @@ class RandomNumbers:
             yield
 
 
+def visible_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model whose attributes are Python's: all but those that were scripted or traced."""
+    return (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
+
+
 @contextlib.contextmanager
 def unharmed(module: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
     """Context at whose end a module has its attributes, parameters and buffers again, and some tensors have their values."""
-    held = [d for each in private.visible_modules(module) for d in (each._parameters, each._buffers, each.__dict__)]
+    held = [d for each in visible_modules(module) for d in (each._parameters, each._buffers, each.__dict__)]
     kept = [(now, dict(now)) for now in held]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:

@@ -17,6 +17,7 @@ from . import private
 from .applied import applied
 from .arguments import Key, changes_in_place, results_of, tensors_of
 from .decomposed import decomposition
+from .state import visible_modules
 
 _QUIET = {  # called often, and never of interest
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.stride),
@@ -250,7 +251,7 @@ class Tape(TorchFunctionMode):
 def constants_of(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
     """The tensors of a model that are the same for all samples, except the parameters."""
     ours = {id(p) for p in parameters.values()}
-    for module in private.visible_modules(model):
+    for module in visible_modules(model):
         held: list[Any] = [module._parameters, module._buffers, module.__dict__]
         held += [value for value in module.__dict__.values() if type(value) in (dict, list, tuple)]
         for tensors in held:
